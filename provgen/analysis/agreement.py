@@ -1,0 +1,46 @@
+"""Do two tracers name the same sources for the same samples?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from provgen.analysis.statistics import Estimate, mean_estimate, proportion
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of two tracers over the same samples."""
+
+    top1: Estimate
+    """Share of samples for which both name the same first source."""
+    overlap: Estimate
+    """Mean share of the k named sources that both name."""
+
+
+def agreement(first: Tensor, second: Tensor, *, seed: int = 0) -> Agreement:
+    """Compare the sources that two tracers name.
+
+    Args:
+        first: Example indices, most probable first, int64 (query, k).
+        second: Those of the other tracer, (query, k).
+        seed: Of the bootstrap.
+    """
+    same = int((first[:, 0] == second[:, 0]).sum())
+    shared = (first[:, :, None] == second[:, None, :]).any(dim=2).double().mean(dim=1)
+    return Agreement(proportion(same, len(first)), mean_estimate(shared, seed=seed))
+
+
+def mismatched(class_labels: Tensor) -> Tensor:
+    """Pair each sample with the next of its own class: int64 (query,).
+
+    Comparing a tracer's answer with the other tracer's answer for another sample of the class is the agreement
+    to be had without looking at the sample. A class with a single sample is paired with itself.
+    """
+    partner = torch.arange(len(class_labels))
+    for label in class_labels.unique():
+        rows = (class_labels == label).nonzero().flatten()
+        partner[rows] = rows.roll(-1)
+    return partner

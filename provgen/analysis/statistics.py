@@ -1,0 +1,75 @@
+"""Estimates with intervals: no number of a report stands without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from torch import Tensor
+
+from provgen.errors import InputError
+
+# Bootstrap draws held in memory at a time (8 bytes each).
+_DRAWS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured number and how far it can be trusted."""
+
+    value: float
+    """The estimate itself."""
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end of the interval."""
+    n: int
+    """Independent observations behind it."""
+
+
+def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
+    """Give `successes / n` with its Clopper-Pearson interval.
+
+    The interval is exact: it covers the truth at least as often as `confidence` says, at 0 and at n too.
+
+    Raises:
+        InputError: `n` is 0.
+    """
+    assert 0 <= successes <= n
+    if n == 0:
+        raise InputError("cannot estimate a proportion from 0 observations; give at least 1")
+    # Clopper and Pearson 1934, Biometrika 26(4), 404-413.
+    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="exact")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+
+
+def mean_estimate(values: Tensor, *, seed: int, resamples: int = 2000, confidence: float = 0.95) -> Estimate:
+    """Give the mean of independent `values` with its bootstrap percentile interval.
+
+    Args:
+        values: (observation,), any dtype; a NaN among them makes the estimate NaN.
+        seed: Seed of the resampling; the same seed gives the same interval.
+        resamples: Bootstrap resamples.
+        confidence: Probability that the interval is meant to cover the mean with.
+
+    Raises:
+        InputError: `values` is empty.
+    """
+    if len(values) == 0:
+        raise InputError("cannot estimate a mean from 0 observations; give at least 1")
+    sample = values.detach().cpu().double().numpy()
+    means = _resampled_means(sample, np.random.default_rng(seed), resamples)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
+
+
+def _resampled_means(
+    sample: NDArray[np.float64], random: np.random.Generator, resamples: int
+) -> NDArray[np.float64]:
+    """Draw bootstrap means of `sample` (observation,): (resample,)."""
+    rows = max(1, _DRAWS_AT_ONCE // len(sample))
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = [sample[random.integers(len(sample), size=(size, len(sample)))].mean(axis=1) for size in sizes]
+    return np.concatenate(means)

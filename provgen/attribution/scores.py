@@ -1,0 +1,60 @@
+"""What attributing an image gives: its sources, and how far they can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from provgen.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """The top k sources of every query, most probable first."""
+
+    example_index: Tensor
+    """int64 (query, k)."""
+    posterior: Tensor
+    """Belief that the example is the query's parent, (query, k)."""
+    weight: Tensor
+    """Share of credit, (query, k); equals `posterior` until a calibration is fitted."""
+    mass_not_shown: Tensor
+    """Posterior of all examples outside the top k, (query,)."""
+    entropy: Tensor
+    """Entropy of the whole posterior in nats, (query,)."""
+    commitment_step: Tensor
+    """First sampling step (0-based) after which the final top source keeps more than half of the
+    posterior; -1 if it never does, or if there was no sampling. int64 (query,)."""
+    step_entropy: Tensor
+    """Entropy of the posterior at every noise level in nats, (query, step), from noise to image."""
+    signal: Tensor
+    """a_t of those levels, (step,)."""
+
+    def __len__(self) -> int:
+        return len(self.entropy)
+
+    @staticmethod
+    def concatenate(parts: list[Attribution]) -> Attribution:
+        """Join attributions of consecutive queries over the same noise levels."""
+        names = [name for name in vars(parts[0]) if name != "signal"]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return Attribution(**joined, signal=parts[0].signal)
+
+
+def check_top_k(top_k: int, num_examples: int) -> None:
+    """Refuse a `top_k` that cannot be given.
+
+    Raises:
+        InputError: `top_k` is below 1 or above the number of training examples.
+    """
+    if not 1 <= top_k <= num_examples:
+        raise InputError(
+            f"top_k must be between 1 and {num_examples}, the number of training images, got {top_k}"
+        )
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of each row of log-probabilities (query, train); ruled-out entries count 0."""
+    return -(log_probs.exp() * log_probs).sum(dim=1)

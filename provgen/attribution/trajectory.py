@@ -1,0 +1,66 @@
+"""From posteriors at many noise levels to one attribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from provgen.attribution.scores import Attribution, entropy
+
+WINDOW = (0.05, 0.9)
+"""Signal levels a_t whose posteriors are averaged. Noisier ones say little about any example; at cleaner ones
+the posterior is a nearest-neighbour look-up of the finished image."""
+
+
+class TrajectoryTrace:
+    """Collects log p(i | x_t, y) level by level, from noise to image.
+
+    The posterior of an image is the mean of its posteriors over the levels in `WINDOW`.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._in_window = 0
+        self._signal: list[float] = []
+        self._entropy: list[Tensor] = []
+        self._top: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, log_probs: Tensor, signal: float) -> None:
+        """Add one level: log-probabilities (query, train) and its a_t."""
+        probs = log_probs.exp()
+        self._signal.append(signal)
+        self._entropy.append(entropy(log_probs))
+        self._top.append(tuple(probs.max(dim=1)))
+        if WINDOW[0] < signal < WINDOW[1]:
+            self._in_window += 1
+            self._sum = probs if self._sum is None else self._sum + probs
+
+    def posterior(self) -> Tensor:
+        """Mean posterior over the window, (query, train)."""
+        assert self._sum is not None, "no noise level lies in the window"
+        return self._sum / self._in_window
+
+    def attribution(self, top_k: int, *, is_trajectory: bool) -> Attribution:
+        """Summarise what was added; `is_trajectory` says whether the levels are steps of one sampling run."""
+        posterior = self.posterior()
+        top, index = posterior.topk(top_k, dim=1)
+        steps = self.commitment_step() if is_trajectory else torch.full((len(posterior),), -1)
+        return Attribution(
+            example_index=index.cpu(),
+            posterior=top.cpu(),
+            weight=top.cpu(),
+            mass_not_shown=(1 - top.sum(dim=1)).clamp_min(0).cpu(),
+            entropy=torch.special.entr(posterior).sum(dim=1).cpu(),
+            commitment_step=steps.cpu(),
+            step_entropy=torch.stack(self._entropy, dim=1).cpu(),
+            signal=torch.tensor(self._signal),
+        )
+
+    def commitment_step(self) -> Tensor:
+        """First step from which the final top source keeps more than half of the posterior; -1 if never."""
+        largest = torch.stack([value for value, _ in self._top])
+        index = torch.stack([index for _, index in self._top])
+        # More than half of the posterior can only belong to the largest entry.
+        holds = (index == index[-1]) & (largest > 0.5)
+        held_to_the_end = holds.flip(0).cumprod(dim=0).sum(dim=0)
+        return torch.where(held_to_the_end > 0, len(self._top) - held_to_the_end, -1)

@@ -1,0 +1,55 @@
+"""A set of images held in memory, with everything a trace needs to name its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images in the order of their index.
+
+    An image without a label carries the null label, `num_classes`; in a set without classes that is 0.
+    """
+
+    images: Tensor
+    """uint8 (train, channel, height, width); 1 or 3 channels."""
+    labels: Tensor
+    """int64 (train,), each in 0 ... num_classes, the last being the null label."""
+    class_names: tuple[str, ...]
+    """One name per class; empty for a set without labels."""
+    paths: tuple[str, ...]
+    """Path relative to the data folder, or `digits/00012` for packed data sets; unique."""
+    sha256: tuple[str, ...]
+    """Digest of the original file's bytes (folders) or of the original array's bytes (packed data sets)."""
+    contributors: tuple[str | None, ...]
+    """Who made the image, where known."""
+    licenses: tuple[str | None, ...]
+    """Licence of the image, where known."""
+
+    def __post_init__(self) -> None:
+        rows = {len(self.images), len(self.labels), len(self.paths), len(self.sha256)}
+        assert rows == {len(self.contributors)} == {len(self.licenses)}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null label."""
+        return len(self.class_names)
+
+    def select(self, indices: Tensor) -> ImageSet:
+        """Keep the rows `indices` (int64, (selected,)), in that order."""
+        rows = indices.tolist()
+        return ImageSet(
+            images=self.images[indices],
+            labels=self.labels[indices],
+            class_names=self.class_names,
+            paths=tuple(self.paths[row] for row in rows),
+            sha256=tuple(self.sha256[row] for row in rows),
+            contributors=tuple(self.contributors[row] for row in rows),
+            licenses=tuple(self.licenses[row] for row in rows),
+        )

@@ -1,0 +1,247 @@
+"""The manifest: which image carries which example index, for the whole life of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from provgen.data.dataset import ImageSet
+from provgen.errors import InputError
+from provgen.run_folder import atomic_path
+
+SCHEMA_VERSION = 1
+_SCHEMA = pa.schema(
+    {
+        "split": pa.string(),
+        "example_index": pa.int64(),
+        "path": pa.string(),
+        "sha256": pa.string(),
+        "label": pa.int64(),
+        "class_name": pa.string(),
+        "contributor": pa.string(),
+        "license": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A training image as a trace names it."""
+
+    example_index: int
+    """Position in the train set."""
+    path: str
+    """Path relative to the data folder when the run was first built."""
+    class_name: str | None
+    """None for an image without a label."""
+    contributor: str | None
+    """Who made the image, where known."""
+    license: str | None
+    """Licence of the image, where known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Every train and holdout image of a run, in the order of the example index."""
+
+    table: pa.Table
+    """One row per image, all of train before all of holdout; `example_index` counts within each."""
+    image_size: int
+    """Height and width in pixels."""
+    channels: int
+    """1 or 3."""
+    class_names: tuple[str, ...]
+    """One name per class; the label `len(class_names)` is the null label."""
+
+    @classmethod
+    def of(cls, train: ImageSet, holdout: ImageSet) -> Manifest:
+        """Fix the order that `train` and `holdout` are in now."""
+        assert train.class_names == holdout.class_names
+        parts = [_rows(train, "train"), _rows(holdout, "holdout")]
+        return cls(
+            table=pa.concat_tables(parts),
+            image_size=train.images.shape[-1],
+            channels=train.images.shape[1],
+            class_names=train.class_names,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            InputError: Missing or damaged file, or one of another version of provgen.
+        """
+        if not path.is_file():
+            raise InputError(f"no manifest at {path}; it is written by training, so give the folder of a run")
+        try:
+            table = pq.ParquetFile(path).read()
+            about = json.loads((table.schema.metadata or {})[b"provgen"])
+            version = about.pop("schema_version")
+            if version == SCHEMA_VERSION:
+                return cls._checked(table, **about)
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is not a whole manifest of provgen; restore it or start a new output_dir"
+            ) from error
+        raise InputError(
+            f"{path} has schema version {version}, this provgen reads {SCHEMA_VERSION}; "
+            "use the provgen that wrote it or start a new output_dir"
+        )
+
+    @classmethod
+    def _checked(cls, table: pa.Table, image_size: int, channels: int, class_names: list[str]) -> Manifest:
+        splits = table["split"].to_pylist()
+        num_train = splits.count("train")
+        num_holdout = len(splits) - num_train
+        counted = [*range(num_train), *range(num_holdout)]
+        if splits != ["train"] * num_train + ["holdout"] * num_holdout:
+            raise ValueError("rows out of order")
+        if not table.schema.equals(_SCHEMA) or table["example_index"].to_pylist() != counted:
+            raise ValueError("columns are not those of a manifest")
+        return cls(table=table, image_size=image_size, channels=channels, class_names=tuple(class_names))
+
+    def save(self, path: Path) -> None:
+        """Write the manifest as Parquet; the file appears only when complete.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "class_names": self.class_names,
+        }
+        with atomic_path(path) as temporary:
+            pq.write_table(self.table.replace_schema_metadata({"provgen": json.dumps(about)}), temporary)
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return len(self._train)
+
+    @cached_property
+    def _train(self) -> pa.Table:
+        return self.table.filter(pc.equal(self.table["split"], "train"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest (hex) of all that a trained network depends on: pixels, labels and their order."""
+        rows = [self._train["sha256"].to_pylist(), self._train["label"].to_pylist()]
+        content = [self.image_size, self.channels, self.class_names, *rows]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def sources(self, indices: Tensor | Sequence[int]) -> list[Source]:
+        """Name the training images with the example `indices` (selected,), in that order."""
+        rows = self._train.take(pa.array([int(index) for index in indices], pa.int64()))
+        return [Source(**row) for row in rows.select(list(Source.__dataclass_fields__)).to_pylist()]
+
+    def align(self, images: ImageSet) -> tuple[ImageSet, ImageSet]:
+        """Find this manifest's images again in freshly loaded ones: `(train, holdout)` in the old order.
+
+        Files may have been renamed, and others added. Labels and classes are the manifest's, paths and
+        credits are the fresh ones.
+
+        Raises:
+            InputError: Another image size, images that are missing or changed, or labels that differ.
+        """
+        if images.images.shape[-1] != self.image_size:
+            raise InputError(
+                f"this run was built with data.image_size={self.image_size}, got {images.images.shape[-1]}; "
+                f"set it to {self.image_size} or start a new output_dir"
+            )
+        found = images.select(self._find(images))
+        self._require_same_classes(found)
+        aligned = replace(
+            found,
+            images=_with_channels(found.images, self.channels),
+            labels=torch.tensor(self.table["label"].to_pylist(), dtype=torch.int64),
+            class_names=self.class_names,
+        )
+        rows = torch.arange(len(aligned))
+        return aligned.select(rows[: self.num_train]), aligned.select(rows[self.num_train :])
+
+    def _find(self, images: ImageSet) -> Tensor:
+        wanted = list(zip(*(self.table[name].to_pylist() for name in _IDENTITY), strict=True))
+        given = list(zip(images.sha256, images.paths, _class_of_rows(images), strict=True))
+        rows = _match(wanted, given)
+        missing = [path for (_, path, _), row in zip(wanted, rows, strict=True) if row is None]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of the {len(rows)} images of this run are missing or changed, the first is "
+                f"{missing[0]}; restore the files or start a new output_dir"
+            )
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def _require_same_classes(self, found: ImageSet) -> None:
+        before, now = self.table["class_name"].to_pylist(), _class_of_rows(found)
+        changed = [row for row in range(len(now)) if before[row] != now[row]]
+        if changed:
+            row = changed[0]
+            raise InputError(
+                f"{len(changed)} labels changed since this run was built, the first is {found.paths[row]}: "
+                f"{before[row]} became {now[row]}; restore the labels or start a new output_dir"
+            )
+
+
+_IDENTITY = ("sha256", "path", "class_name")
+_Identity = tuple[str, str, str | None]
+
+
+def _match(wanted: list[_Identity], given: list[_Identity]) -> list[int | None]:
+    """Find for each wanted image a given one with the same bytes; each is used once.
+
+    The same path comes first, then the same class (a file that was renamed), then any.
+    """
+    rows: list[int | None] = [None] * len(wanted)
+    free = set(range(len(given)))
+    for columns in ((0, 1), (0, 2), (0,)):
+        if None not in rows:
+            break
+        candidates: dict[tuple[str | None, ...], deque[int]] = defaultdict(deque)
+        for row in sorted(free):
+            candidates[tuple(given[row][column] for column in columns)].append(row)
+        for position, identity in enumerate(wanted):
+            same = candidates[tuple(identity[column] for column in columns)]
+            if rows[position] is None and same:
+                rows[position] = same.popleft()
+        free -= set(rows)
+    return rows
+
+
+def _rows(images: ImageSet, split: str) -> pa.Table:
+    columns = {
+        "split": [split] * len(images),
+        "example_index": range(len(images)),
+        "path": images.paths,
+        "sha256": images.sha256,
+        "label": images.labels.tolist(),
+        "class_name": _class_of_rows(images),
+        "contributor": images.contributors,
+        "license": images.licenses,
+    }
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _class_of_rows(images: ImageSet) -> list[str | None]:
+    names = [*images.class_names, None]
+    return [names[label] for label in images.labels.tolist()]
+
+
+def _with_channels(images: Tensor, channels: int) -> Tensor:
+    """Undo what other files in the folder did: one colour image makes a whole set colour."""
+    if images.shape[1] > channels:
+        assert torch.equal(images[:, :1].expand_as(images), images)
+    return images[:, :channels].expand(-1, channels, -1, -1)

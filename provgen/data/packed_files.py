@@ -1,0 +1,155 @@
+"""Data sets packed in a few files: the idx files of the MNIST family and the pickled batches of CIFAR-10."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pickle  # noqa: TID251  CIFAR-10 is published as pickles; _ArrayUnpickler runs nothing that they name
+import zlib
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from provgen.errors import InputError
+
+_DAMAGED = "replace it with a fresh copy"
+_UNSIGNED_BYTE = 8  # idx type code
+
+
+def read_idx_folder(folder: Path, preferred: str) -> tuple[Tensor, Tensor]:
+    """Read the training part of an MNIST-like data set from anywhere in `folder`.
+
+    Args:
+        folder: Holds train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz, at most two levels
+            down.
+        preferred: Name of the subfolder to take if several hold such files.
+
+    Returns:
+        Images uint8 (train, 1, height, width) and labels int64 (train,).
+
+    Raises:
+        InputError: Files that are missing, ambiguous, damaged or of different lengths.
+    """
+    image_path = _find(folder, ["train-images-idx3-ubyte", "train-images.idx3-ubyte"], preferred)
+    label_path = _find(image_path.parent, ["train-labels-idx1-ubyte", "train-labels.idx1-ubyte"], preferred)
+    images, labels = _read_idx(image_path, 3), _read_idx(label_path, 1)
+    _require_pairs(images, labels, f"{image_path} and {label_path.name}")
+    return images[:, None], labels.long()
+
+
+def read_cifar10_folder(folder: Path) -> tuple[Tensor, Tensor]:
+    """Read the five training batches of CIFAR-10 (python version) from anywhere in `folder`.
+
+    Returns:
+        Images uint8 (train, 3, 32, 32) and labels int64 (train,).
+
+    Raises:
+        InputError: Files that are missing, damaged, or name anything but numpy arrays.
+    """
+    first = _find(folder, ["data_batch_1"], "cifar-10-batches-py")
+    paths = [first, *(_find(first.parent, [f"data_batch_{i}"], "") for i in range(2, 6))]
+    batches = [_read_cifar_batch(path) for path in paths]
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def _find(folder: Path, names: Sequence[str], preferred: str) -> Path:
+    """Find the shallowest file with one of `names`, plain before gzipped."""
+    if not folder.is_dir():
+        raise InputError(f"no folder at {folder}; set data.path to the folder that holds {names[0]}")
+    for level in ("", "*/", "*/*/"):
+        found = [path for name in names for end in ("", ".gz") for path in folder.glob(f"{level}{name}{end}")]
+        if found:
+            return _only(found, preferred, folder)
+    raise InputError(f"no {names[0]} (plain or .gz) in {folder}; set data.path to the folder that holds it")
+
+
+def _only(found: list[Path], preferred: str, folder: Path) -> Path:
+    parents = {path.parent for path in found}
+    chosen = [path for path in found if len(parents) == 1 or preferred in path.relative_to(folder).parts]
+    if len({path.parent for path in chosen}) != 1:
+        options = " or ".join(sorted(str(parent) for parent in parents))
+        raise InputError(
+            f"several copies of {found[0].name} in {folder}; set data.path to one of them: {options}"
+        )
+    return chosen[0]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}; {_DAMAGED}") from error
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """Read an idx file of unsigned bytes: big-endian magic and sizes, then the values."""
+    data = _read_bytes(path)
+    start = 4 + 4 * dimensions
+    if data[:4] != bytes([0, 0, _UNSIGNED_BYTE, dimensions]) or len(data) < start:
+        raise InputError(
+            f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions; {_DAMAGED}"
+        )
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    if len(data) - start != math.prod(shape):
+        raise InputError(
+            f"{path} holds {len(data) - start} values where its header says {math.prod(shape)}; {_DAMAGED}"
+        )
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
+
+
+def _require_pairs(images: Tensor, labels: Tensor, where: str) -> None:
+    if len(images) != len(labels):
+        raise InputError(
+            f"{len(images)} images but {len(labels)} labels in {where}; take both from one release"
+        )
+    if images.numel() == 0:
+        raise InputError(f"no images in {where}; {_DAMAGED}")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickle dicts, lists and numpy arrays; anything else that a pickle names is refused, not run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        package, _, rest = module.partition(".")
+        if package == "numpy" and rest in ("core.multiarray", "_core.multiarray") and name == "_reconstruct":
+            return _empty_array
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return _encode_latin1
+        raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
+
+
+def _empty_array(_subtype: type, _shape: tuple[int, ...], _dtype: bytes) -> np.ndarray[Any, Any]:
+    # What numpy's _reconstruct does for arrays; their shape and values follow as pickled state.
+    return np.ndarray((0,), np.int8)
+
+
+def _encode_latin1(text: str, _encoding: str) -> bytes:
+    # How Python 3 pickles bytes in protocol 2.
+    return text.encode("latin1")
+
+
+def _read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        batch = _ArrayUnpickler(BytesIO(_read_bytes(path)), encoding="latin1").load()
+        # str keys as published (Python 2), bytes keys as some re-packed copies have them.
+        pixels, labels = (batch[key if key in batch else key.encode()] for key in ("data", "labels"))
+        images = torch.from_numpy(np.asarray(pixels, np.uint8).reshape(-1, 3, 32, 32).copy())
+        pair = images, torch.tensor([int(label) for label in labels])
+    except InputError:
+        raise
+    except (
+        pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError,
+        OverflowError, MemoryError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is not a python batch of CIFAR-10: {reason}; {_DAMAGED}") from error
+    _require_pairs(*pair, str(path))
+    return pair

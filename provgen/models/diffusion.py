@@ -1,0 +1,108 @@
+"""The denoiser: small class-conditional UNets by size name, and the encoder stages others may read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from provgen.errors import InputError
+
+
+@dataclass(frozen=True)
+class DenoiserSize:
+    """Channels of each down block, and residual layers in each."""
+
+    channels: tuple[int, ...]
+    layers: int
+    groups: int
+
+
+DENOISER_SIZES = {
+    "tiny": DenoiserSize(channels=(8, 16), layers=1, groups=4),
+    "small": DenoiserSize(channels=(16, 32), layers=1, groups=4),
+    "medium": DenoiserSize(channels=(32, 64, 64), layers=1, groups=8),
+    "large": DenoiserSize(channels=(64, 128, 128), layers=2, groups=16),
+}
+
+
+def make_denoiser(size: str, *, image_size: int, image_channels: int, num_classes: int) -> UNet2DModel:
+    """Make a UNet that predicts the noise; class `num_classes` is the null label.
+
+    Convolutions only: at these sizes the receptive field covers the image, and attention would make one
+    process and several differ by more than rounding.
+
+    Raises:
+        InputError: `image_size` cannot be halved once per down block.
+    """
+    shape = DENOISER_SIZES[size]
+    blocks = len(shape.channels)
+    multiple = 2 ** (blocks - 1)
+    if image_size % multiple:
+        raise InputError(
+            f"data.image_size must be a multiple of {multiple} for generator.size={size}, got {image_size}"
+        )
+    return UNet2DModel(
+        sample_size=image_size,
+        in_channels=image_channels,
+        out_channels=image_channels,
+        block_out_channels=shape.channels,
+        layers_per_block=shape.layers,
+        norm_num_groups=shape.groups,
+        down_block_types=("DownBlock2D",) * blocks,
+        up_block_types=("UpBlock2D",) * blocks,
+        add_attention=False,
+        num_class_embeds=num_classes + 1,
+    )
+
+
+def make_training_scheduler(num_train_timesteps: int, beta_schedule: str) -> DDPMScheduler:
+    """Make the forward process; it predicts the noise."""
+    return DDPMScheduler(
+        num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, prediction_type="epsilon"
+    )
+
+
+def make_sampling_scheduler(training_scheduler: DDPMScheduler) -> DDIMScheduler:
+    """Make the deterministic sampler of the same noise levels; it starts at the noisiest one."""
+    return DDIMScheduler.from_config(
+        training_scheduler.config, clip_sample=True, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+
+
+def stage_shapes(denoiser: UNet2DModel) -> list[tuple[int, int]]:
+    """List `(channels, height)` of every encoder stage: the stem, each down block, the middle block."""
+    channels = denoiser.config.block_out_channels
+    size = denoiser.config.sample_size
+    down = [(width, size // 2**depth) for depth, width in enumerate(channels)]
+    return [(channels[0], size), *down, down[-1]]
+
+
+@contextmanager
+def record_stages(denoiser: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the encoder stages of one forward pass, in the order of `stage_shapes`.
+
+    Args:
+        denoiser: A UNet2DModel, not wrapped; forward hooks on its blocks fire inside a DDP wrapper too.
+
+    Yields:
+        A list that the forward pass inside the block fills with (batch, channel, height, width) tensors.
+    """
+    assert isinstance(denoiser, UNet2DModel)
+    stages: list[Tensor] = []
+    hooks = [denoiser.conv_in.register_forward_hook(lambda _m, _i, output: stages.append(output))]
+    for block in denoiser.down_blocks:
+        # A down block returns (downsampled, all its residual outputs); the last residual layer is the stage.
+        last = len(block.resnets) - 1
+        hooks.append(
+            block.register_forward_hook(lambda _m, _i, output, last=last: stages.append(output[1][last]))
+        )
+    hooks.append(denoiser.mid_block.register_forward_hook(lambda _m, _i, output: stages.append(output)))
+    try:
+        yield stages
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,176 @@
+"""Samples and traces on disk: PNGs that carry their sources, and Parquet parts, one per process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from provgen.attribution.scores import Attribution
+from provgen.data.images import save_png
+from provgen.data.manifest import Manifest
+from provgen.errors import InputError
+from provgen.run_folder import RunFolder
+
+SCHEMA_VERSION = "1"
+
+TRACE_SCHEMA = pa.schema(
+    [
+        ("sample", pa.int64()),
+        ("rank", pa.int64()),
+        ("example_index", pa.int64()),
+        ("posterior", pa.float64()),
+        ("weight", pa.float64()),
+    ],
+    metadata={"schema_version": SCHEMA_VERSION},
+)
+"""`rank` counts from 0; `example_index` refers to the train rows of the manifest."""
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("sample", pa.int64()),
+        ("seed", pa.int64()),
+        ("class_label", pa.int64()),
+        ("entropy", pa.float64()),
+        ("commitment_step", pa.int64()),
+        ("path", pa.string()),
+        ("mass_not_shown", pa.float64()),
+        ("step_signal", pa.list_(pa.float64())),
+        ("step_entropy", pa.list_(pa.float64())),
+        ("closed_form_entropy", pa.float64()),
+        ("closed_form_commitment_step", pa.int64()),
+        ("closed_form_step_entropy", pa.list_(pa.float64())),
+    ],
+    metadata={"schema_version": SCHEMA_VERSION},
+)
+"""Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for."""
+
+
+def trace_rows(attribution: Attribution, samples: Sequence[int]) -> list[dict[str, Any]]:
+    """Flatten an attribution into rows of TRACE_SCHEMA; `samples` numbers its queries."""
+    rows = []
+    for query, sample in enumerate(samples):
+        columns = (attribution.example_index, attribution.posterior, attribution.weight)
+        triples = zip(*(column[query].tolist() for column in columns), strict=True)
+        rows += [
+            {"sample": sample, "rank": rank, "example_index": index, "posterior": posterior, "weight": weight}
+            for rank, (index, posterior, weight) in enumerate(triples)
+        ]
+    return rows
+
+
+def sample_rows(
+    attribution: Attribution,
+    closed_form: Attribution | None,
+    *,
+    samples: Sequence[int],
+    seeds: Sequence[int],
+    class_labels: Sequence[int | None],
+    paths: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Make rows of SAMPLE_SCHEMA, one per query."""
+    rows = []
+    for query, (sample, seed, label, path) in enumerate(
+        zip(samples, seeds, class_labels, paths, strict=True)
+    ):
+        row = {
+            "sample": sample,
+            "seed": seed,
+            "class_label": label,
+            "path": path,
+            **_evidence(attribution, query),
+        }
+        row["mass_not_shown"] = float(attribution.mass_not_shown[query])
+        row["step_signal"] = attribution.signal.tolist()
+        if closed_form is not None:
+            row |= {f"closed_form_{name}": value for name, value in _evidence(closed_form, query).items()}
+        rows.append(row)
+    return rows
+
+
+def write_part(folder: Path, process: int, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write `folder/part-PROCESS.parquet`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"part-{process}.parquet")
+
+
+def read_parts(folder: Path, sort_by: Sequence[str]) -> list[dict[str, Any]]:
+    """Read all parts of a folder as rows in order.
+
+    Raises:
+        InputError: There are none.
+    """
+    parts = sorted(folder.glob("part-*.parquet"))
+    if not parts:
+        raise InputError(f"nothing in {folder}; run `provgen generate --run {folder.parent}` first")
+    table = pa.concat_tables([pq.read_table(part) for part in parts])
+    rows: list[dict[str, Any]] = table.sort_by([(name, "ascending") for name in sort_by]).to_pylist()
+    return rows
+
+
+def save_sample(
+    image: Tensor, path: Path, *, seed: int, sources: Sequence[Mapping[str, Any]], fingerprint: str
+) -> None:
+    """Save one uint8 sample (channel, height, width) as a PNG that names its sources."""
+    text = {
+        "digitalSourceType": "trainedAlgorithmicMedia",
+        "provgen:schema_version": SCHEMA_VERSION,
+        "provgen:seed": str(seed),
+        "provgen:data_fingerprint": fingerprint,
+        "provgen:sources": json.dumps(list(sources), ensure_ascii=False),
+    }
+    save_png(image, path, text)
+
+
+def source_records(attribution: Attribution, query: int, manifest: Manifest) -> list[dict[str, Any]]:
+    """Describe the sources of one query: what the manifest knows of each, with posterior and weight."""
+    sources = manifest.sources(attribution.example_index[query])
+    pairs = zip(attribution.posterior[query].tolist(), attribution.weight[query].tolist(), strict=True)
+    return [
+        {**asdict(source), "posterior": round(posterior, 6), "weight": round(weight, 6)}
+        for source, (posterior, weight) in zip(sources, pairs, strict=True)
+    ]
+
+
+def staging_folder(folder: RunFolder) -> RunFolder:
+    """Where samples are written until all of them are there."""
+    return RunFolder(folder.root / ".generating")
+
+
+def publish(folder: RunFolder) -> None:
+    """Put finished samples and traces in the place of those of an earlier call."""
+    staged = staging_folder(folder)
+    for new, old in (
+        (staged.samples, folder.samples),
+        (staged.traces, folder.traces),
+        (staged.closed_form_traces, folder.closed_form_traces),
+    ):
+        shutil.rmtree(old, ignore_errors=True)
+        if new.is_dir():
+            new.replace(old)
+    shutil.rmtree(staged.root)
+
+
+def group_traces(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    """Collect TRACE_SCHEMA rows, sorted by sample and rank, under their sample."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["sample"], []).append(row)
+    return groups
+
+
+def _evidence(attribution: Attribution, query: int) -> dict[str, Any]:
+    step = int(attribution.commitment_step[query])
+    return {
+        "entropy": float(attribution.entropy[query]),
+        "commitment_step": step if step >= 0 else None,
+        "step_entropy": attribution.step_entropy[query].to(torch.float64).tolist(),
+    }

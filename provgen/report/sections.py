@@ -1,0 +1,218 @@
+"""The sections of a run's report, each from files or tensors to figures, a table and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from provgen.analysis.agreement import agreement, mismatched
+from provgen.analysis.memorization import distance_ratio, share_memorized
+from provgen.analysis.statistics import Estimate, mean_estimate
+from provgen.report.exports import group_traces
+from provgen.report.figures import plot_entropy, plot_index_quality, plot_ratio_histogram, plot_training
+from provgen.report.html import Section, Table, picture_of_figure, picture_of_image
+from provgen.report.metrics import Metric
+
+Rows = Sequence[Mapping[str, Any]]
+Part = tuple[Section, list[Metric]]
+
+
+def samples_section(grid: Image.Image, shown: int, total: int) -> Section:
+    """Show the grid of samples and sources."""
+    picture = picture_of_image(
+        grid,
+        alt="Each generated sample on the left, the training images it was traced to beside it",
+        caption=f"The first {shown} of {total} samples, none picked. Under each source: its class and its weight.",
+    )
+    return Section(
+        "Samples and their sources",
+        "Every sample was traced by the provenance network along its own sampling trajectory, from the features "
+        "the generator computed anyway. Weights equal the posterior until a calibration has been fitted.",
+        [picture],
+    )
+
+
+def training_section(metrics: Rows) -> Section:
+    """Show the loss curves."""
+    picture = picture_of_figure(
+        plot_training(metrics),
+        alt="Denoising, index and class loss against optimiser steps",
+        caption="Losses of single batches (faint) and their running mean.",
+    )
+    return Section(
+        "Training", "The denoiser and the provenance network are trained in the same steps.", [picture]
+    )
+
+
+def index_section(rows: Rows, num_train: int, num_classes: int) -> Part:
+    """Show index metrics beside their closed-form ceilings, from the rows of one evaluation."""
+    picture = picture_of_figure(
+        plot_index_quality(rows),
+        alt="Cross-entropy, top-1 and top-5 of the index against the signal level, network and closed form",
+        caption="Noise on the left, image on the right. Dashed: the closed form, which nothing can beat.",
+    )
+    names = ("cross_entropy", "top1", "top5")
+    header = ["a_t", "rows", "gap (nats)"]
+    for name in ("cross-entropy", "top-1", "top-5"):
+        header += [name, "ceiling"]
+    table_rows = [
+        [round(row["signal"], 3), row["rows"], float(row["kl_gap"])]
+        + [row[key] for name in names for key in (name, f"{name}_ceiling")]
+        for row in rows
+    ]
+    section = Section(
+        "Does the network know the index?",
+        "For noised training images: how well the network says which one it was, with the class label and with "
+        "the null label, beside the best possible answer for the very same noisy images.",
+        [picture],
+        Table(
+            header, table_rows, "Parents are averaged over the closed-form posterior; see docs/metrics.md."
+        ),
+    )
+    return section, _index_metrics(rows, num_train, num_classes)
+
+
+def entropy_section(samples: Rows) -> Section:
+    """Show how the posterior narrows along the sampling trajectories."""
+    signal = torch.tensor(samples[0]["step_signal"])
+    network = torch.tensor([sample["step_entropy"] for sample in samples])
+    closed = None
+    if samples[0]["closed_form_step_entropy"] is not None:
+        closed = torch.tensor([sample["closed_form_step_entropy"] for sample in samples])
+    picture = picture_of_figure(
+        plot_entropy(signal, network, closed),
+        alt="Entropy of the posterior over training images against the signal level along sampling",
+        caption="Line: median over samples; band: 10 to 90 %. It ends near 0 for every finished image: there the "
+        "posterior is a nearest-neighbour look-up. Where it falls says when a sample's sources were settled.",
+    )
+    steps = [sample["commitment_step"] for sample in samples if sample["commitment_step"] is not None]
+    median = f"{torch.tensor(steps).median()} of {len(signal)}" if steps else "none"
+    text = (
+        f"{len(steps)} of {len(samples)} samples commit to their final top source "
+        f"(it keeps more than half of the posterior to the end); median step: {median}."
+    )
+    return Section("When does a sample settle on its sources?", text, [picture])
+
+
+def agreement_section(samples: Rows, traces: Rows, closed_traces: Rows, num_train: int) -> Part:
+    """Compare the network's sources with the closed form's for the same trajectories."""
+    first, second = _indices(traces), _indices(closed_traces)
+    labels = torch.tensor([-1 if s["class_label"] is None else s["class_label"] for s in samples])
+    found = agreement(first, second)
+    chance = agreement(first, second[mismatched(labels)])
+    metrics = [
+        Metric.from_estimate(name, estimate, "learned provenance", null=null.value, ceiling=1.0)
+        for name, estimate, null in (
+            ("agreement_top1", found.top1, chance.top1),
+            (f"agreement_top{first.shape[1]}_overlap", found.overlap, chance.overlap),
+        )
+    ]
+    rows = [
+        ["same first source", _interval(found.top1), _interval(chance.top1), 1.0],
+        [
+            f"share of {first.shape[1]} sources named by both",
+            _interval(found.overlap),
+            _interval(chance.overlap),
+            1.0,
+        ],
+    ]
+    section = Section(
+        "Network and closed form",
+        "The closed form is the exact posterior of the forward process over the training images; it needs all of "
+        "them at hand. It is a statement about the data's geometry, not about cause.",
+        table=Table(
+            ["agreement", "same sample", "another sample of the class", "ceiling"],
+            rows,
+            f"95 % intervals in brackets, {len(first)} samples, {num_train} training images.",
+        ),
+    )
+    return section, metrics
+
+
+def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, train: Tensor) -> Part:
+    """Apply the 1/3 rule to three image sets, each (query, feature); `train` is (train, feature)."""
+    sets = {"generated": generated, "held-out": holdout, "copied": copies}
+    ratios = {name: distance_ratio(images, train) for name, images in sets.items() if len(images)}
+    shares = {name: share_memorized(values) for name, values in ratios.items()}
+    picture = picture_of_figure(
+        plot_ratio_histogram(ratios),
+        alt="Histograms of the distance ratio of generated, held-out and copied images",
+        caption="Distance to the nearest training image over the distance to the second nearest; below 1/3 an "
+        "image counts as memorized.",
+    )
+    rows = [[name, _interval(share), share.n] for name, share in shares.items()]
+    null = shares["held-out"].value if "held-out" in shares else None
+    metric = Metric.from_estimate(
+        "share_memorized", shares["generated"], "similarity", null=null, ceiling=shares["copied"].value
+    )
+    section = Section(
+        "Is it copying?",
+        "The 1/3 rule of Yoon et al. (2023) on raw pixels. Held-out images show what a perfect generator would "
+        "score, exact copies of training images what a pure copier would.",
+        [picture],
+        Table(["images", "share memorized", "n"], rows, "Clopper-Pearson 95 % intervals in brackets."),
+    )
+    return section, [metric]
+
+
+def denoising_section(train_losses: Tensor, holdout_losses: Tensor) -> Part:
+    """Compare the denoising loss on training and held-out images, each (query,)."""
+    seen, unseen = mean_estimate(train_losses, seed=0), mean_estimate(holdout_losses, seed=0)
+    metric = Metric.from_estimate("holdout_denoising_loss", unseen, "similarity", ceiling=seen.value)
+    section = Section(
+        "Does it generalize?",
+        "Mean squared error of the predicted noise, averaged weights. A generator that memorizes is much better on "
+        "the images it has seen.",
+        table=Table(
+            ["images", "denoising loss", "n"],
+            [["training", _interval(seen), seen.n], ["held-out", _interval(unseen), unseen.n]],
+            "Bootstrap 95 % intervals over images in brackets.",
+        ),
+    )
+    return section, [metric]
+
+
+def _index_metrics(rows: Rows, num_train: int, num_classes: int) -> list[Metric]:
+    metrics = []
+    for kind in sorted({row["rows"] for row in rows}):
+        level = min((r for r in rows if r["rows"] == kind), key=lambda row: abs(row["signal"] - 0.9))
+        chance = 1 / num_train if kind == "null" else max(num_classes, 1) / num_train
+        for name, null in (("top1", chance), ("top5", min(1.0, 5 * chance))):
+            metrics.append(
+                Metric(
+                    f"index_{name}_{kind}_at_a_{level['signal']:.2f}",
+                    level[name],
+                    None,
+                    None,
+                    null,
+                    level[f"{name}_ceiling"],
+                    level["n"],
+                    "learned provenance",
+                )
+            )
+        inside = [row["kl_gap"] for row in rows if row["rows"] == kind and 0.05 < row["signal"] < 0.9]
+        metrics.append(
+            Metric(
+                f"index_kl_gap_{kind}_nats",
+                sum(inside) / len(inside),
+                None,
+                None,
+                None,
+                0.0,
+                level["n"],
+                "learned provenance",
+            )
+        )
+    return metrics
+
+
+def _indices(traces: Rows) -> Tensor:
+    return torch.tensor([[row["example_index"] for row in rows] for rows in group_traces(traces).values()])
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

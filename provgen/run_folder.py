@@ -1,0 +1,115 @@
+"""The run folder: where everything of one run lies on disk, and how files get there whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from provgen.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; nothing is created until it is written."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved settings with versions; can be passed to `--config` again."""
+        return self.root / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """One row per image of the data set, in the order of the example index."""
+        return self.root / "manifest.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line: `step` and the scalars logged at it."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`step-000500/` and so on."""
+        return self.root / "checkpoints"
+
+    @property
+    def pipeline(self) -> Path:
+        """`ProvenancePipeline.save_pretrained` folder."""
+        return self.root / "pipeline"
+
+    @property
+    def samples(self) -> Path:
+        """Generated PNGs, `grid.png` and `part-PROCESS.parquet`."""
+        return self.root / "samples"
+
+    @property
+    def traces(self) -> Path:
+        """Network traces, `part-PROCESS.parquet`."""
+        return self.root / "traces"
+
+    @property
+    def closed_form_traces(self) -> Path:
+        """Traces of the same samples by the closed-form posterior, `part-PROCESS.parquet`."""
+        return self.root / "traces_closed_form"
+
+    @property
+    def report_json(self) -> Path:
+        """Metrics of the analysis, machine-readable."""
+        return self.root / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        """The analysis as one self-contained page."""
+        return self.root / "report.html"
+
+
+def require_run(root: Path) -> RunFolder:
+    """Open an existing run folder.
+
+    Raises:
+        InputError: `root` is not a run folder.
+    """
+    run = RunFolder(root)
+    if not run.config.is_file():
+        raise InputError(f"no run in {root}: {run.config} is missing; train one with `provgen train` first")
+    return run
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `path` to write to; rename it to `path` when the block ends well.
+
+    Works for a file and for a folder. A kill or an error in between leaves what stood at `path` untouched.
+
+    Raises:
+        InputError: The file system refused the write (full disk, missing permission).
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    _remove(temporary)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.exists():
+            _remove(path)
+        temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; what was saved before is intact, "
+            "free space or fix permissions and run the same command again"
+        ) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,96 @@
+"""Write report.json and report.html of a run that has generated samples.
+
+provgen analyze --run runs/digits
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from provgen import build, cli
+from provgen.analysis.denoising import denoising_losses
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+from provgen.report import exports, sections
+from provgen.report.html import render_report
+from provgen.report.metrics import write_report_json
+from provgen.report.sample_sources import draw_samples, load_pixels
+from provgen.run_folder import atomic_path
+from provgen.training.tracking import read_metrics
+
+GRID_SAMPLES = 32
+DENOISING_DRAWS = 20
+MAX_IMAGES = 2000
+
+
+def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) -> None:
+    """Write report.json and report.html: what was generated, from which sources, copied or not."""
+    accelerator = build.make_accelerator()
+    if not accelerator.is_main_process:
+        return
+    trained = build.open_trained_run(run)
+    folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
+    samples = exports.read_parts(folder.samples, ["sample"])
+    traces = exports.read_parts(folder.traces, ["sample", "rank"])
+    logged = read_metrics(folder.metrics)
+
+    grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
+    generated = load_pixels(folder, samples, trained.data.manifest)
+    copies = some_of(train, len(generated)).images
+    sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
+    parts = [
+        (sections.samples_section(grid, min(GRID_SAMPLES, len(samples)), len(samples)), []),
+        sections.memorization_section(*sets),
+        (sections.entropy_section(samples), []),
+    ]
+    if folder.closed_form_traces.is_dir():
+        closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
+        parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
+    quality = [row["index_quality"] for row in logged if "index_quality" in row]
+    parts.append(sections.index_section(quality[-1], len(train), train.num_classes))
+    if len(holdout):
+        parts.append(
+            sections.denoising_section(*(held_losses(trained, images) for images in (train, holdout)))
+        )
+    parts.append((sections.training_section(logged), []))
+
+    facts = {
+        "run": str(run),
+        "images": f"{len(train)} training and {len(holdout)} held-out, {trained.settings.data.source}",
+        "samples": str(len(samples)),
+        "steps trained": str(logged[-1]["step"]),
+        "data fingerprint": trained.data.manifest.fingerprint[:16],
+    }
+    page = render_report(
+        title=f"provgen: {run.name}", facts=facts, sections=[section for section, _ in parts]
+    )
+    with atomic_path(folder.report_html) as partial:
+        partial.write_text(page, encoding="utf-8")
+    write_report_json(folder.report_json, run.name, [metric for _, metrics in parts for metric in metrics])
+    print(f"report in {folder.report_html}, numbers in {folder.report_json}")
+
+
+def pixel_rows(images: Tensor) -> Tensor:
+    """Flatten uint8 (query, channel, height, width) to (query, feature) in [-1, 1]."""
+    return to_unit_range(images).flatten(1)
+
+
+def some_of(images: ImageSet, count: int) -> ImageSet:
+    """Choose `count` images by a fixed seed; all of them if there are fewer."""
+    return images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
+
+
+def held_losses(trained: build.TrainedRun, images: ImageSet) -> Tensor:
+    """Denoising loss of each of at most MAX_IMAGES images, (query,)."""
+    chosen = some_of(images, MAX_IMAGES)
+    pixels = to_unit_range(chosen.images)
+    pipeline = trained.pipeline
+    scheduler = pipeline.scheduler
+    return denoising_losses(pipeline.unet, scheduler, pixels, chosen.labels, draws=DENOISING_DRAWS, seed=0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

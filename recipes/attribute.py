@@ -1,0 +1,81 @@
+"""Trace images from outside to the training images of a run.
+
+provgen attribute --run runs/digits photo.png --top-k 8 --json
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from provgen import build, cli
+from provgen.data.images import read_image
+from provgen.errors import InputError
+from provgen.report.exports import source_records
+
+
+def main(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    run: Annotated[Path, typer.Option(help="Run folder of a trained generator.")],
+    top_k: Annotated[int, typer.Option(help="Sources per image.")] = 8,
+    class_name: Annotated[str | None, typer.Option(help="Class of the images, if known.")] = None,
+    closed_form: Annotated[bool, typer.Option(help="By the closed form instead of the network.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise the images are traced with.")] = 0,
+) -> None:
+    """Trace images from outside; they are noised to the sampler's levels and given to the network."""
+    trained = build.open_trained_run(run)
+    manifest = trained.data.manifest
+    if class_name is not None and class_name not in manifest.class_names:
+        raise InputError(f"unknown class {class_name!r}; the classes are: {', '.join(manifest.class_names)}")
+    label = None if class_name is None else manifest.class_names.index(class_name)
+    pixels = [read_image(p, image_size=manifest.image_size, channels=manifest.channels) for p in images]
+    attribution = trained.pipeline.attribute(
+        torch.stack(pixels),
+        top_k=top_k,
+        class_labels=[label] * len(images),
+        closed_form=trained.closed_form() if closed_form else None,
+        seed=seed,
+    )
+    results = [
+        {
+            "image": str(path),
+            "entropy_nats": round(float(attribution.entropy[query]), 6),
+            "mass_not_shown": round(float(attribution.mass_not_shown[query]), 6),
+            "sources": source_records(attribution, query, manifest),
+        }
+        for query, path in enumerate(images)
+    ]
+    if as_json:
+        method = "closed form" if closed_form else "provenance network"
+        print(
+            json.dumps({"schema_version": 1, "run": str(run), "method": method, "images": results}, indent=2)
+        )
+        return
+    for result in results:
+        Console().print(source_table(result))
+
+
+def source_table(result: dict) -> Table:  # type: ignore[type-arg] # the JSON record itself
+    """Lay out the sources of one image."""
+    title = f"{result['image']}: entropy {result['entropy_nats']:.2f} nats"
+    table = Table(
+        title=title, caption=f"posterior not shown: {result['mass_not_shown']:.1%}", title_justify="left"
+    )
+    for heading in ("source", "class", "contributor", "licence"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("index", "posterior", "weight"):
+        table.add_column(heading, justify="right")
+    for source in result["sources"]:
+        texts = [source["path"], source["class_name"], source["contributor"], source["license"]]
+        numbers = [str(source["example_index"]), f"{source['posterior']:.1%}", f"{source['weight']:.1%}"]
+        table.add_row(*[text or "" for text in texts], *numbers)
+    return table
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,70 @@
+"""Train an image generator together with its provenance network.
+
+    provgen train --config recipes/digits.yaml training.max_steps=2000
+    accelerate launch --config_file accelerate_config.yaml recipes/train.py --config recipes/digits.yaml
+
+The same command resumes a run that was stopped or killed.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from provgen import build, cli
+from provgen.run_folder import RunFolder
+from provgen.settings import load_settings
+from provgen.training.checkpoint import resume_latest, save_checkpoint
+from provgen.training.progress import TrainingProgress, check_finite, quality_table
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML settings; the defaults without it.")] = None,
+) -> None:
+    """Train an image generator together with its provenance network; the same command resumes."""
+    settings = load_settings(config, overrides or [])
+    training = settings.training
+    accelerator = build.make_accelerator(settings)
+    data = build.open_data(settings, RunFolder(Path(settings.output_dir)))
+    batches = build.make_batches(settings, data.train, accelerator)
+    trainer = build.make_trainer(settings, data, accelerator)
+    with accelerator.main_process_first():
+        folder = build.start_run(settings, data)
+    fingerprint = data.manifest.fingerprint
+    step = resume_latest(trainer, folder.checkpoints, fingerprint)
+    build.make_trackers(folder, accelerator, start_step=step)
+    probe = build.make_probe(settings, data.train, trainer.noise_scheduler)
+
+    with TrainingProgress(step, training.max_steps, is_shown=accelerator.is_main_process) as progress:
+        progress.say(
+            f"{len(data.train)} training and {len(data.holdout)} held-out images from {settings.data.source}"
+        )
+        progress.say(f"resumed {folder.root} from step {step}" if step else f"new run in {folder.root}")
+        while step < training.max_steps:
+            batch = batches.batch(step).share(accelerator.process_index, accelerator.num_processes)
+            losses = trainer.step(batch.to(accelerator.device), step)
+            step += 1
+            is_last = step == training.max_steps
+            saves = step % training.checkpoint_every == 0 or is_last
+            if step % training.log_every == 0 or saves:
+                means = {name: float(accelerator.reduce(loss, "mean")) for name, loss in losses.items()}
+                check_finite(means, step, folder.checkpoints)
+                accelerator.log(means, step=step)
+                progress.update(step, means)
+            evaluates = step % training.evaluate_every == 0 or is_last
+            if evaluates and accelerator.is_main_process and "provenance" in trainer.networks:
+                qualities = probe.measure(build.averaged_posterior(trainer))
+                progress.show(quality_table([quality.as_row() for quality in qualities], step))
+                build.log_quality(accelerator, qualities, step)
+            if saves and accelerator.is_main_process:
+                save_checkpoint(trainer, folder.checkpoints, step, fingerprint)
+                build.save_pipeline(trainer, data.manifest, folder)
+            if saves:
+                accelerator.wait_for_everyone()
+        progress.say(f"trained {step} steps; next: provgen generate --run {folder.root}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,70 @@
+"""Intervals against published values, coverage by simulation, and the normal limit."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import beta
+
+from provgen.analysis.statistics import Estimate, mean_estimate, proportion
+from provgen.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(0, 10, 0.0, 0.3085), (5, 10, 0.1871, 0.8129), (10, 10, 0.6915, 1.0), (1, 1, 0.025, 1.0)],
+)
+def test_proportion_gives_the_published_clopper_pearson_interval(successes, n, low, high):
+    estimate = proportion(successes, n)
+    assert estimate.value == successes / n
+    assert estimate.low == pytest.approx(low, abs=5e-5)
+    assert estimate.high == pytest.approx(high, abs=5e-5)
+    assert estimate.n == n
+
+
+def test_proportion_agrees_with_beta_quantiles_at_another_confidence():
+    estimate = proportion(7, 40, confidence=0.8)
+    assert estimate.low == pytest.approx(beta.ppf(0.1, 7, 34), abs=1e-10)
+    assert estimate.high == pytest.approx(beta.ppf(0.9, 8, 33), abs=1e-10)
+
+
+def test_no_observations_are_refused():
+    with pytest.raises(InputError, match="0 observations"):
+        proportion(0, 0)
+    with pytest.raises(InputError, match="0 observations"):
+        mean_estimate(torch.empty(0), seed=0)
+
+
+def test_mean_of_one_value_has_no_width():
+    assert mean_estimate(torch.tensor([2.5]), seed=3) == Estimate(2.5, 2.5, 2.5, 1)
+
+
+def test_mean_interval_approaches_the_normal_one():
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    estimate = mean_estimate(values, seed=0)
+    margin = 1.96 * float(values.std()) / math.sqrt(len(values))
+    assert estimate.value == pytest.approx(float(values.double().mean()), abs=1e-12)
+    assert estimate.high - estimate.value == pytest.approx(margin, rel=0.1)
+    assert estimate.value - estimate.low == pytest.approx(margin, rel=0.1)
+
+
+def test_mean_interval_covers_the_truth_about_as_often_as_it_says():
+    draws = torch.rand(200, 30, generator=torch.Generator().manual_seed(1))
+    estimates = [mean_estimate(row, seed=0, resamples=500) for row in draws]
+    covered = sum(estimate.low <= 0.5 <= estimate.high for estimate in estimates)
+    assert 0.88 <= covered / len(draws) <= 0.98
+
+
+def test_mean_interval_depends_on_its_seed_and_on_nothing_else():
+    values = torch.arange(20.0)
+    torch.manual_seed(0)
+    first = mean_estimate(values, seed=5)
+    torch.manual_seed(1)
+    assert mean_estimate(values, seed=5) == first
+    assert mean_estimate(values, seed=6) != first
+
+
+def test_bounded_memory_keeps_the_number_of_resamples():
+    values = torch.zeros(50_000).index_fill(0, torch.arange(25_000), 1.0)
+    estimate = mean_estimate(values, seed=0, resamples=200)
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(50_000), rel=0.25)

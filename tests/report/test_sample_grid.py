@@ -1,0 +1,97 @@
+"""The tiles of the grid hold the very pixels of the images, in reading order."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from provgen.errors import InputError
+from provgen.report.sample_grid import sample_grid
+
+
+def flat(color, size=8):
+    return Image.new("RGB", (size, size), color)
+
+
+def place(page, color):
+    """Left, top, width and height of the rectangle that holds every pixel of this colour and no other."""
+    rows, columns = np.nonzero((np.asarray(page) == color).all(axis=2))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert len(rows) == width * height
+    return columns.min(), rows.min(), width, height
+
+
+def colors(sample):
+    return [(10 + sample, 200 - source, 60 * source) for source in range(4)]
+
+
+def grid(count, size=8):
+    images = [[flat(color, size) for color in colors(sample)] for sample in range(count)]
+    captions = [["0.50", "0.25", "0.12"]] * count
+    titles = [f"class {sample}" for sample in range(count)]
+    return sample_grid([row[0] for row in images], [row[1:] for row in images], captions, titles)
+
+
+@pytest.mark.parametrize(("size", "tile"), [(8, 56), (14, 56), (28, 56), (32, 64), (64, 64)])
+def test_tiles_are_enlarged_by_a_whole_factor_to_at_least_56_pixels(size, tile):
+    assert place(grid(1, size), colors(0)[2])[2:] == (tile, tile)
+
+
+def test_tile_pixels_equal_the_source_pixels():
+    pixels = np.random.default_rng(0).integers(1, 255, size=(8, 8, 3), dtype=np.uint8)
+    page = sample_grid([flat("red")], [[Image.fromarray(pixels)]], [["1.00"]], ["sample"])
+    left, top, _, _ = place(page, (255, 0, 0))
+    source_left = next(
+        x for x in range(left + 57, page.width) if tuple(page.getpixel((x, top))) == tuple(pixels[0, 0])
+    )
+    tile = np.asarray(page)[top : top + 56, source_left : source_left + 56]
+    np.testing.assert_array_equal(tile, pixels.repeat(7, axis=0).repeat(7, axis=1))
+
+
+def test_a_row_reads_sample_gap_sources_and_rows_follow_each_other():
+    page = grid(3)
+    for sample in range(3):
+        corners = [place(page, color)[:2] for color in colors(sample)]
+        lefts = [left for left, _ in corners]
+        assert len({top for _, top in corners}) == 1
+        assert lefts == sorted(lefts)
+        assert lefts[1] - lefts[0] > lefts[2] - lefts[1] == lefts[3] - lefts[2]
+    tops = [place(page, colors(sample)[0])[1] for sample in range(3)]
+    assert tops == sorted(tops)
+    assert tops[1] - tops[0] > 56 + 10
+
+
+def test_more_than_sixteen_samples_take_two_columns():
+    one, two = grid(16), grid(17)
+    assert len({place(one, colors(sample)[0])[0] for sample in range(16)}) == 1
+    assert len({place(two, colors(sample)[0])[0] for sample in range(17)}) == 2
+    assert place(two, colors(8)[0])[0] < place(two, colors(9)[0])[0]
+    assert place(two, colors(9)[0])[1] == place(two, colors(0)[0])[1]
+    assert two.height < one.height
+
+
+def test_captions_are_drawn_below_and_change_nothing_in_the_tiles():
+    images = [flat(color) for color in colors(0)]
+    blank = sample_grid(images[:1], [images[1:]], [[" "] * 3], [" "])
+    written = sample_grid(images[:1], [images[1:]], [["0.50"] * 3], ["class 1"])
+    left, top, width, height = place(written, colors(0)[1])
+    below = (left, top + height + 2, left + width, top + height + 20)
+    assert np.asarray(written.crop(below)).min() < 100
+    assert np.asarray(blank.crop(below)).min() == 255
+
+
+def test_a_long_name_is_cut_and_does_not_widen_the_grid_without_end():
+    names = ["x" * 30, "x" * 3000]
+    pages = [sample_grid([flat("red")], [[flat("blue")]], [["1"]], [name]) for name in names]
+    assert pages[0].size == pages[1].size
+
+
+def test_grayscale_images_fewer_sources_and_no_sources_are_drawn():
+    gray = Image.new("L", (8, 8), 77)
+    page = sample_grid([flat("red"), flat("blue")], [[gray], []], [["1.00"], []], ["a", "b"])
+    assert place(page, (77, 77, 77))[2:] == (56, 56)
+    assert place(page, (0, 0, 255))[1] > place(page, (255, 0, 0))[1]
+
+
+def test_an_empty_grid_is_refused():
+    with pytest.raises(InputError, match="0 samples"):
+        sample_grid([], [], [], [])
