@@ -279,7 +279,7 @@ def _make_provenance(settings: Settings, data: RunData, stages: list[tuple[int, 
     has_class_head = (
         train.num_classes > 0 and chosen.class_loss_weight > 0 and settings.generator.label_dropout > 0
     )
-    network = _seeded(
+    network: ProvenanceNetwork = _seeded(
         settings.training.seed + 1,
         lambda: ProvenanceNetwork(
             stages=[list(shape) for shape in stages[: chosen.shared_stages]],

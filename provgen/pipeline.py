@@ -34,10 +34,10 @@ class ProvenancePipelineOutput(BaseOutput):
 
     images: Any
     """PIL images; with `output_type="pt"` a uint8 tensor (query, channel, height, width)."""
-    attribution: Attribution | None
-    """Traces by the provenance network; None with `top_k=None`."""
-    closed_form: Attribution | None = None
-    """Traces of the same trajectories by the closed form, when one was given."""
+    attribution: Any
+    """`Attribution` by the provenance network; None with `top_k=None`."""
+    closed_form: Any = None
+    """`Attribution` of the same trajectories by the closed form; None when none was given."""
 
 
 class ProvenancePipeline(DiffusionPipeline):
@@ -227,7 +227,10 @@ class ProvenancePipeline(DiffusionPipeline):
         shape = (count, config.in_channels, config.sample_size, config.sample_size)
         if isinstance(generator, list) and len(generator) != count:
             raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
-        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        noise: Tensor = randn_tensor(
+            shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
+        )
+        return noise
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
         most = self.scheduler.config.num_train_timesteps

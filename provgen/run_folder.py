@@ -90,8 +90,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         InputError: The file system refused the write (full disk, missing permission).
     """
     temporary = path.with_name(f".{path.name}.partial")
-    _remove(temporary)
     try:
+        _remove(temporary)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if temporary.is_dir() and path.exists():

@@ -216,7 +216,7 @@ def _read_override(override: str) -> DictConfig:
 def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
     """List `(dotted key, value)`; values are kept raw so that interpolations can be refused."""
     pairs: list[tuple[str, Any]] = []
-    for key in config:
+    for key in map(str, config):
         name = f"{prefix}{key}"
         if OmegaConf.is_interpolation(config, key):
             raise InputError(

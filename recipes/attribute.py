@@ -14,7 +14,6 @@ from rich.table import Table
 
 from provgen import build, cli
 from provgen.data.images import read_image
-from provgen.errors import InputError
 from provgen.report.exports import source_records
 
 
@@ -30,9 +29,7 @@ def main(
     """Trace images from outside; they are noised to the sampler's levels and given to the network."""
     trained = build.open_trained_run(run)
     manifest = trained.data.manifest
-    if class_name is not None and class_name not in manifest.class_names:
-        raise InputError(f"unknown class {class_name!r}; the classes are: {', '.join(manifest.class_names)}")
-    label = None if class_name is None else manifest.class_names.index(class_name)
+    label = None if class_name is None else trained.data.train.class_index(class_name)
     pixels = [read_image(p, image_size=manifest.image_size, channels=manifest.channels) for p in images]
     attribution = trained.pipeline.attribute(
         torch.stack(pixels),

@@ -6,7 +6,6 @@
 Writes samples/ (PNGs that carry their sources, grid.png, part-PROCESS.parquet) and traces/ into the run folder.
 """
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +14,10 @@ import typer
 
 from provgen import build, cli
 from provgen.attribution.scores import check_top_k
-from provgen.errors import InputError
+from provgen.data.dataset import ImageSet
 from provgen.report import exports
 from provgen.report.sample_sources import draw_samples
+from provgen.report.sample_writer import SampleWriter, publish, start_staging
 
 GRID_SAMPLES = 32
 
@@ -39,66 +39,52 @@ def main(
     pipeline, train, folder = trained.pipeline, trained.data.train, trained.folder
     pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False, desc="sampling")
     check_top_k(top_k, len(train))
-    if class_name is not None and class_name not in train.class_names:
-        known = ", ".join(train.class_names) or "none, the data set has no labels"
-        raise InputError(f"unknown class {class_name!r}; the classes are: {known}")
-    classes = (
-        [train.class_names.index(class_name)] if class_name else list(range(train.num_classes)) or [None]
-    )
-    staged = exports.staging_folder(folder)
+    labels = class_labels(train, class_name, num_images)
+    oracle = trained.closed_form() if closed_form else None
     if accelerator.is_main_process:
-        shutil.rmtree(staged.root, ignore_errors=True)
-        staged.samples.mkdir(parents=True)
+        start_staging(folder)
     accelerator.wait_for_everyone()
 
-    sample_rows, trace_rows, closed_rows = [], [], []
+    writer = SampleWriter(folder, pipeline.manifest, accelerator.process_index)
     mine = torch.arange(accelerator.process_index, num_images, accelerator.num_processes)
     for numbers in (part.tolist() for part in mine.split(batch_size) if len(part)):
-        seeds, labels = [seed + n for n in numbers], [classes[n % len(classes)] for n in numbers]
+        seeds, given = [seed + n for n in numbers], [labels[n] for n in numbers]
         output = pipeline(
-            labels,
+            given,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             top_k=top_k,
-            closed_form=trained.closed_form() if closed_form else None,
+            closed_form=oracle,
             output_type="pt",
         )
-        names = [f"samples/{n:05d}.png" for n in numbers]
-        for query, name in enumerate(names):
-            exports.save_sample(
-                output.images[query],
-                staged.root / name,
-                seed=seeds[query],
-                sources=exports.source_records(output.attribution, query, pipeline.manifest),
-                fingerprint=pipeline.manifest.fingerprint,
-            )
-        sample_rows += exports.sample_rows(
+        writer.add(
+            output.images,
             output.attribution,
             output.closed_form,
             samples=numbers,
             seeds=seeds,
-            class_labels=labels,
-            paths=names,
+            class_labels=given,
         )
-        trace_rows += exports.trace_rows(output.attribution, numbers)
-        if output.closed_form is not None:
-            closed_rows += exports.trace_rows(output.closed_form, numbers)
-
-    process = accelerator.process_index
-    exports.write_part(staged.samples, process, sample_rows, exports.SAMPLE_SCHEMA)
-    exports.write_part(staged.traces, process, trace_rows, exports.TRACE_SCHEMA)
-    if closed_form:
-        exports.write_part(staged.closed_form_traces, process, closed_rows, exports.TRACE_SCHEMA)
+    writer.close()
     accelerator.wait_for_everyone()
+
     if accelerator.is_main_process:
-        samples = exports.read_parts(staged.samples, ["sample"])[:GRID_SAMPLES]
-        traces = exports.read_parts(staged.traces, ["sample", "rank"])
-        draw_samples(staged, samples, traces, train).save(staged.samples / "grid.png")
-        exports.publish(folder)
+        samples = exports.read_parts(writer.staged.samples, ["sample"])[:GRID_SAMPLES]
+        traces = exports.read_parts(writer.staged.traces, ["sample", "rank"])
+        draw_samples(writer.staged, samples, traces, train).save(writer.staged.samples / "grid.png")
+        publish(folder)
         print(f"{num_images} samples in {folder.samples}, their sources in {folder.traces}")
         print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()
+
+
+def class_labels(train: ImageSet, class_name: str | None, count: int) -> list[int | None]:
+    """Choose the class of each image: the one asked for, or all in turn; None in a set without classes."""
+    if class_name is None:
+        classes: list[int | None] = [*range(train.num_classes)] or [None]
+        return [classes[number % len(classes)] for number in range(count)]
+    return [train.class_index(class_name)] * count
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class TrajectoryTrace:
         probs = log_probs.exp()
         self._signal.append(signal)
         self._entropy.append(entropy(log_probs))
-        self._top.append(tuple(probs.max(dim=1)))
+        largest, index = probs.max(dim=1)
+        self._top.append((largest, index))
         if WINDOW[0] < signal < WINDOW[1]:
             self._in_window += 1
             self._sum = probs if self._sum is None else self._sum + probs

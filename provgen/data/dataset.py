@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from provgen.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
@@ -40,6 +42,17 @@ class ImageSet:
     def num_classes(self) -> int:
         """Number of classes, without the null label."""
         return len(self.class_names)
+
+    def class_index(self, name: str) -> int:
+        """Give the label of a class.
+
+        Raises:
+            InputError: There is no such class.
+        """
+        if name not in self.class_names:
+            known = ", ".join(self.class_names) or "none, as the data set has no labels"
+            raise InputError(f"unknown class {name!r}; the classes are: {known}")
+        return self.class_names.index(name)
 
     def select(self, indices: Tensor) -> ImageSet:
         """Keep the rows `indices` (int64, (selected,)), in that order."""

@@ -46,9 +46,8 @@ class ClassIndependentHead(nn.Module):
     def __init__(self, stages: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
         super().__init__()
         self.embedding = StageEmbedding(stages, width)
-        for linear in self.embedding.projections:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for parameter in self.embedding.parameters():
+            nn.init.zeros_(parameter)
         self.prototypes = nn.Parameter(torch.randn(num_examples, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(num_examples))
         self.log_cap = nn.Parameter(torch.tensor(math.log(MAX_TEMPERATURE)))

@@ -89,5 +89,5 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
 
     def ruled_out(self, class_labels: Tensor) -> Tensor:
         """Say which examples a class label excludes, bool (batch, train); the null label excludes none."""
-        is_null = class_labels == self.config.num_classes
+        is_null = class_labels.eq(self.config.num_classes)
         return ~is_null[:, None] & (class_labels[:, None] != self.example_labels[None, :])

@@ -1,9 +1,7 @@
-"""Samples and traces on disk: PNGs that carry their sources, and Parquet parts, one per process."""
+"""Samples and traces as Parquet parts, one per process: schemas, rows, and reading them back."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from provgen.attribution.scores import Attribution
-from provgen.data.images import save_png
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
-from provgen.run_folder import RunFolder
 
 SCHEMA_VERSION = "1"
 
@@ -116,20 +110,6 @@ def read_parts(folder: Path, sort_by: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def save_sample(
-    image: Tensor, path: Path, *, seed: int, sources: Sequence[Mapping[str, Any]], fingerprint: str
-) -> None:
-    """Save one uint8 sample (channel, height, width) as a PNG that names its sources."""
-    text = {
-        "digitalSourceType": "trainedAlgorithmicMedia",
-        "provgen:schema_version": SCHEMA_VERSION,
-        "provgen:seed": str(seed),
-        "provgen:data_fingerprint": fingerprint,
-        "provgen:sources": json.dumps(list(sources), ensure_ascii=False),
-    }
-    save_png(image, path, text)
-
-
 def source_records(attribution: Attribution, query: int, manifest: Manifest) -> list[dict[str, Any]]:
     """Describe the sources of one query: what the manifest knows of each, with posterior and weight."""
     sources = manifest.sources(attribution.example_index[query])
@@ -138,25 +118,6 @@ def source_records(attribution: Attribution, query: int, manifest: Manifest) -> 
         {**asdict(source), "posterior": round(posterior, 6), "weight": round(weight, 6)}
         for source, (posterior, weight) in zip(sources, pairs, strict=True)
     ]
-
-
-def staging_folder(folder: RunFolder) -> RunFolder:
-    """Where samples are written until all of them are there."""
-    return RunFolder(folder.root / ".generating")
-
-
-def publish(folder: RunFolder) -> None:
-    """Put finished samples and traces in the place of those of an earlier call."""
-    staged = staging_folder(folder)
-    for new, old in (
-        (staged.samples, folder.samples),
-        (staged.traces, folder.traces),
-        (staged.closed_form_traces, folder.closed_form_traces),
-    ):
-        shutil.rmtree(old, ignore_errors=True)
-        if new.is_dir():
-            new.replace(old)
-    shutil.rmtree(staged.root)
 
 
 def group_traces(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
@@ -172,5 +133,5 @@ def _evidence(attribution: Attribution, query: int) -> dict[str, Any]:
     return {
         "entropy": float(attribution.entropy[query]),
         "commitment_step": step if step >= 0 else None,
-        "step_entropy": attribution.step_entropy[query].to(torch.float64).tolist(),
+        "step_entropy": attribution.step_entropy[query].double().tolist(),
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from provgen.errors import InputError
 
-BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, FAINT = "#333333", "#dddddd"
 
 # Key in metrics.jsonl, title, unit.
@@ -117,15 +117,16 @@ def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor], *, threshold: floa
     the rest is cut, and its height written beside it.
 
     Args:
-        ratios_by_set: (query,) distance ratios in [0, 1] by the name of the set, at most 5 sets.
+        ratios_by_set: (query,) distance ratios in [0, 1] by the name of the set, 1 to 3 sets.
         threshold: Ratio below which an image counts as memorized.
     """
+    assert 1 <= len(ratios_by_set) <= 3
     figure = _figure(width=4.6, height=3.0)
     axes = figure.add_subplot()
     edges = np.linspace(0, 1, _RATIO_BINS + 1)
     shares = {name: _shares(ratios, edges) for name, ratios in ratios_by_set.items()}
     top = _histogram_top(list(shares.values()))
-    for (name, heights), color in zip(shares.items(), (BLUE, VERMILION, GREEN, PURPLE, ORANGE), strict=False):
+    for (name, heights), color in zip(shares.items(), (BLUE, VERMILION, GREEN), strict=False):
         label = f"{name} (n = {len(ratios_by_set[name])})"
         axes.stairs(heights, edges, color=color, fill=True, alpha=0.15)
         axes.stairs(heights, edges, color=color, linewidth=1.5, baseline=None, label=label)

@@ -116,9 +116,8 @@ def _shortened(line: str, cell: _Cell) -> str:
     """Cut a line that is wider than its cell, and say so with an ellipsis."""
     if cell.font.getlength(line) <= cell.width:
         return line
-    fitting = bisect_right(
-        range(len(line)), cell.width, key=lambda end: cell.font.getlength(f"{line[:end]}…")
-    )
+    ends = range(len(line))
+    fitting = bisect_right(ends, cell.width, key=lambda end: ceil(cell.font.getlength(f"{line[:end]}…")))
     return f"{line[: max(0, fitting - 1)]}…"
 
 

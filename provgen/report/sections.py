@@ -14,7 +14,7 @@ from provgen.analysis.memorization import distance_ratio, share_memorized
 from provgen.analysis.statistics import Estimate, mean_estimate
 from provgen.report.exports import group_traces
 from provgen.report.figures import plot_entropy, plot_index_quality, plot_ratio_histogram, plot_training
-from provgen.report.html import Section, Table, picture_of_figure, picture_of_image
+from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
 from provgen.report.metrics import Metric
 
 Rows = Sequence[Mapping[str, Any]]
@@ -111,7 +111,7 @@ def agreement_section(samples: Rows, traces: Rows, closed_traces: Rows, num_trai
             (f"agreement_top{first.shape[1]}_overlap", found.overlap, chance.overlap),
         )
     ]
-    rows = [
+    rows: list[list[TableCell]] = [
         ["same first source", _interval(found.top1), _interval(chance.top1), 1.0],
         [
             f"share of {first.shape[1]} sources named by both",
@@ -144,7 +144,7 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
         caption="Distance to the nearest training image over the distance to the second nearest; below 1/3 an "
         "image counts as memorized.",
     )
-    rows = [[name, _interval(share), share.n] for name, share in shares.items()]
+    rows: list[list[TableCell]] = [[name, _interval(share), share.n] for name, share in shares.items()]
     null = shares["held-out"].value if "held-out" in shares else None
     metric = Metric.from_estimate(
         "share_memorized", shares["generated"], "similarity", null=null, ceiling=shares["copied"].value

@@ -92,9 +92,9 @@ class CoTrainer:
 
     def averaged(self, name: str) -> dict[str, Tensor]:
         """Give the averaged weights of one network as a state dict."""
-        network, average = self.networks[name], self.averages[name]
-        shadows = zip(network.named_parameters(), average.shadow_params, strict=True)
-        return network.state_dict() | {key: shadow for (key, _), shadow in shadows}
+        names = [key for key, _ in self.networks[name].named_parameters()]
+        shadows = dict(zip(names, self.averages[name].shadow_params, strict=True))
+        return dict(self.networks[name].state_dict()) | shadows
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         noisy_images = self.noise_scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)

@@ -26,6 +26,15 @@ def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path):
     assert images.sha256[1] == hashlib.sha256((tmp_path / "cats/z.png").read_bytes()).hexdigest()
 
 
+def test_paths_are_sorted_as_strings(tmp_path):
+    for name in ["a/1.png", "a b/1.png", "a/10.png", "a/2.png", "B/1.png"]:
+        write(tmp_path / name)
+    images = load_image_folder(tmp_path, 4)
+    assert images.paths == ("B/1.png", "a b/1.png", "a/1.png", "a/10.png", "a/2.png")
+    assert images.class_names == ("B", "a", "a b")
+    assert images.labels.tolist() == [0, 2, 1, 1, 1]
+
+
 def test_a_flat_folder_has_no_classes(tmp_path):
     for name in ["b.png", "a.jpg", "c.gif"]:
         write(tmp_path / name, 200)

@@ -36,6 +36,8 @@ def test_digits_are_scikit_learns_in_its_order():
     assert digits.class_names == tuple("0123456789")
     assert digits.paths[12] == "digits/00012"
     assert len(set(digits.sha256)) == 1797
+    # Of the values 0 ... 16, as published.
+    assert digits.sha256[7] == hashlib.sha256(expected.images[7].astype(np.uint8).tobytes()).hexdigest()
 
 
 def test_another_image_size_changes_pixels_but_not_identity():
