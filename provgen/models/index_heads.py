@@ -12,8 +12,12 @@ from torch import Tensor, nn
 MAX_GRID = 8
 """Stages wider than this are average-pooled to it, so that heads do not grow with the image."""
 
-MAX_TEMPERATURE = 20.0
-"""Where the learned cap of the inverse temperature starts; in units of signal / noise variance."""
+CLEAR_CALL = 40.0
+"""Nats between an example and its nearest neighbour at which the learned cap of the inverse temperature starts:
+beyond it a sharper posterior says nothing more, and the cleanest images would dominate the loss."""
+
+NEIGHBOR_SAMPLE = 2000
+"""Training examples among which the typical nearest-neighbour distance is measured."""
 
 
 class StageEmbedding(nn.Module):
@@ -38,9 +42,9 @@ class ClassIndependentHead(nn.Module):
     """One softmax over all training examples.
 
     The Bayes posterior of the forward process has logits sqrt(a)/(1-a) (<x_t, x_i> - sqrt(a) |x_i|^2 / 2)
-    (`attribution/posterior.py`). The head has the same form with a learned embedding e(x_t, t, y) in place of
-    x_t, a learned prototype for every x_i and a learned bias for |x_i|^2 / 2. The inverse temperature is known
-    from the noise level up to a learned cap, without which the cleanest images would dominate the loss.
+    (`attribution/posterior.py`), from any origin. The head has the same form with a learned embedding
+    e(x_t, t, y) in place of x_t, a learned prototype for every x_i and a learned bias for |x_i|^2 / 2. The
+    inverse temperature is known from the noise level, up to a learned cap.
     """
 
     def __init__(self, stages: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
@@ -50,7 +54,7 @@ class ClassIndependentHead(nn.Module):
             nn.init.zeros_(parameter)
         self.prototypes = nn.Parameter(torch.randn(num_examples, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(num_examples))
-        self.log_cap = nn.Parameter(torch.tensor(math.log(MAX_TEMPERATURE)))
+        self.log_cap = nn.Parameter(torch.tensor(math.log(CLEAR_CALL)))
 
     def forward(self, stages: list[Tensor], signal: Tensor) -> Tensor:
         """Give index logits (batch, train) from stages and the signal level a_t (batch,)."""
@@ -72,11 +76,19 @@ class ClassIndependentHead(nn.Module):
         """
         rows = images.flatten(1).double().cpu().numpy()
         width = min(self.prototypes.shape[1], *rows.shape)
-        axes = torch.from_numpy(PCA(width, random_state=0).fit(rows).components_)
-        flat = images.flatten(1).double().cpu()
+        coordinates = torch.from_numpy(PCA(width, random_state=0).fit_transform(rows))
         self.prototypes.zero_()
-        self.prototypes[:, :width] = ((flat - flat.mean(0)) @ axes.T).to(self.prototypes)
-        self.bias.copy_((flat @ axes.T).square().sum(1) / 2)
+        self.prototypes[:, :width] = coordinates.to(self.prototypes)
+        self.bias.copy_(coordinates.square().sum(1) / 2)
+        self.log_cap.copy_((2 * CLEAR_CALL / _typical_squared_distance(coordinates)).log())
+
+
+def _typical_squared_distance(rows: Tensor) -> Tensor:
+    """Median squared distance to the nearest other row, among evenly spaced rows of (train, feature)."""
+    some = rows[:: -(-len(rows) // NEIGHBOR_SAMPLE)]
+    nearest = torch.cdist(some, some).fill_diagonal_(math.inf).min(dim=1).values
+    # Exact duplicates must not make the cap infinite.
+    return nearest.square().median().clamp_min(1e-6 * some.square().sum(1).mean())
 
 
 def _pool(stage: Tensor, grid: int) -> Tensor:
