@@ -205,21 +205,25 @@ def averaged_posterior(trainer: CoTrainer) -> NetworkPosterior:
     return NetworkPosterior(networks["denoiser"], networks["provenance"])
 
 
+def make_pipeline(trainer: CoTrainer, manifest: Manifest) -> ProvenancePipeline:
+    """Make the pipeline of the averaged weights; the trainer must have a provenance network."""
+    networks = averaged_networks(trainer)
+    pipeline = ProvenancePipeline(
+        unet=networks["denoiser"],
+        provenance=networks["provenance"],
+        scheduler=make_sampling_scheduler(trainer.noise_scheduler),
+    )
+    return pipeline.with_manifest(manifest)
+
+
 def save_pipeline(trainer: CoTrainer, manifest: Manifest, folder: RunFolder) -> None:
     """Write the pipeline of the averaged weights, whole or not at all.
 
     A denoiser trained without a provenance network has no pipeline; its weights are in the checkpoints.
     """
-    networks = averaged_networks(trainer)
-    if "provenance" not in networks:
-        return
-    pipeline = ProvenancePipeline(
-        unet=networks["denoiser"],
-        provenance=networks["provenance"],
-        scheduler=make_sampling_scheduler(trainer.noise_scheduler),
-    ).with_manifest(manifest)
-    with atomic_path(folder.pipeline) as partial:
-        pipeline.save_pretrained(partial)
+    if "provenance" in trainer.networks:
+        with atomic_path(folder.pipeline) as partial:
+            make_pipeline(trainer, manifest).save_pretrained(partial)
 
 
 def make_probe(

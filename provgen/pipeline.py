@@ -138,12 +138,10 @@ class ProvenancePipeline(DiffusionPipeline):
             with record_stages(self.unet) as stages:
                 noise = self.unet(images, timestep, class_labels=labels).sample
             if top_k is not None:
-                logits = self.provenance(stages, signal.expand(len(images)), labels).index_logits
-                trace.add(logits.log_softmax(dim=1), float(signal))
+                logits = self.provenance.index_logits(stages, signal.expand(len(images)), labels)
+                trace.add(logits.softmax(dim=1), float(signal))
             if top_k is not None and closed_form is not None:
-                closed_trace.add(
-                    closed_form.log_probs(images, signal.expand(len(images)), labels), float(signal)
-                )
+                closed_trace.add(closed_form.probs(images, signal.expand(len(images)), labels), float(signal))
             if guidance_scale != 1:
                 unlabelled = self.unet(
                     images, timestep, class_labels=torch.full_like(labels, self.null_label)
@@ -204,11 +202,11 @@ class ProvenancePipeline(DiffusionPipeline):
             )
             noisy = level.sqrt().to(clean) * clean + (1 - level).sqrt().to(clean) * noise
             if closed_form is not None:
-                log_probs = closed_form.log_probs(noisy, signal, labels)
+                probs = closed_form.probs(noisy, signal, labels)
             else:
                 steps = timestep.to(clean.device).expand(len(clean))
-                log_probs = posterior.output(noisy, steps, signal, labels).index_logits.log_softmax(dim=1)
-            trace.add(log_probs, float(level))
+                probs = posterior.index_logits(noisy, steps, signal, labels).softmax(dim=1)
+            trace.add(probs, float(level))
         return trace.attribution(top_k, is_trajectory=False)
 
     def _labels(self, class_labels: Sequence[int | None] | Tensor | None, count: int) -> Tensor:

@@ -105,14 +105,14 @@ class IndexProbe:
         noisy = level.sqrt() * self.clean_images + (1 - level).sqrt() * self.noise
         signal = level.expand(len(noisy))
         steps = torch.full((len(noisy),), timestep)
-        logits = network.output(
+        logits = network.index_logits(
             noisy.to(device, network.denoiser.dtype), steps.to(device), signal.to(device), labels.to(device)
-        ).index_logits
+        )
         log_probs = logits.double().log_softmax(dim=1).cpu()
         start, totals = 0, torch.zeros(6, dtype=torch.float64)
-        for log_posterior in self.closed_form.chunks(noisy, signal, labels):
-            stop = start + len(log_posterior)
-            totals += self._compare(log_probs[start:stop], log_posterior.exp())
+        for posterior in self.closed_form.chunks(noisy, signal, labels):
+            stop = start + len(posterior)
+            totals += self._compare(log_probs[start:stop], posterior)
             start = stop
         values = (totals / start).tolist()
         names = ("cross_entropy", "cross_entropy_ceiling", "top1", "top1_ceiling", "top5", "top5_ceiling")

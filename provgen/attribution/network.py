@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from provgen.models.diffusion import record_stages
-from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
+from provgen.models.provenance import ProvenanceNetwork
 
 
 class NetworkPosterior:
@@ -18,10 +18,10 @@ class NetworkPosterior:
         self.provenance = provenance
 
     @torch.no_grad()
-    def output(
+    def index_logits(
         self, noisy_images: Tensor, timesteps: Tensor, signal: Tensor, class_labels: Tensor
-    ) -> ProvenanceOutput:
-        """Run the denoiser and the network on its stages.
+    ) -> Tensor:
+        """Run the denoiser, and the network on its stages: logits (query, train).
 
         Args:
             noisy_images: x_t, (query, channel, height, width).
@@ -31,6 +31,5 @@ class NetworkPosterior:
         """
         with record_stages(self.denoiser) as stages:
             self.denoiser(noisy_images, timesteps, class_labels=class_labels)
-        output = self.provenance(stages, signal, class_labels)
-        assert isinstance(output, ProvenanceOutput)
-        return output
+        logits: Tensor = self.provenance.index_logits(stages, signal, class_labels)
+        return logits

@@ -55,6 +55,7 @@ def check_top_k(top_k: int, num_examples: int) -> None:
         )
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Entropy in nats of each row of log-probabilities (query, train); ruled-out entries count 0."""
-    return -(log_probs.exp() * log_probs).sum(dim=1)
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of each row of probabilities (query, train)."""
+    entropies: Tensor = torch.special.entr(probs).sum(dim=1)
+    return entropies

@@ -13,7 +13,7 @@ the posterior is a nearest-neighbour look-up of the finished image."""
 
 
 class TrajectoryTrace:
-    """Collects log p(i | x_t, y) level by level, from noise to image.
+    """Collects p(i | x_t, y) level by level, from noise to image.
 
     The posterior of an image is the mean of its posteriors over the levels in `WINDOW`.
     """
@@ -25,11 +25,10 @@ class TrajectoryTrace:
         self._entropy: list[Tensor] = []
         self._top: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, log_probs: Tensor, signal: float) -> None:
-        """Add one level: log-probabilities (query, train) and its a_t."""
-        probs = log_probs.exp()
+    def add(self, probs: Tensor, signal: float) -> None:
+        """Add one level: probabilities (query, train) and its a_t."""
         self._signal.append(signal)
-        self._entropy.append(entropy(log_probs))
+        self._entropy.append(entropy(probs))
         largest, index = probs.max(dim=1)
         self._top.append((largest, index))
         if WINDOW[0] < signal < WINDOW[1]:
@@ -51,7 +50,7 @@ class TrajectoryTrace:
             posterior=top.cpu(),
             weight=top.cpu(),
             mass_not_shown=(1 - top.sum(dim=1)).clamp_min(0).cpu(),
-            entropy=torch.special.entr(posterior).sum(dim=1).cpu(),
+            entropy=entropy(posterior).cpu(),
             commitment_step=steps.cpu(),
             step_entropy=torch.stack(self._entropy, dim=1).cpu(),
             signal=torch.tensor(self._signal),

@@ -21,21 +21,17 @@ NEIGHBOR_SAMPLE = 2000
 
 
 class StageEmbedding(nn.Module):
-    """Sum of one linear map per encoder stage, pooled to at most MAX_GRID x MAX_GRID."""
+    """One linear map of all encoder stages, each pooled to at most MAX_GRID x MAX_GRID."""
 
     def __init__(self, stages: list[tuple[int, int]], width: int) -> None:
         super().__init__()
-        self.grids = [min(size, MAX_GRID) for _, size in stages]
-        self.projections = nn.ModuleList(
-            nn.Linear(channels * grid * grid, width)
-            for (channels, _), grid in zip(stages, self.grids, strict=True)
-        )
+        features = sum(channels * min(size, MAX_GRID) ** 2 for channels, size in stages)
+        self.projection = nn.Linear(features, width)
 
     def forward(self, stages: list[Tensor]) -> Tensor:
         """Embed stages (batch, channel, height, width) into (batch, width)."""
-        pairs = zip(self.projections, self.grids, stages, strict=True)
-        parts = [linear(_pool(stage, grid).flatten(1)) for linear, grid, stage in pairs]
-        return torch.stack(parts).sum(0)
+        pooled: Tensor = self.projection(torch.cat([_pool(stage).flatten(1) for stage in stages], dim=1))
+        return pooled
 
 
 class ClassIndependentHead(nn.Module):
@@ -91,5 +87,5 @@ def _typical_squared_distance(rows: Tensor) -> Tensor:
     return nearest.square().median().clamp_min(1e-6 * some.square().sum(1).mean())
 
 
-def _pool(stage: Tensor, grid: int) -> Tensor:
-    return stage if stage.shape[-1] == grid else F.adaptive_avg_pool2d(stage, grid)
+def _pool(stage: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(stage, MAX_GRID) if stage.shape[-1] > MAX_GRID else stage

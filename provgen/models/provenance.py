@@ -30,7 +30,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
     """Index and class heads on the encoder stages of a denoiser (arXiv 2510.03361).
 
     Models p(i | x_t, t, y). A row that carries a class label is restricted to the examples of that class; a row
-    with the null label, `num_classes`, ranges over all of them.
+    with the null label, `num_classes`, ranges over all of them. The class head reads the last shared stage.
     """
 
     @register_to_config
@@ -60,13 +60,13 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         self.class_head: nn.Module | None = None
         if has_class_head:
             self.class_head = nn.Sequential(
-                StageEmbedding(shapes, width), nn.SiLU(), nn.Linear(width, num_classes)
+                StageEmbedding(shapes[-1:], width), nn.SiLU(), nn.Linear(width, num_classes)
             )
         self.example_labels: Tensor
         self.register_buffer("example_labels", torch.full((num_examples,), num_classes))
 
     def forward(self, stages: list[Tensor], signal: Tensor, class_labels: Tensor) -> ProvenanceOutput:
-        """Predict sources from one forward pass of the denoiser.
+        """Predict sources and class from one forward pass of the denoiser.
 
         Args:
             stages: What `record_stages` collected, each (batch, channel, height, width); later stages than the
@@ -74,18 +74,26 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
             signal: a_t, the cumulative alpha of each row's noise level, (batch,).
             class_labels: int64 (batch,); `num_classes` is the null label.
         """
-        shared = stages[: len(self.config.stages)]
-        # float32 heads under autocast: a softmax over thousands of examples needs the digits.
-        with torch.autocast(signal.device.type, enabled=False):
-            shared = [stage.to(self.dtype) for stage in shared]
-            logits = self.index_head(shared, signal.to(self.dtype))
-            class_logits = None if self.class_head is None else self.class_head(shared)
-        ruled_out = self.ruled_out(class_labels)
-        # Finite, so that 0 x log(0) in a cross-entropy is 0 and not NaN.
+        class_logits = None
+        if self.class_head is not None:
+            with torch.autocast(signal.device.type, enabled=False):
+                class_logits = self.class_head(self._shared(stages)[-1:])
         return ProvenanceOutput(
-            index_logits=logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min),
-            class_logits=class_logits,
+            index_logits=self.index_logits(stages, signal, class_labels), class_logits=class_logits
         )
+
+    def index_logits(self, stages: list[Tensor], signal: Tensor, class_labels: Tensor) -> Tensor:
+        """Give the index logits (batch, train) alone; arguments as in `forward`."""
+        # float32 under autocast too: a softmax over thousands of examples needs the digits.
+        with torch.autocast(signal.device.type, enabled=False):
+            shared = self._shared(stages)
+            logits: Tensor = self.index_head(shared, signal.to(shared[0].dtype))
+        # Finite, so that 0 x log(0) in a cross-entropy is 0 and not NaN.
+        return logits.masked_fill(self.ruled_out(class_labels), torch.finfo(logits.dtype).min)
+
+    def _shared(self, stages: list[Tensor]) -> list[Tensor]:
+        dtype = self.index_head.bias.dtype
+        return [stage.to(dtype) for stage in stages[: len(self.config.stages)]]
 
     def ruled_out(self, class_labels: Tensor) -> Tensor:
         """Say which examples a class label excludes, bool (batch, train); the null label excludes none."""

@@ -19,11 +19,11 @@ class Targets(Protocol):
         ...
 
 
-class LogPosterior(Protocol):
-    """log p(i | x_t, y); `attribution.posterior.ClosedFormPosterior` in practice."""
+class Posterior(Protocol):
+    """p(i | x_t, y); `attribution.posterior.ClosedFormPosterior` in practice."""
 
-    def log_probs(self, noisy_images: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
-        """Give log-probabilities (batch, train)."""
+    def probs(self, noisy_images: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+        """Give probabilities (batch, train)."""
         ...
 
 
@@ -41,12 +41,12 @@ class OneHotTargets:
 class PosteriorTargets:
     """The closed-form posterior itself: the same optimum as one-hot targets, with far less variance."""
 
-    def __init__(self, posterior: LogPosterior) -> None:
+    def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
 
     def __call__(self, batch: Batch, noisy_images: Tensor, signal: Tensor) -> Tensor:
         """Give posterior rows (batch, train)."""
-        return self.posterior.log_probs(noisy_images, signal, batch.labels).exp()
+        return self.posterior.probs(noisy_images, signal, batch.labels)
 
 
 class ClassMixedTargets:

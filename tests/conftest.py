@@ -1,0 +1,195 @@
+"""Tiny but real runs: an 8x8 digits subset, the smallest denoiser, few steps."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from provgen import build
+from provgen.attribution.posterior import ClosedFormPosterior
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+from provgen.errors import InputError
+from provgen.models.diffusion import make_denoiser, make_training_scheduler, stage_shapes
+from provgen.models.provenance import ProvenanceNetwork
+from provgen.settings import load_settings
+
+TINY = (
+    "data.max_train_images=40",
+    "data.holdout_fraction=0.01",
+    "generator.size=tiny",
+    "provenance.width=16",
+    "training.max_steps=20",
+    "training.batch_size=16",
+    "training.warmup_steps=5",
+    "training.log_every=5",
+    "training.evaluate_every=1000",
+    "training.checkpoint_every=10",
+)
+
+
+@pytest.fixture(scope="session")
+def repository():
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def message_of():
+    """Call something that must refuse its input; return the message, which must be one line."""
+
+    def call(function, *args, **kwargs) -> str:
+        with pytest.raises(InputError) as caught:
+            function(*args, **kwargs)
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1
+        return message
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides():
+    """Overrides of the defaults that make a run of a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_settings():
+    """Make the settings of such a run, with further overrides."""
+    return lambda *overrides: load_settings(None, [*TINY, *overrides])
+
+
+@pytest.fixture(scope="session")
+def random_images():
+    """Make a set of independent uniform pixels, labels in turn."""
+
+    def make(count, *, num_classes=3, channels=1, size=8, seed=0) -> ImageSet:
+        draws = torch.Generator().manual_seed(seed)
+        shape = (count, channels, size, size)
+        return ImageSet(
+            images=torch.randint(0, 256, shape, generator=draws, dtype=torch.uint8),
+            labels=torch.arange(count) % max(num_classes, 1),
+            class_names=tuple("abcdefghij"[:num_classes]),
+            paths=tuple(f"{i:03d}.png" for i in range(count)),
+            sha256=tuple(f"{i:064d}" for i in range(count)),
+            contributors=(None,) * count,
+            licenses=(None,) * count,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def closed_form_of():
+    """Make the closed form over a set of images, in float64."""
+
+    def make(images: ImageSet, dtype=torch.float64) -> ClosedFormPosterior:
+        pixels = to_unit_range(images.images, dtype)
+        return ClosedFormPosterior(pixels, images.labels, null_label=images.num_classes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_networks():
+    """Make a denoiser and a provenance network for a set of images, every weight random."""
+
+    def make(images: ImageSet, *, width=16, seed=0, **more) -> tuple:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            denoiser = make_denoiser(
+                "tiny",
+                image_size=images.images.shape[-1],
+                image_channels=images.images.shape[1],
+                num_classes=images.num_classes,
+            )
+            provenance = ProvenanceNetwork(
+                stages=[list(shape) for shape in stage_shapes(denoiser)],
+                num_examples=len(images),
+                num_classes=images.num_classes,
+                width=width,
+                has_class_head=images.num_classes > 0,
+                **more,
+            )
+            provenance.example_labels.copy_(images.labels)
+            # The index embedding starts at zero, and a network that says nothing would pass many a test.
+            for name, parameter in provenance.named_parameters():
+                if name.startswith("index_head.embedding"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+        return denoiser.eval(), provenance.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def alphas_cumprod():
+    return make_training_scheduler(1000, "linear").alphas_cumprod
+
+
+@pytest.fixture
+def new_accelerator():
+    """Make accelerators of different precision in one process."""
+
+    def make(mixed_precision="no") -> Accelerator:
+        forget_accelerators()
+        return Accelerator(cpu=True, mixed_precision=mixed_precision)
+
+    yield make
+    forget_accelerators()
+
+
+@pytest.fixture
+def accelerator(new_accelerator):
+    return new_accelerator()
+
+
+def forget_accelerators() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def run_recipe(tmp_path_factory, repository):
+    """Run a copy of a recipe in this process, as `python COPY ARGUMENTS` would; return the exit status."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def call(name: str, *arguments: object) -> int:
+        copy = folder / f"{name}.py"
+        copy.write_bytes((repository / "recipes" / f"{name}.py").read_bytes())
+        forget_accelerators()
+        before = sys.argv
+        sys.argv = [str(copy), *map(str, arguments)]
+        try:
+            with pytest.raises(SystemExit) as caught:
+                runpy.run_path(str(copy), run_name="__main__")
+        finally:
+            sys.argv = before
+            forget_accelerators()
+        return int(caught.value.code or 0)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained_root(tmp_path_factory, run_recipe):
+    """Folder of a run of 20 steps on 40 digits; copy it before writing into it."""
+    root = tmp_path_factory.mktemp("trained") / "run"
+    assert run_recipe("train", *TINY, f"output_dir={root}") == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(trained_root):
+    """That run opened; its pipeline keeps no state between calls."""
+    run = build.open_trained_run(trained_root)
+    run.pipeline.set_progress_bar_config(disable=True)
+    return run

@@ -1,0 +1,113 @@
+"""Encoder stages as announced, hooks that leave no trace, and image sizes that cannot be halved."""
+
+import pytest
+import torch
+
+from provgen.models.diffusion import (
+    DENOISER_SIZES,
+    make_denoiser,
+    make_sampling_scheduler,
+    make_training_scheduler,
+    record_stages,
+    stage_shapes,
+)
+
+
+def hooks_of(module) -> int:
+    return sum(len(part._forward_hooks) for part in module.modules())
+
+
+def forward(denoiser, count=2, label=1):
+    config = denoiser.config
+    images = torch.randn(
+        count,
+        config.in_channels,
+        config.sample_size,
+        config.sample_size,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return denoiser(images, torch.tensor([10] * count), class_labels=torch.tensor([label] * count)).sample
+
+
+@pytest.mark.parametrize(("size", "image_size", "channels"), [("tiny", 8, 1), ("small", 12, 3), ("medium", 28, 1)])
+def test_recorded_stages_have_the_announced_shapes(size, image_size, channels):
+    denoiser = make_denoiser(size, image_size=image_size, image_channels=channels, num_classes=2)
+    with torch.no_grad(), record_stages(denoiser) as stages:
+        predicted = forward(denoiser)
+    assert predicted.shape == (2, channels, image_size, image_size)
+    assert [tuple(stage.shape) for stage in stages] == [
+        (2, width, height, height) for width, height in stage_shapes(denoiser)
+    ]
+    assert len(stages) == len(DENOISER_SIZES[size].channels) + 2
+
+
+def test_stages_feed_the_prediction():
+    denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
+    with record_stages(denoiser) as stages:
+        predicted = forward(denoiser)
+    gradients = torch.autograd.grad(predicted.sum(), stages)
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_hooks_are_gone_after_recording_even_after_an_error():
+    denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
+    with record_stages(denoiser) as stages:
+        assert hooks_of(denoiser) == 4
+        forward(denoiser)
+    assert hooks_of(denoiser) == 0
+    forward(denoiser)
+    assert len(stages) == 4
+    with pytest.raises(ZeroDivisionError), record_stages(denoiser):
+        _ = 1 / 0
+    assert hooks_of(denoiser) == 0
+
+
+def test_recording_changes_no_prediction():
+    denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
+    with torch.no_grad():
+        alone = forward(denoiser)
+        with record_stages(denoiser):
+            recorded = forward(denoiser)
+    assert torch.equal(alone, recorded)
+
+
+@pytest.mark.parametrize(("size", "image_size"), [("tiny", 9), ("small", 5), ("medium", 30), ("large", 6)])
+def test_an_image_size_that_cannot_be_halved_is_refused(size, image_size, message_of):
+    message = message_of(make_denoiser, size, image_size=image_size, image_channels=1, num_classes=2)
+    assert "data.image_size" in message
+    assert f"got {image_size}" in message
+
+
+@pytest.mark.parametrize(("size", "image_size"), [("tiny", 10), ("medium", 28)])
+def test_an_image_size_that_can_be_halved_is_taken(size, image_size):
+    denoiser = make_denoiser(size, image_size=image_size, image_channels=1, num_classes=2)
+    with torch.no_grad():
+        assert forward(denoiser).shape[-1] == image_size
+
+
+def test_sizes_have_the_parameters_that_the_settings_promise():
+    expected = {"tiny": 0.02e6, "small": 0.16e6, "medium": 2e6, "large": 15e6}
+    for size, about in expected.items():
+        with torch.device("meta"):
+            denoiser = make_denoiser(size, image_size=32, image_channels=1, num_classes=10)
+        assert about / 2 < denoiser.num_parameters() < 2 * about, size
+
+
+def test_every_class_and_the_null_label_condition_the_prediction():
+    denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
+    with torch.no_grad():
+        outputs = [forward(denoiser, label=label) for label in range(3)]
+    assert not any(torch.equal(outputs[i], outputs[i - 1]) for i in range(3))
+    with pytest.raises(IndexError):
+        forward(denoiser, label=3)
+
+
+def test_the_sampler_starts_at_the_noisiest_level_of_training_and_ends_at_the_image():
+    training = make_training_scheduler(100, "squaredcos_cap_v2")
+    sampler = make_sampling_scheduler(training)
+    sampler.set_timesteps(10)
+    assert sampler.timesteps[0] == 99
+    assert torch.equal(sampler.alphas_cumprod, training.alphas_cumprod)
+    assert sampler.final_alpha_cumprod == 1
+
+
