@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from diffusers import DDPMScheduler
+from diffusers.utils.logging import disable_progress_bar
 
 from provgen.analysis.index_quality import IndexProbe, IndexQuality, mean_kl_gap
 from provgen.attribution.network import NetworkPosterior
@@ -267,6 +268,7 @@ def open_trained_run(root: Path) -> TrainedRun:
             f"{root} has no pipeline yet; finish training with `provgen train --config {folder.config}`"
         )
     data = open_data(settings, folder)
+    disable_progress_bar()  # three files load in no time
     pipeline = ProvenancePipeline.from_pretrained(folder.pipeline).with_manifest(data.manifest)
     device = "cpu" if not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     return TrainedRun(folder=folder, settings=settings, data=data, pipeline=pipeline.to(device))

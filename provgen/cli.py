@@ -7,7 +7,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -67,19 +66,21 @@ def recipes_folder() -> Path:
 
 
 def run_recipe(name: str, arguments: list[str]) -> None:
-    """Run a recipe file in this process, as `python recipes/NAME.py ARGUMENTS` would."""
+    """Run the `main` of a recipe file with command-line arguments, in this process."""
     command = {"generate_and_attribute": "generate"}.get(name, name)
-    sys.argv = [f"provgen {command}", *arguments]
-    runpy.run_path(str(recipes_folder() / f"{name}.py"), run_name="__main__")
+    run(load_recipe(name), prog_name=f"provgen {command}", arguments=arguments)
 
 
-def call_recipe(name: str, **arguments: Any) -> None:
-    """Call the `main` of a recipe file with values instead of a command line."""
-    runpy.run_path(str(recipes_folder() / f"{name}.py"))["main"](**arguments)
+def load_recipe(name: str) -> Callable[..., None]:
+    """Load a recipe file and give its `main`."""
+    main: Callable[..., None] = runpy.run_path(str(recipes_folder() / f"{name}.py"))["main"]
+    return main
 
 
-def run(recipe: Callable[..., None]) -> None:
-    """Run a recipe's `main` with arguments from the command line.
+def run(
+    recipe: Callable[..., None], *, prog_name: str | None = None, arguments: list[str] | None = None
+) -> None:
+    """Run a recipe's `main` with command-line arguments, by default those of this process.
 
     A user's mistake ends in one line and status 2, Ctrl-C in one line and status 130. Set PROVGEN_TRACEBACK=1
     to see where it came from.
@@ -87,7 +88,7 @@ def run(recipe: Callable[..., None]) -> None:
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     application.command()(recipe)
     try:
-        application()
+        application(prog_name=prog_name, args=arguments)
     except InputError as error:
         _stop(f"error: {' '.join(str(error).split())}", 2)
     except KeyboardInterrupt:

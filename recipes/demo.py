@@ -18,11 +18,11 @@ def main(
     """Run the whole job on the embedded digits: train, generate 64 digits with sources, report."""
     start = time.perf_counter()
     print("1/3 training a generator together with its provenance network")
-    cli.call_recipe("train", config=cli.recipes_folder() / "digits.yaml", overrides=[f"output_dir={output}"])
+    cli.load_recipe("train")(config=cli.recipes_folder() / "digits.yaml", overrides=[f"output_dir={output}"])
     print("2/3 generating digits and tracing each to its sources")
-    cli.call_recipe("generate_and_attribute", run=output, num_images=64, top_k=8, closed_form=True)
+    cli.load_recipe("generate_and_attribute")(run=output, num_images=64, top_k=8, closed_form=True)
     print("3/3 writing the report")
-    cli.call_recipe("analyze", run=output)
+    cli.load_recipe("analyze")(run=output)
     print(
         f"done in {time.perf_counter() - start:.0f} s: open {output / 'report.html'}, or {output / 'samples/grid.png'}"
     )

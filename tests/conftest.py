@@ -16,6 +16,7 @@ from provgen.data.images import to_unit_range
 from provgen.errors import InputError
 from provgen.models.diffusion import make_denoiser, make_training_scheduler, stage_shapes
 from provgen.models.provenance import ProvenanceNetwork
+from provgen.run_folder import RunFolder
 from provgen.settings import load_settings
 
 TINY = (
@@ -30,6 +31,9 @@ TINY = (
     "training.evaluate_every=1000",
     "training.checkpoint_every=10",
 )
+
+# On a busy machine two threads spin a hundred times longer on these tiny tensors than one computes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +70,12 @@ def tiny_overrides():
 def tiny_settings():
     """Make the settings of such a run, with further overrides."""
     return lambda *overrides: load_settings(None, [*TINY, *overrides])
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_settings, tmp_path_factory):
+    """Images and manifest of such a run: 40 digits."""
+    return build.open_data(tiny_settings(), RunFolder(tmp_path_factory.mktemp("no_run")))
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,9 @@ def forward(denoiser, count=2, label=1):
     return denoiser(images, torch.tensor([10] * count), class_labels=torch.tensor([label] * count)).sample
 
 
-@pytest.mark.parametrize(("size", "image_size", "channels"), [("tiny", 8, 1), ("small", 12, 3), ("medium", 28, 1)])
+@pytest.mark.parametrize(
+    ("size", "image_size", "channels"), [("tiny", 8, 1), ("small", 12, 3), ("medium", 28, 1)]
+)
 def test_recorded_stages_have_the_announced_shapes(size, image_size, channels):
     denoiser = make_denoiser(size, image_size=image_size, image_channels=channels, num_classes=2)
     with torch.no_grad(), record_stages(denoiser) as stages:
@@ -85,14 +87,6 @@ def test_an_image_size_that_can_be_halved_is_taken(size, image_size):
         assert forward(denoiser).shape[-1] == image_size
 
 
-def test_sizes_have_the_parameters_that_the_settings_promise():
-    expected = {"tiny": 0.02e6, "small": 0.16e6, "medium": 2e6, "large": 15e6}
-    for size, about in expected.items():
-        with torch.device("meta"):
-            denoiser = make_denoiser(size, image_size=32, image_channels=1, num_classes=10)
-        assert about / 2 < denoiser.num_parameters() < 2 * about, size
-
-
 def test_every_class_and_the_null_label_condition_the_prediction():
     denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
     with torch.no_grad():
@@ -109,5 +103,3 @@ def test_the_sampler_starts_at_the_noisiest_level_of_training_and_ends_at_the_im
     assert sampler.timesteps[0] == 99
     assert torch.equal(sampler.alphas_cumprod, training.alphas_cumprod)
     assert sampler.final_alpha_cumprod == 1
-
-

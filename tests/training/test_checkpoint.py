@@ -1,0 +1,180 @@
+"""Interrupted training ends bit-identical to uninterrupted training; a bad disk costs no older checkpoint."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from provgen import build
+from provgen.training.checkpoint import KEPT, list_checkpoints, resume_latest, save_checkpoint
+
+FINGERPRINT = "f" * 64
+
+
+@pytest.fixture
+def start(accelerator, tiny_settings, tiny_data):
+    """Make a fresh trainer and its batches."""
+
+    def call(*overrides):
+        settings = tiny_settings(*overrides)
+        trainer = build.make_trainer(settings, tiny_data, accelerator)
+        return trainer, build.make_batches(settings, tiny_data.train, accelerator)
+
+    return call
+
+
+def train(trainer, batches, first, last):
+    for step in range(first, last):
+        trainer.step(batches.batch(step), step)
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    """Everything that the next step depends on, by name."""
+    state = {}
+    for name, network in trainer.networks.items():
+        state |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
+        state |= {f"{name}_ema.{key}": value for key, value in trainer.averaged(name).items()}
+        state[f"{name}_ema.step"] = torch.tensor(trainer.averages[name].optimization_step)
+        for key, parameter in network.named_parameters():
+            moments = trainer.optimizer.state[parameter]
+            state |= {f"optimizer.{name}.{key}.{kind}": value for kind, value in moments.items()}
+    return state
+
+
+def assert_same(first, second):
+    first, second = state_of(first), state_of(second)
+    assert first.keys() == second.keys()
+    assert [key for key, value in first.items() if not torch.equal(value, second[key])] == []
+    assert any(".exp_avg_sq" in key for key in first)
+
+
+@pytest.mark.parametrize("overrides", [(), ("provenance.index_head=none",), ("provenance.gradient=stop",)])
+def test_resuming_is_bit_identical_to_never_stopping(overrides, start, tmp_path):
+    whole, batches = start(*overrides)
+    train(whole, batches, 0, 8)
+
+    stopped, batches = start(*overrides)
+    train(stopped, batches, 0, 4)
+    save_checkpoint(stopped, tmp_path, 4, FINGERPRINT)
+    resumed, batches = start("training.seed=9", *overrides)
+    assert resume_latest(resumed, tmp_path, FINGERPRINT) == 4
+    assert_same(resumed, stopped)
+
+    _, batches = start(*overrides)
+    train(resumed, batches, 4, 8)
+    assert_same(resumed, whole)
+
+
+def test_without_a_checkpoint_training_starts_at_zero(start, tmp_path):
+    trainer, _ = start()
+    before = state_of(trainer)
+    assert resume_latest(trainer, tmp_path / "none", FINGERPRINT) == 0
+    assert all(torch.equal(value, before[key]) for key, value in state_of(trainer).items())
+
+
+@pytest.fixture
+def saved(start, tmp_path):
+    """A trainer with a checkpoint at step 2."""
+    trainer, batches = start()
+    train(trainer, batches, 0, 2)
+    save_checkpoint(trainer, tmp_path, 2, FINGERPRINT)
+    return trainer
+
+
+def test_parts_have_names_and_no_pickle_is_written(saved, tmp_path):
+    folder = tmp_path / "step-000002"
+    names = {"denoiser", "denoiser_ema", "provenance", "provenance_ema", "optimizer"}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.safetensors" for name in names} | {"state.json"}
+    assert json.loads((folder / "state.json").read_text())["step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_checkpoint_of_another_training_set_is_refused(saved, tmp_path, message_of):
+    message = message_of(resume_latest, saved, tmp_path, "0" * 64)
+    assert str(tmp_path / "step-000002") in message
+    assert "other images or labels" in message
+
+
+@pytest.mark.parametrize("part", ["denoiser", "denoiser_ema", "provenance", "provenance_ema", "optimizer"])
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_damaged_part_is_refused_in_one_line(part, keep, saved, tmp_path, message_of):
+    path = tmp_path / "step-000002" / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    message = message_of(resume_latest, saved, tmp_path, FINGERPRINT)
+    assert str(tmp_path / "step-000002") in message
+    assert "delete it" in message
+
+
+def test_a_missing_part_is_refused_in_one_line(saved, tmp_path, message_of):
+    (tmp_path / "step-000002" / "denoiser_ema.safetensors").unlink()
+    assert "step-000002" in message_of(resume_latest, saved, tmp_path, FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    "override", ["generator.size=small", "provenance.width=8", "provenance.shared_stages=2"]
+)
+def test_a_checkpoint_of_other_networks_is_refused_in_one_line(override, saved, start, tmp_path, message_of):
+    other, _ = start(override)
+    assert "step-000002" in message_of(resume_latest, other, tmp_path, FINGERPRINT)
+
+
+def test_what_a_kill_left_half_written_is_ignored(saved, start, tmp_path):
+    for name in (".step-000009.partial", "step-000008"):
+        shutil.copytree(tmp_path / "step-000002", tmp_path / name)
+    (tmp_path / "step-000008" / "state.json").unlink()
+    resumed, _ = start()
+    assert resume_latest(resumed, tmp_path, FINGERPRINT) == 2
+    assert_same(resumed, saved)
+    save_checkpoint(resumed, tmp_path, 9, FINGERPRINT)
+    assert not (tmp_path / ".step-000009.partial").exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(saved, tmp_path):
+    for step in (4, 6, 100, 1000):
+        save_checkpoint(saved, tmp_path, step, FINGERPRINT)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000100", "step-001000"]
+    assert len(list(tmp_path.iterdir())) == KEPT
+
+
+def test_saving_a_step_again_replaces_it(saved, start, tmp_path):
+    other, batches = start("training.seed=3")
+    train(other, batches, 0, 2)
+    save_checkpoint(other, tmp_path, 2, FINGERPRINT)
+    resumed, _ = start()
+    resume_latest(resumed, tmp_path, FINGERPRINT)
+    assert_same(resumed, other)
+
+
+@pytest.mark.parametrize("name", ["write_bytes", "write_text", "mkdir"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_write_that_fails_leaves_the_older_checkpoint_intact(
+    name, number, saved, start, tmp_path, monkeypatch, message_of
+):
+    original = getattr(Path, name)
+
+    def fail(path, *arguments, **keywords):
+        if ".step-000004.partial" in str(path):
+            raise OSError(number, "it is full")
+        return original(path, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, fail)
+        message = message_of(save_checkpoint, saved, tmp_path, 4, FINGERPRINT)
+    assert str(tmp_path / "step-000004") in message
+    assert "it is full" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+    resumed, _ = start()
+    assert resume_latest(resumed, tmp_path, FINGERPRINT) == 2
+    assert_same(resumed, saved)
+
+
+def test_the_newest_checkpoint_wins(saved, start, tmp_path):
+    later, batches = start()
+    train(later, batches, 0, 5)
+    save_checkpoint(later, tmp_path, 5, FINGERPRINT)
+    resumed, _ = start()
+    assert resume_latest(resumed, tmp_path, FINGERPRINT) == 5
+    assert_same(resumed, later)
