@@ -50,7 +50,8 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
         closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
         parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
     quality = [row["index_quality"] for row in logged if "index_quality" in row]
-    parts.append(sections.index_section(quality[-1], len(train), train.num_classes))
+    if quality:
+        parts.append(sections.index_section(quality[-1], len(train), train.num_classes))
     if len(holdout):
         parts.append(
             sections.denoising_section(*(held_losses(trained, images) for images in (train, holdout)))

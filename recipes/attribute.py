@@ -5,12 +5,13 @@ provgen attribute --run runs/digits photo.png --top-k 8 --json
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from provgen import build, cli
 from provgen.data.images import read_image
@@ -57,12 +58,12 @@ def main(
         Console().print(source_table(result))
 
 
-def source_table(result: dict) -> Table:  # type: ignore[type-arg] # the JSON record itself
-    """Lay out the sources of one image."""
-    title = f"{result['image']}: entropy {result['entropy_nats']:.2f} nats"
-    table = Table(
-        title=title, caption=f"posterior not shown: {result['mass_not_shown']:.1%}", title_justify="left"
-    )
+def source_table(result: dict[str, Any]) -> Table:
+    """Lay out the sources of one image, given as its JSON record."""
+    # Text, not str: a name in square brackets is no markup.
+    title = Text(f"{result['image']}: entropy {result['entropy_nats']:.2f} nats")
+    caption = f"posterior not shown: {result['mass_not_shown']:.1%}"
+    table = Table(title=title, caption=caption, title_justify="left")
     for heading in ("source", "class", "contributor", "licence"):
         table.add_column(heading, overflow="fold")
     for heading in ("index", "posterior", "weight"):
@@ -70,7 +71,7 @@ def source_table(result: dict) -> Table:  # type: ignore[type-arg] # the JSON re
     for source in result["sources"]:
         texts = [source["path"], source["class_name"], source["contributor"], source["license"]]
         numbers = [str(source["example_index"]), f"{source['posterior']:.1%}", f"{source['weight']:.1%}"]
-        table.add_row(*[text or "" for text in texts], *numbers)
+        table.add_row(*[Text(text or "") for text in texts], *numbers)
     return table
 
 

@@ -37,7 +37,9 @@ def main(
     accelerator = build.make_accelerator()
     trained = build.open_trained_run(run)
     pipeline, train, folder = trained.pipeline, trained.data.train, trained.folder
-    pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False, desc="sampling")
+    # None: a bar on a terminal, nothing in a log file.
+    is_silent = None if accelerator.is_main_process else True
+    pipeline.set_progress_bar_config(disable=is_silent, leave=False, desc="sampling")
     check_top_k(top_k, len(train))
     labels = class_labels(train, class_name, num_images)
     oracle = trained.closed_form() if closed_form else None

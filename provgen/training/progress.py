@@ -65,7 +65,7 @@ class TrainingProgress:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
         """Print a table above the bar."""

@@ -34,12 +34,15 @@ def is_same(first, second) -> bool:
     return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_a_stopped_gradient_leaves_the_denoiser_bit_identical_to_one_trained_alone(mixed_precision, train):
-    precision = f"training.mixed_precision={mixed_precision}"
-    alone, alone_losses = train(5, "provenance.index_head=none", precision)
+@pytest.mark.parametrize("precision", [(), ("training.mixed_precision=bf16",)])
+def test_a_stopped_gradient_leaves_the_denoiser_bit_identical_to_one_trained_alone(precision, train):
+    alone, alone_losses = train(5, "provenance.index_head=none", *precision)
     stopped, stopped_losses = train(
-        5, "provenance.gradient=stop", "provenance.loss_weight=10", "provenance.class_loss_weight=10", precision
+        5,
+        "provenance.gradient=stop",
+        "provenance.loss_weight=10",
+        "provenance.class_loss_weight=10",
+        *precision,
     )
     assert is_same(weights(alone), weights(stopped))
     assert is_same(alone.averaged("denoiser"), stopped.averaged("denoiser"))
@@ -49,11 +52,10 @@ def test_a_stopped_gradient_leaves_the_denoiser_bit_identical_to_one_trained_alo
     assert set(alone.networks) == {"denoiser"}
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_a_joint_gradient_reaches_the_denoiser(mixed_precision, train):
-    precision = f"training.mixed_precision={mixed_precision}"
-    alone, _ = train(5, "provenance.index_head=none", precision)
-    joint, _ = train(5, "provenance.gradient=joint", precision)
+@pytest.mark.parametrize("precision", [(), ("training.mixed_precision=bf16",)])
+def test_a_joint_gradient_reaches_the_denoiser(precision, train):
+    alone, _ = train(5, "provenance.index_head=none", *precision)
+    joint, _ = train(5, "provenance.gradient=joint", *precision)
     assert not is_same(weights(alone), weights(joint))
 
 
@@ -61,7 +63,9 @@ def test_a_stopped_provenance_network_learns_all_the_same(train):
     trainer, _ = train(0, "provenance.gradient=stop")
     before = weights(trainer, "provenance")
     trainer, _ = train(5, "provenance.gradient=stop")
-    moved = {key for key, value in weights(trainer, "provenance").items() if not torch.equal(value, before[key])}
+    moved = {
+        key for key, value in weights(trainer, "provenance").items() if not torch.equal(value, before[key])
+    }
     assert moved == {key for key, _ in trainer.networks["provenance"].named_parameters()}
 
 
@@ -119,7 +123,7 @@ def test_averaged_weights_lag_behind_and_without_averaging_they_are_the_weights(
     assert not is_same(lagging.averaged("denoiser"), weights(lagging))
     averaged, _ = train(4, "training.ema_decay=0")
     for name in ("denoiser", "provenance"):
-        assert is_same(averaged.averaged(name), weights(averaged, name))
+        torch.testing.assert_close(averaged.averaged(name), weights(averaged, name), rtol=0, atol=1e-6)
 
 
 def test_averaging_leaves_the_trained_weights_alone(train):

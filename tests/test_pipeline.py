@@ -1,0 +1,249 @@
+"""Seeds decide images, traces change nothing, saving loses nothing, and mistakes end in one line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from provgen.data.images import to_pil
+from provgen.data.manifest import Manifest
+from provgen.pipeline import ProvenancePipeline
+
+FAST = {"num_inference_steps": 10, "output_type": "pt"}
+LABELS = [3, 1, None]
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+@pytest.fixture
+def pipe(trained):
+    return trained.pipeline
+
+
+@pytest.fixture(scope="module")
+def three(trained):
+    """Three images with traces by the network and by the closed form."""
+    closed_form = trained.closed_form()
+    return trained.pipeline(LABELS, generator=seeds(0, 1, 2), top_k=5, closed_form=closed_form, **FAST)
+
+
+def assert_same(first, second):
+    assert all(torch.equal(value, getattr(second, name)) for name, value in vars(first).items())
+
+
+def assert_close(first, second, rows, tolerance):
+    for name in ("posterior", "entropy", "mass_not_shown", "step_entropy"):
+        actual, expected = getattr(first, name), getattr(second, name)[rows]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_saving_and_loading_gives_identical_images_and_traces(pipe, three, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    loaded = ProvenancePipeline.from_pretrained(tmp_path / "copy")
+    loaded.set_progress_bar_config(disable=True)
+    again = loaded(LABELS, generator=seeds(0, 1, 2), top_k=5, **FAST)
+    assert torch.equal(again.images, three.images)
+    assert_same(again.attribution, three.attribution)
+    assert loaded.manifest.fingerprint == pipe.manifest.fingerprint
+    assert loaded.manifest.table.equals(pipe.manifest.table)
+    suffixes = {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors", ".parquet"}
+
+
+def test_the_same_seeds_give_the_same_images_and_other_seeds_others(pipe, three):
+    again = pipe(LABELS, generator=seeds(0, 1, 2), top_k=5, **FAST)
+    assert torch.equal(again.images, three.images)
+    assert_same(again.attribution, three.attribution)
+    other = pipe(LABELS, generator=seeds(3, 4, 5), top_k=5, **FAST)
+    assert not any(torch.equal(a, b) for a, b in zip(other.images, three.images, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [2], [2, 0]])
+def test_an_image_and_its_trace_do_not_depend_on_the_batch(rows, pipe, three, trained):
+    part = pipe(
+        [LABELS[row] for row in rows],
+        generator=seeds(*rows),
+        top_k=5,
+        closed_form=trained.closed_form(),
+        **FAST,
+    )
+    difference = part.images.int() - three.images[rows].int()
+    assert difference.abs().max() <= 1
+    assert_close(part.attribution, three.attribution, rows, 1e-4)
+    assert_close(part.closed_form, three.closed_form, rows, 1e-2)
+    assert torch.equal(part.attribution.example_index[:, 0], three.attribution.example_index[rows, 0])
+
+
+def test_generating_without_traces_gives_the_same_images(pipe, three):
+    plain = pipe(LABELS, generator=seeds(0, 1, 2), top_k=None, **FAST)
+    assert torch.equal(plain.images, three.images)
+    assert plain.attribution is None
+    assert plain.closed_form is None
+
+
+def test_a_trace_is_complete(three, trained):
+    for attribution in (three.attribution, three.closed_form):
+        assert attribution.example_index.shape == (3, 5)
+        shown = attribution.posterior.sum(1)
+        torch.testing.assert_close(shown + attribution.mass_not_shown, torch.ones(3), rtol=0, atol=1e-5)
+        assert (attribution.posterior.diff(dim=1) <= 0).all()
+        assert attribution.step_entropy.shape == (3, 10)
+        assert (attribution.signal.diff() > 0).all()
+        labels = trained.data.train.labels
+        for row, label in enumerate(LABELS[:2]):
+            named = labels[attribution.example_index[row][attribution.posterior[row] > 0]]
+            assert (named == label).all(), "a labelled trace stays inside its class"
+
+
+def test_all_examples_can_be_shown(pipe, trained):
+    count = len(trained.data.train)
+    output = pipe([None], generator=seeds(0), top_k=count, **FAST)
+    assert torch.equal(output.attribution.example_index.sort(dim=1).values[0], torch.arange(count))
+    assert output.attribution.mass_not_shown.item() < 1e-5
+
+
+def test_images_are_pil_unless_asked_otherwise(pipe, three):
+    output = pipe(LABELS, generator=seeds(0, 1, 2), top_k=5, num_inference_steps=10)
+    assert [image.tobytes() for image in output.images] == [to_pil(image).tobytes() for image in three.images]
+
+
+def test_without_labels_the_batch_size_counts(pipe):
+    output = pipe(batch_size=2, generator=seeds(0, 1), top_k=1, **FAST)
+    named = pipe([None, None], generator=seeds(0, 1), top_k=1, **FAST)
+    assert torch.equal(output.images, named.images)
+    tensor = pipe(torch.tensor([3, 10]), generator=seeds(0, 1), top_k=1, **FAST)
+    assert torch.equal(tensor.images[1], named.images[1])
+
+
+def test_labels_and_guidance_change_the_image(pipe, three):
+    unlabelled = pipe([None, None], generator=seeds(0, 1), **FAST).images
+    assert not torch.equal(unlabelled, three.images[:2])
+    strong = pipe(LABELS, generator=seeds(0, 1, 2), guidance_scale=2.0, top_k=5, **FAST)
+    assert not torch.equal(strong.images[:2], three.images[:2])
+    # Without a label there is nothing to be guided by.
+    assert (strong.images[2].int() - three.images[2].int()).abs().max() <= 1
+    none = pipe([3, 1], generator=seeds(0, 1), guidance_scale=0.0, **FAST).images
+    assert (none.int() - unlabelled.int()).abs().max() <= 1
+
+
+def test_an_impossible_top_k_is_refused(pipe, message_of):
+    for top_k in (0, 41):
+        assert "between 1 and 40" in message_of(pipe, [1], top_k=top_k, **FAST)
+        assert "between 1 and 40" in message_of(pipe.attribute, torch.zeros(1, 1, 8, 8).byte(), top_k=top_k)
+
+
+@pytest.mark.parametrize("label", [-1, 11, 100])
+def test_an_impossible_label_is_refused(label, pipe, message_of):
+    for message in (
+        message_of(pipe, [1, label], **FAST),
+        message_of(pipe.attribute, torch.zeros(2, 1, 8, 8).byte(), class_labels=[1, label]),
+    ):
+        assert "class labels must be 0 to 9" in message
+        assert f"got {label}" in message
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_wrong_number_of_generators_is_refused(count, pipe, message_of):
+    message = message_of(pipe, [1, 2], generator=seeds(*range(count)), **FAST)
+    assert f"2 images, {count} generators" in message
+
+
+@pytest.mark.parametrize("steps", [0, 9, 1001])
+def test_an_impossible_number_of_steps_is_refused(steps, pipe, message_of):
+    assert f"got {steps}" in message_of(pipe, [1], num_inference_steps=steps)
+    assert f"got {steps}" in message_of(
+        pipe.attribute, torch.zeros(1, 1, 8, 8).byte(), num_inference_steps=steps
+    )
+
+
+def test_an_unknown_output_type_is_refused(pipe, message_of):
+    assert "'np'" in message_of(pipe, [1], num_inference_steps=10, output_type="np")
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path, message_of):
+    assert str(tmp_path) in message_of(ProvenancePipeline.from_pretrained, tmp_path)
+
+
+def test_another_data_set_is_refused(pipe, trained, message_of):
+    train, holdout = trained.data.train, trained.data.holdout
+    swapped = train.select(torch.tensor([1, 0, *range(2, 40)]))
+    for changed in (swapped, train.select(torch.arange(39)), replace(train, labels=train.labels.flip(0))):
+        manifest = Manifest.of(changed, holdout)
+        message = message_of(pipe.with_manifest, manifest)
+        assert manifest.fingerprint[:12] in message
+        assert pipe.manifest.fingerprint[:12] in message
+    assert pipe.with_manifest(Manifest.of(train, holdout)) is pipe
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 1, 8, 8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 1, 9, 9, dtype=torch.uint8),
+        torch.zeros(1, 8, 8, dtype=torch.uint8),
+        torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+        [],
+    ],
+)
+def test_images_that_do_not_fit_are_refused(images, pipe, message_of):
+    message_of(pipe.attribute, images)
+
+
+@pytest.mark.parametrize("is_labelled", [False, True])
+def test_the_closed_form_finds_every_training_image(is_labelled, pipe, trained):
+    train = trained.data.train
+    labels = train.labels if is_labelled else None
+    found = pipe.attribute(train.images, top_k=3, class_labels=labels, closed_form=trained.closed_form())
+    assert torch.equal(found.example_index[:, 0], torch.arange(len(train)))
+    assert (found.posterior[:, 0] > found.posterior[:, 1]).all()
+    assert (found.commitment_step == -1).all()
+
+
+def test_the_network_is_asked_unless_a_closed_form_is_given(pipe, trained):
+    images = trained.data.train.images[:4]
+    network = pipe.attribute(images, top_k=3)
+    exact = pipe.attribute(images, top_k=3, closed_form=trained.closed_form())
+    assert not torch.allclose(network.posterior, exact.posterior, atol=1e-2)
+    torch.testing.assert_close(network.signal, exact.signal)
+
+
+def test_attributing_does_not_depend_on_the_rest_of_the_batch(pipe, trained):
+    images = trained.data.train.images[:6]
+    whole = pipe.attribute(images, top_k=4)
+    rows = [4, 1]
+    part = pipe.attribute(images[rows], top_k=4)
+    assert_close(part, whole, rows, 1e-5)
+    assert torch.equal(part.example_index, whole.example_index[rows])
+
+
+def test_attributing_depends_on_the_noise_seed_and_on_nothing_global(pipe, trained):
+    images = trained.data.train.images[:3]
+    torch.manual_seed(0)
+    first = pipe.attribute(images)
+    torch.manual_seed(1)
+    assert_same(pipe.attribute(images), first)
+    assert not torch.equal(pipe.attribute(images, seed=1).entropy, first.entropy)
+
+
+def test_pil_images_and_tensors_are_attributed_alike(pipe, trained):
+    images = trained.data.train.images[:3]
+    as_pil = [to_pil(image) for image in images]
+    assert_same(pipe.attribute(as_pil), pipe.attribute(images))
+    colour = [image.convert("RGB") for image in as_pil]
+    assert_same(pipe.attribute(colour), pipe.attribute(images))
+
+
+def test_a_label_restricts_what_an_outside_image_is_traced_to(pipe, trained):
+    train = trained.data.train
+    labels = [(int(label) + 1) % 10 for label in train.labels[:5]]
+    found = pipe.attribute(train.images[:5], top_k=1, class_labels=labels)
+    assert train.labels[found.example_index[:, 0]].tolist() == labels
+
+
+def test_attributing_uses_levels_inside_the_window_alone(pipe, trained):
+    found = pipe.attribute(trained.data.train.images[:1], num_inference_steps=20)
+    assert ((found.signal > 0.05) & (found.signal < 0.9)).all()
+    assert len(found.signal) == found.step_entropy.shape[1] > 3
