@@ -6,7 +6,9 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -86,13 +88,25 @@ def run(
     to see where it came from.
     """
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    application.command()(recipe)
-    try:
-        application(prog_name=prog_name, args=arguments)
-    except InputError as error:
-        _stop(f"error: {' '.join(str(error).split())}", 2)
-    except KeyboardInterrupt:
-        _stop("stopped; the same command goes on from the last checkpoint", 130)
+    application.command()(_in_one_line(recipe))
+    application(prog_name=prog_name, args=arguments)
+
+
+def _in_one_line(recipe: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a user can mend into one line and an exit status."""
+
+    @wraps(recipe)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            recipe(*args, **kwargs)
+        except InputError as error:
+            _stop(f"error: {' '.join(str(error).split())}", 2)
+        except OSError as error:
+            _stop(f"error: {error}; what was saved before is intact", 2)
+        except KeyboardInterrupt:
+            _stop("stopped; the same command goes on from the last checkpoint", 130)
+
+    return guarded
 
 
 def _stop(message: str, status: int) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from provgen.errors import InputError
 
 
@@ -97,10 +99,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if temporary.is_dir() and path.exists():
             _remove(path)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _remove(temporary)
         raise InputError(
-            f"cannot write {path}: {error.strerror or error}; what was saved before is intact, "
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was saved before is intact, "
             "free space or fix permissions and run the same command again"
         ) from error
     except BaseException:

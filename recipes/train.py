@@ -58,8 +58,9 @@ def main(
                 progress.show(quality_table([quality.as_row() for quality in qualities], step))
                 build.log_quality(accelerator, qualities, step)
             if saves and accelerator.is_main_process:
-                save_checkpoint(trainer, folder.checkpoints, step, fingerprint)
+                # The checkpoint last: once it is there, everything else of its step is.
                 build.save_pipeline(trainer, data.manifest, folder)
+                save_checkpoint(trainer, folder.checkpoints, step, fingerprint)
             if saves:
                 accelerator.wait_for_everyone()
         progress.say(f"trained {step} steps; next: provgen generate --run {folder.root}")

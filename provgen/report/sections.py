@@ -60,7 +60,7 @@ def index_section(rows: Rows, num_train: int, num_classes: int) -> Part:
     for name in ("cross-entropy", "top-1", "top-5"):
         header += [name, "ceiling"]
     table_rows = [
-        [round(row["signal"], 3), row["rows"], float(row["kl_gap"])]
+        [f"{row['signal']:.2f}", row["rows"], float(row["kl_gap"])]
         + [row[key] for name in names for key in (name, f"{name}_ceiling")]
         for row in rows
     ]
