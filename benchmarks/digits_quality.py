@@ -15,11 +15,11 @@ import typer
 from scipy import stats
 from torch import Tensor
 
-from provgen import build, cli
+from provgen import build, cli, runs
 from provgen.analysis.denoising import denoising_losses
 from provgen.data.images import to_unit_range
 from provgen.run_folder import RunFolder
-from provgen.settings import load_settings
+from provgen.settings_file import load_settings
 from provgen.training.checkpoint import list_checkpoints, resume_latest
 from provgen.training.tracking import read_metrics
 
@@ -55,7 +55,7 @@ def holdout_losses(run: RunFolder) -> Tensor:
     """Denoising loss of the averaged denoiser on each held-out image."""
     settings = load_settings(run.config, [])
     accelerator = build.make_accelerator(settings)
-    data = build.open_data(settings, run)
+    data = runs.open_data(settings, run)
     trainer = build.make_trainer(settings, data, accelerator)
     resume_latest(trainer, run.checkpoints, data.manifest.fingerprint)
     denoiser = build.averaged_networks(trainer)["denoiser"]

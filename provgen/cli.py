@@ -67,6 +67,14 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
+def find_config(path: Path | None) -> Path | None:
+    """Give the settings file at `path`; a bare name that is no file here names a shipped one."""
+    if path is None or path.is_file() or len(path.parts) != 1:
+        return path
+    shipped = recipes_folder() / path.with_suffix(".yaml")
+    return shipped if shipped.is_file() else path
+
+
 def run_recipe(name: str, arguments: list[str]) -> None:
     """Run the `main` of a recipe file with command-line arguments, in this process."""
     command = {"generate_and_attribute": "generate"}.get(name, name)
@@ -112,8 +120,7 @@ def _in_one_line(recipe: Callable[..., None]) -> Callable[..., None]:
 def _stop(message: str, status: int) -> None:
     if os.environ.get("PROVGEN_TRACEBACK") == "1":
         raise
-    # A process of many prints once: the others fail on the same input.
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{message}\n")
+    rank = os.environ.get("RANK")
+    sys.stderr.write(f"{message}\n" if rank is None else f"[process {rank}] {message}\n")
     sys.stderr.flush()
     sys.exit(status)

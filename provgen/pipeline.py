@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.batches import seeded_generator
 
 MANIFEST_NAME = "manifest.parquet"
+
+ATTRIBUTE_BATCH = 64
+"""Outside images traced at a time; bounds the (query, train) matrices."""
 
 
 @dataclass
@@ -129,7 +133,14 @@ class ProvenancePipeline(DiffusionPipeline):
         """
         if top_k is not None:
             check_top_k(top_k, self.provenance.config.num_examples)
-        labels = self._labels(class_labels, batch_size)
+        if output_type not in ("pil", "pt"):
+            raise InputError(f"output_type must be pil or pt, got {output_type!r}")
+        if not isfinite(guidance_scale):
+            raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        count = batch_size if class_labels is None else len(class_labels)
+        if count < 1:
+            raise InputError(f"the number of images must be at least 1, got {count}")
+        labels = self._labels(class_labels, count)
         images = self._initial_noise(len(labels), generator)
         self._set_timesteps(num_inference_steps)
         trace, closed_trace = TrajectoryTrace(), TrajectoryTrace()
@@ -184,40 +195,57 @@ class ProvenancePipeline(DiffusionPipeline):
             InputError: No images, an impossible label or `top_k`, or images of another size.
         """
         check_top_k(top_k, self.provenance.config.num_examples)
-        clean = to_unit_range(self._pixels(images), self.unet.dtype).to(self._execution_device)
-        labels = self._labels(class_labels, len(clean))
+        pixels = self._pixels(images)
+        labels = self._labels(class_labels, len(pixels))
         self._set_timesteps(num_inference_steps)
+        parts = zip(pixels.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
+        return Attribution.concatenate(
+            [
+                self._renoised(some, given, closed_form, seed).attribution(top_k, is_trajectory=False)
+                for some, given in parts
+            ]
+        )
+
+    def _renoised(
+        self, pixels: Tensor, labels: Tensor, closed_form: ClosedFormPosterior | None, seed: int
+    ) -> TrajectoryTrace:
+        """Trace uint8 images noised to the sampler's levels inside the window."""
+        clean = to_unit_range(pixels, self.unet.dtype).to(self._execution_device)
         posterior = NetworkPosterior(self.unet, self.provenance)
         trace = TrajectoryTrace()
         for timestep in self.scheduler.timesteps:
             level = self.scheduler.alphas_cumprod[timestep]
             if not WINDOW[0] < level < WINDOW[1]:
                 continue
-            signal = level.to(clean).expand(len(clean))
-            noise = randn_tensor(
-                clean.shape[1:],
-                generator=seeded_generator(seed, int(timestep)),
-                device=clean.device,
-                dtype=clean.dtype,
-            )
+            generator = seeded_generator(seed, 4, int(timestep))
+            noise = randn_tensor(clean.shape[1:], generator=generator, device=clean.device, dtype=clean.dtype)
             noisy = level.sqrt().to(clean) * clean + (1 - level).sqrt().to(clean) * noise
+            signal = level.to(clean.device).expand(len(clean))
             if closed_form is not None:
                 probs = closed_form.probs(noisy, signal, labels)
             else:
                 steps = timestep.to(clean.device).expand(len(clean))
                 probs = posterior.index_logits(noisy, steps, signal, labels).softmax(dim=1)
             trace.add(probs, float(level))
-        return trace.attribution(top_k, is_trajectory=False)
+        return trace
 
     def _labels(self, class_labels: Sequence[int | None] | Tensor | None, count: int) -> Tensor:
         if class_labels is None:
             return torch.full((count,), self.null_label, device=self._execution_device)
         given = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
-        labels = [self.null_label if label is None else int(label) for label in given]
-        if bad := [label for label in labels if not 0 <= label <= self.null_label]:
+        if len(given) != count:
             raise InputError(
-                f"class labels must be 0 to {self.null_label - 1}, or None for no class, got {bad[0]}"
+                f"give one class label per image, None for no class: {count} images, {len(given)} labels"
             )
+        labels = [self.null_label if label is None else label for label in given]
+        allowed = range(self.null_label + 1)
+        if bad := [label for label in labels if not isinstance(label, int) or label not in allowed]:
+            classes = (
+                f"0 to {self.null_label - 1}, or None for no class"
+                if self.null_label
+                else "None, there are no classes"
+            )
+            raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
         return torch.tensor(labels, device=self._execution_device)
 
     def _initial_noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
@@ -257,6 +285,4 @@ def _finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:
     pixels = to_uint8(images.cpu())
     if output_type == "pt":
         return pixels
-    if output_type != "pil":
-        raise InputError(f"output_type must be pil or pt, got {output_type!r}")
     return [to_pil(image) for image in pixels]

@@ -86,7 +86,8 @@ def require_run(root: Path) -> RunFolder:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary sibling of `path` to write to; rename it to `path` when the block ends well.
 
-    Works for a file and for a folder. A kill or an error in between leaves what stood at `path` untouched.
+    Works for a file and for a folder. An error in the block leaves what stood at `path` untouched, and so does a
+    kill. One process at a time may write a path.
 
     Raises:
         InputError: The file system refused the write (full disk, missing permission).
@@ -96,9 +97,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _remove(temporary)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if temporary.is_dir() and path.exists():
-            _remove(path)
-        temporary.replace(path)
+        replace_path(temporary, path)
     except (OSError, SafetensorError) as error:
         _remove(temporary)
         raise InputError(
@@ -108,6 +107,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def replace_path(new: Path, path: Path) -> None:
+    """Put the file or folder `new` in the place of `path`.
+
+    No call replaces a folder that is not empty, so the old one is renamed first and removed last: the time in
+    which nothing stands at `path` is that of a rename.
+    """
+    if not (new.is_dir() and path.exists()):
+        new.replace(path)
+        return
+    old = path.with_name(f".{path.name}.old")
+    _remove(old)
+    path.replace(old)
+    new.replace(path)
+    _remove(old)
 
 
 def _remove(path: Path) -> None:

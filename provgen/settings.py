@@ -1,20 +1,13 @@
-"""Settings of a run: frozen dataclasses, read from YAML plus `key=value` overrides.
+"""Settings of a run: frozen dataclasses, read from YAML by `settings_file`.
 
-Only `build`, the command line and the recipes know these classes; library classes take plain arguments.
+Only `runs`, `build` and the recipes know these classes; library classes take plain arguments.
 Every field's docstring gives its unit and what is allowed.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from dataclasses import dataclass, field
+from typing import Literal
 
 from provgen.errors import InputError
 
@@ -34,7 +27,7 @@ class DataSettings:
     max_train_images: int | None = None
     """At most this many training images, class-stratified; null takes all."""
     split_seed: int = 0
-    """Seed of the held-out split and of `max_train_images`."""
+    """Seed of the held-out split and of `max_train_images`, in [0, 2^31)."""
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 4, "data.image_size", self.image_size, "at least 4 pixels")
@@ -47,6 +40,7 @@ class DataSettings:
             self.max_train_images,
             "null or at least 2",
         )
+        _require(0 <= self.split_seed < 2**31, "data.split_seed", self.split_seed, "in [0, 2^31)")
         _require(
             self.source != "folder" or self.path is not None,
             "data.path",
@@ -62,22 +56,14 @@ class GeneratorSettings:
     kind: Literal["diffusion"] = "diffusion"
     """A UNet2DModel denoiser with DDPM training and DDIM sampling."""
     size: Literal["tiny", "small", "medium", "large"] = "small"
-    """Named size; about 0.02, 0.16, 2 and 15 million parameters."""
+    """Named size; about 0.04, 0.16, 1 and 6 million parameters."""
     label_dropout: float = 0.2
     """Share of training rows whose label is replaced by the null label, in [0, 1]."""
-    num_train_timesteps: int = 1000
-    """Noise levels of the forward process, at least 10."""
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """Noise schedule, by its diffusers name."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.label_dropout <= 1, "generator.label_dropout", self.label_dropout, "in [0, 1]")
-        _require(
-            self.num_train_timesteps >= 10,
-            "generator.num_train_timesteps",
-            self.num_train_timesteps,
-            "at least 10",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +128,7 @@ class TrainingSettings:
     checkpoint_every: int = 500
     """Optimiser steps between checkpoints, at least 1."""
     seed: int = 0
-    """Seed of weights, batches and noise, at least 0."""
+    """Seed of weights, batches and noise, in [0, 2^31)."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
@@ -150,7 +136,7 @@ class TrainingSettings:
         _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "at least 0")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "positive")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.seed >= 0, "training.seed", self.seed, "at least 0")
+        _require(0 <= self.seed < 2**31, "training.seed", self.seed, "in [0, 2^31)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,111 +151,6 @@ class Settings:
     """Run folder, created if missing; an existing run in it is resumed."""
 
 
-def load_settings(path: Path | None, overrides: list[str]) -> Settings:
-    """Read settings from a YAML file (or the defaults) and `key=value` overrides.
-
-    Raises:
-        InputError: Unreadable file, unknown key, wrong type, non-finite or impossible value; the one-line
-            message names the key, what was given and what is allowed.
-    """
-    config = OmegaConf.structured(Settings)
-    given = [] if path is None else [_read_yaml(path)]
-    given += [_read_override(override) for override in overrides]
-    for part in given:
-        for key, value in _leaves(part):
-            config = _with(config, key, value)
-    return _to_settings(config)
-
-
-def save_settings(settings: Settings, path: Path, versions: dict[str, str]) -> None:
-    """Write settings as YAML that `load_settings` reads back; `versions` go into leading comments."""
-    comments = "".join(f"# {name}: {version}\n" for name, version in versions.items())
-    path.write_text(comments + OmegaConf.to_yaml(OmegaConf.structured(settings)), encoding="utf-8")
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise InputError(f"no settings file at {path}; give a YAML file such as recipes/digits.yaml")
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {_first_line(error)}") from error
-    if not isinstance(config, DictConfig):
-        raise InputError(
-            f"{path} holds {type(config).__name__}; it must hold `section:` and `key: value` lines"
-        )
-    return config
-
-
-def _read_override(override: str) -> DictConfig:
-    key, separator, _ = override.partition("=")
-    if not separator or not key.strip():
-        raise InputError(
-            f"cannot read the override {override!r}; write key=value, such as training.max_steps=500"
-        )
-    try:
-        return OmegaConf.from_dotlist([override])
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"cannot read the override {override!r}: {_first_line(error)}") from error
-
-
-def _leaves(config: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
-    """List `(dotted key, value)`; values are kept raw so that interpolations can be refused."""
-    pairs: list[tuple[str, Any]] = []
-    for key in map(str, config):
-        name = f"{prefix}{key}"
-        if OmegaConf.is_interpolation(config, key):
-            raise InputError(
-                f"{name}: interpolations such as ${{oc.env:X}} are not allowed; write the value itself"
-            )
-        value = config[key]
-        pairs += _leaves(value, f"{name}.") if isinstance(value, DictConfig) else [(name, value)]
-    return pairs
-
-
-def _with(config: DictConfig, key: str, value: Any) -> DictConfig:
-    known = _known_keys()
-    if key in {name.split(".")[0] for name in known if "." in name}:
-        raise InputError(
-            f"{key} is a section, got {value!r}; set one of its keys, such as {_first_of(key, known)}"
-        )
-    if key not in known:
-        close = get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-        raise InputError(f"unknown setting {key}={value}; {hint}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{key} must be a finite number, got {value}")
-    *section, name = key.split(".")
-    try:
-        merged = OmegaConf.merge(config, {section[0]: {name: value}} if section else {name: value})
-    except OmegaConfBaseException as error:
-        raise InputError(f"{key}: {_first_line(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _to_settings(config: DictConfig) -> Settings:
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, Settings)
-    return settings
-
-
-def _known_keys() -> list[str]:
-    keys = []
-    for section in fields(Settings):
-        value = section.default_factory() if callable(section.default_factory) else None
-        keys += [f"{section.name}.{f.name}" for f in fields(value)] if is_dataclass(value) else [section.name]
-    return keys
-
-
-def _first_of(section: str, known: list[str]) -> str:
-    return next(name for name in known if name.startswith(f"{section}."))
-
-
 def _require(holds: bool, key: str, value: object, allowed: str) -> None:
     if not holds:
         raise InputError(f"{key} must be {allowed}, got {value}")
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).splitlines()[:1]) or type(error).__name__

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor
 
-from provgen import build, cli
+from provgen import build, cli, runs
 from provgen.analysis.denoising import denoising_losses
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
@@ -19,6 +19,7 @@ from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
 from provgen.run_folder import atomic_path
+from provgen.training.checkpoint import list_checkpoints
 from provgen.training.tracking import read_metrics
 
 GRID_SAMPLES = 32
@@ -31,11 +32,12 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
     accelerator = build.make_accelerator()
     if not accelerator.is_main_process:
         return
-    trained = build.open_trained_run(run)
+    trained = runs.open_trained_run(run, accelerator.device)
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     samples = exports.read_parts(folder.samples, ["sample"])
     traces = exports.read_parts(folder.traces, ["sample", "rank"])
-    logged = read_metrics(folder.metrics)
+    last = int(list_checkpoints(folder.checkpoints)[-1].name.removeprefix("step-"))
+    logged = [row for row in read_metrics(folder.metrics) if row["step"] <= last]
 
     grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
     generated = load_pixels(folder, samples, trained.data.manifest)
@@ -49,9 +51,9 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
     if folder.closed_form_traces.is_dir():
         closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
         parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
-    quality = [row["index_quality"] for row in logged if "index_quality" in row]
-    if quality:
-        parts.append(sections.index_section(quality[-1], len(train), train.num_classes))
+    evaluations = [row for row in logged if "index_quality" in row]
+    if evaluations:
+        parts.append(sections.index_section(evaluations[-1], len(train), train.num_classes))
     if len(holdout):
         parts.append(
             sections.denoising_section(*(held_losses(trained, images) for images in (train, holdout)))
@@ -62,7 +64,7 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
         "run": str(run),
         "images": f"{len(train)} training and {len(holdout)} held-out, {trained.settings.data.source}",
         "samples": str(len(samples)),
-        "steps trained": str(logged[-1]["step"]),
+        "steps trained": str(last),
         "data fingerprint": trained.data.manifest.fingerprint[:16],
     }
     page = render_report(
@@ -84,7 +86,7 @@ def some_of(images: ImageSet, count: int) -> ImageSet:
     return images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
 
 
-def held_losses(trained: build.TrainedRun, images: ImageSet) -> Tensor:
+def held_losses(trained: runs.TrainedRun, images: ImageSet) -> Tensor:
     """Denoising loss of each of at most MAX_IMAGES images, (query,)."""
     chosen = some_of(images, MAX_IMAGES)
     pixels = to_unit_range(chosen.images)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from provgen import build, cli
+from provgen import build, cli, runs
 from provgen.data.images import read_image
 from provgen.report.exports import source_records
 
@@ -25,10 +25,10 @@ def main(
     class_name: Annotated[str | None, typer.Option(help="Class of the images, if known.")] = None,
     closed_form: Annotated[bool, typer.Option(help="By the closed form instead of the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise the images are traced with.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the noise the images are traced with.")] = 0,
 ) -> None:
     """Trace images from outside; they are noised to the sampler's levels and given to the network."""
-    trained = build.open_trained_run(run)
+    trained = runs.open_trained_run(run, build.make_accelerator().device)
     manifest = trained.data.manifest
     label = None if class_name is None else trained.data.train.class_index(class_name)
     pixels = [read_image(p, image_size=manifest.image_size, channels=manifest.channels) for p in images]

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from provgen import build, cli
+from provgen import build, cli, runs
 from provgen.attribution.scores import check_top_k
 from provgen.data.dataset import ImageSet
 from provgen.report import exports
@@ -31,11 +31,13 @@ def main(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     class_name: Annotated[str | None, typer.Option(help="Only this class; all in turn without it.")] = None,
     closed_form: Annotated[bool, typer.Option(help="Also trace by the closed form.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; each has its own.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Seed of the first image; each has its own.")
+    ] = 0,
 ) -> None:
     """Generate images and trace each along its own sampling trajectory."""
     accelerator = build.make_accelerator()
-    trained = build.open_trained_run(run)
+    trained = runs.open_trained_run(run, accelerator.device)
     pipeline, train, folder = trained.pipeline, trained.data.train, trained.folder
     # None: a bar on a terminal, nothing in a log file.
     is_silent = None if accelerator.is_main_process else True
@@ -48,7 +50,7 @@ def main(
     accelerator.wait_for_everyone()
 
     writer = SampleWriter(folder, pipeline.manifest, accelerator.process_index)
-    mine = torch.arange(accelerator.process_index, num_images, accelerator.num_processes)
+    mine = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
     for numbers in (part.tolist() for part in mine.split(batch_size) if len(part)):
         seeds, given = [seed + n for n in numbers], [labels[n] for n in numbers]
         output = pipeline(

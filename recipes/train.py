@@ -11,30 +11,37 @@ from typing import Annotated
 
 import typer
 
-from provgen import build, cli
+from provgen import build, cli, runs
 from provgen.run_folder import RunFolder
-from provgen.settings import load_settings
+from provgen.settings_file import load_settings
 from provgen.training.checkpoint import resume_latest, save_checkpoint
 from provgen.training.progress import TrainingProgress, check_finite, quality_table
 
 
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings; the defaults without it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML settings, or the name of shipped ones: digits, folder, ...")
+    ] = None,
 ) -> None:
     """Train an image generator together with its provenance network; the same command resumes."""
-    settings = load_settings(config, overrides or [])
+    settings = load_settings(cli.find_config(config), overrides or [])
     training = settings.training
     accelerator = build.make_accelerator(settings)
-    data = build.open_data(settings, RunFolder(Path(settings.output_dir)))
+    with accelerator.main_process_first():  # it downloads, the others find what it left
+        data = runs.open_data(settings, RunFolder(Path(settings.output_dir)))
     batches = build.make_batches(settings, data.train, accelerator)
     trainer = build.make_trainer(settings, data, accelerator)
-    with accelerator.main_process_first():
-        folder = build.start_run(settings, data)
-    fingerprint = data.manifest.fingerprint
-    step = resume_latest(trainer, folder.checkpoints, fingerprint)
+    folder = runs.start_run(settings, data, writes=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    step = resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
     build.make_trackers(folder, accelerator, start_step=step)
-    probe = build.make_probe(settings, data.train, trainer.noise_scheduler)
+    has_provenance = "provenance" in trainer.networks
+    probe = (
+        build.make_probe(settings, data.train, trainer)
+        if accelerator.is_main_process and has_provenance
+        else None
+    )
 
     with TrainingProgress(step, training.max_steps, is_shown=accelerator.is_main_process) as progress:
         progress.say(
@@ -52,18 +59,20 @@ def main(
                 check_finite(means, step, folder.checkpoints)
                 accelerator.log(means, step=step)
                 progress.update(step, means)
-            evaluates = step % training.evaluate_every == 0 or is_last
-            if evaluates and accelerator.is_main_process and "provenance" in trainer.networks:
+            if probe is not None and (step % training.evaluate_every == 0 or is_last):
                 qualities = probe.measure(build.averaged_posterior(trainer))
                 progress.show(quality_table([quality.as_row() for quality in qualities], step))
                 build.log_quality(accelerator, qualities, step)
             if saves and accelerator.is_main_process:
                 # The checkpoint last: once it is there, everything else of its step is.
                 build.save_pipeline(trainer, data.manifest, folder)
-                save_checkpoint(trainer, folder.checkpoints, step, fingerprint)
+                save_checkpoint(trainer, folder.checkpoints, step, data.manifest.fingerprint)
             if saves:
                 accelerator.wait_for_everyone()
-        progress.say(f"trained {step} steps; next: provgen generate --run {folder.root}")
+        following = (
+            f"next: provgen generate --run {folder.root}" if has_provenance else "no provenance network"
+        )
+        progress.say(f"trained {step} steps; {following}")
     accelerator.end_training()
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from provgen import build
+from provgen import runs
 from provgen.attribution.posterior import ClosedFormPosterior
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
@@ -17,7 +17,7 @@ from provgen.errors import InputError
 from provgen.models.diffusion import make_denoiser, make_training_scheduler, stage_shapes
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.run_folder import RunFolder
-from provgen.settings import load_settings
+from provgen.settings_file import load_settings
 
 TINY = (
     "data.max_train_images=40",
@@ -75,7 +75,7 @@ def tiny_settings():
 @pytest.fixture(scope="session")
 def tiny_data(tiny_settings, tmp_path_factory):
     """Images and manifest of such a run: 40 digits."""
-    return build.open_data(tiny_settings(), RunFolder(tmp_path_factory.mktemp("no_run")))
+    return runs.open_data(tiny_settings(), RunFolder(tmp_path_factory.mktemp("no_run")))
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +142,7 @@ def tiny_networks():
 
 @pytest.fixture(scope="session")
 def alphas_cumprod():
-    return make_training_scheduler(1000, "linear").alphas_cumprod
+    return make_training_scheduler("linear").alphas_cumprod
 
 
 @pytest.fixture
@@ -200,6 +200,6 @@ def trained_root(tmp_path_factory, run_recipe):
 @pytest.fixture(scope="session")
 def trained(trained_root):
     """That run opened; its pipeline keeps no state between calls."""
-    run = build.open_trained_run(trained_root)
+    run = runs.open_trained_run(trained_root, torch.device("cpu"))
     run.pipeline.set_progress_bar_config(disable=True)
     return run

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from provgen import build
+from provgen import build, runs
 from provgen.run_folder import RunFolder
-from provgen.settings import load_settings
+from provgen.settings_file import load_settings
 
 
 def test_processes_that_do_not_know_of_one_another_are_refused(accelerator, monkeypatch, message_of):
@@ -63,7 +63,7 @@ def test_the_provenance_network_knows_its_training_set(accelerator, tiny_setting
 def test_the_split_is_disjoint_and_a_function_of_its_seed(tiny_settings, tmp_path):
     folder = RunFolder(tmp_path / "none")
     first, again, other = (
-        build.open_data(tiny_settings("data.holdout_fraction=0.1", f"data.split_seed={seed}"), folder)
+        runs.open_data(tiny_settings("data.holdout_fraction=0.1", f"data.split_seed={seed}"), folder)
         for seed in (0, 0, 1)
     )
     assert not set(first.train.paths) & set(first.holdout.paths)
@@ -74,31 +74,33 @@ def test_the_split_is_disjoint_and_a_function_of_its_seed(tiny_settings, tmp_pat
 
 def test_a_run_keeps_its_manifest_and_its_settings(tiny_settings, tiny_data, tmp_path, message_of):
     settings = replace(tiny_settings(), output_dir=str(tmp_path / "run"))
-    folder = build.start_run(settings, tiny_data)
+    folder = runs.start_run(settings, tiny_data, writes=True)
     manifest = folder.manifest.read_bytes()
     assert load_settings(folder.config, []) == settings
-    reopened = build.open_data(settings, folder)
+    reopened = runs.open_data(settings, folder)
     assert reopened.train.paths == tiny_data.train.paths
 
     longer = replace(
         settings, training=replace(settings.training, max_steps=99, log_every=1, checkpoint_every=7)
     )
-    build.start_run(longer, tiny_data)
+    runs.start_run(longer, tiny_data, writes=True)
     assert load_settings(folder.config, []) == longer
     assert folder.manifest.read_bytes() == manifest
 
     other = replace(settings, generator=replace(settings.generator, label_dropout=0.7))
-    message = message_of(build.start_run, other, tiny_data)
+    message = message_of(runs.start_run, other, tiny_data, writes=True)
     assert "generator.label_dropout=0.2" in message
     assert "generator.label_dropout=0.7" in message
     assert load_settings(folder.config, []) == longer
 
 
 def test_a_run_without_a_pipeline_says_how_to_finish_it(tiny_settings, tiny_data, tmp_path, message_of):
-    build.start_run(replace(tiny_settings(), output_dir=str(tmp_path / "run")), tiny_data)
-    assert "provgen train --config" in message_of(build.open_trained_run, tmp_path / "run")
+    runs.start_run(replace(tiny_settings(), output_dir=str(tmp_path / "run")), tiny_data, writes=True)
+    assert "provgen train --config" in message_of(
+        runs.open_trained_run, tmp_path / "run", torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("name", ["none", "config.yaml"])
 def test_what_is_no_run_is_refused(name, tmp_path, message_of):
-    assert "provgen train" in message_of(build.open_trained_run, tmp_path / name)
+    assert "provgen train" in message_of(runs.open_trained_run, tmp_path / name, torch.device("cpu"))

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 LAYERS = (
-    "errors", "run_folder", "settings", "data", "models", "training", "attribution",
-    "pipeline", "analysis", "report", "build", "cli",
+    "errors", "run_folder", "settings", "settings_file", "data", "models", "training", "attribution",
+    "pipeline", "analysis", "report", "runs", "build", "cli",
 )  # fmt: skip
 
 

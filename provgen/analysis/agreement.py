@@ -33,14 +33,14 @@ def agreement(first: Tensor, second: Tensor, *, seed: int = 0) -> Agreement:
     return Agreement(proportion(same, len(first)), mean_estimate(shared, seed=seed))
 
 
-def mismatched(class_labels: Tensor) -> Tensor:
-    """Pair each sample with the next of its own class: int64 (query,).
+def mismatched(class_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair each sample with the next of its own class: two int64 (pair,), the samples and their partners.
 
     Comparing a tracer's answer with the other tracer's answer for another sample of the class is the agreement
-    to be had without looking at the sample. A class with a single sample is paired with itself.
+    to be had without looking at the sample. A sample that is alone in its class has no partner and is left out.
     """
-    partner = torch.arange(len(class_labels))
-    for label in class_labels.unique():
-        rows = (class_labels == label).nonzero().flatten()
-        partner[rows] = rows.roll(-1)
-    return partner
+    rows = [(class_labels == label).nonzero().flatten() for label in class_labels.unique()]
+    groups = [group for group in rows if len(group) > 1]
+    if not groups:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    return torch.cat(groups), torch.cat([group.roll(-1) for group in groups])

@@ -40,7 +40,8 @@ def denoising_losses(
     total = torch.zeros(len(images))
     for draw in range(draws):
         noise = randn_tensor(images.shape, generator=generator, dtype=images.dtype)
-        timesteps = ((draw + torch.rand(len(images), generator=generator)) * part).long()
+        places = draw + torch.rand(len(images), generator=generator, dtype=torch.float64)
+        timesteps = (places * part).long()
         noisy = noise_scheduler.add_noise(images, noise, timesteps)
         for rows in torch.arange(len(images)).split(256):
             predicted = denoiser(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from provgen.analysis.statistics import Estimate, mean_estimate
 from provgen.attribution.network import NetworkPosterior
 from provgen.attribution.posterior import ClosedFormPosterior
+from provgen.attribution.trajectory import WINDOW
 from provgen.training.batches import seeded_generator
 from provgen.training.targets import mix_classes
 
 LEVELS = (0.02, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Signal levels a_t that are looked at; the nearest timestep of the schedule is taken."""
-
-WINDOW = (0.05, 0.9)
-"""Levels between these make the mean KL gap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +37,24 @@ class IndexQuality:
     """Nats."""
     cross_entropy_ceiling: float
     """Least cross-entropy: the conditional entropy H(i | x_t), nats."""
-    kl_gap: float
+    kl_gap: Estimate
     """`cross_entropy` minus its ceiling: mean KL divergence from closed form to network, nats."""
-    top1: float
+    top1: Estimate
     top1_ceiling: float
-    top5: float
+    top5: Estimate
     top5_ceiling: float
-    n: int
-    """Queries."""
+    query_gaps: Tensor
+    """KL divergence of every query, nats, (query,)."""
 
     def as_row(self) -> dict[str, Any]:
-        """Give the fields as a JSON-able dict."""
-        return asdict(self)
+        """Give the metrics as a flat JSON-able dict; estimates become NAME, NAME_low and NAME_high."""
+        row: dict[str, Any] = {"n": len(self.query_gaps)}
+        for name, value in vars(self).items():
+            if isinstance(value, Estimate):
+                row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            elif not isinstance(value, Tensor):
+                row[name] = value
+        return row
 
 
 class IndexProbe:
@@ -90,37 +95,54 @@ class IndexProbe:
     def measure(self, network: NetworkPosterior) -> list[IndexQuality]:
         """Measure every level, labelled rows (where there are labels) and null rows apart."""
         null = torch.full_like(self.labels, self.closed_form.null_label)
-        kinds = (
-            {"labelled": self.labels, "null": null} if bool((self.labels != null).any()) else {"null": null}
-        )
+        has_label = (self.labels != null).nonzero().flatten()
+        kinds = {"null": (torch.arange(len(null)), null)}
+        if len(has_label):
+            kinds = {"labelled": (has_label, self.labels[has_label]), **kinds}
         return [
-            self._level(network, timestep, name, labels)
+            self._level(network, timestep, name, queries, labels)
             for timestep in self.timesteps
-            for name, labels in kinds.items()
+            for name, (queries, labels) in kinds.items()
         ]
 
-    def _level(self, network: NetworkPosterior, timestep: int, rows: str, labels: Tensor) -> IndexQuality:
-        device = network.denoiser.device
+    def _level(
+        self, network: NetworkPosterior, timestep: int, rows: str, queries: Tensor, labels: Tensor
+    ) -> IndexQuality:
         level = self.alphas_cumprod[timestep]
-        noisy = level.sqrt() * self.clean_images + (1 - level).sqrt() * self.noise
-        signal = level.expand(len(noisy))
-        steps = torch.full((len(noisy),), timestep)
-        logits = network.index_logits(
-            noisy.to(device, network.denoiser.dtype), steps.to(device), signal.to(device), labels.to(device)
-        )
-        log_probs = logits.double().log_softmax(dim=1).cpu()
-        start, totals = 0, torch.zeros(6, dtype=torch.float64)
-        for posterior in self.closed_form.chunks(noisy, signal, labels):
+        noisy = level.sqrt() * self.clean_images[queries] + (1 - level).sqrt() * self.noise[queries]
+        log_probs = self._log_probs(network, noisy, timestep, labels)
+        start, measured = 0, []
+        for posterior in self.closed_form.chunks(noisy, level.expand(len(noisy)), labels):
             stop = start + len(posterior)
-            totals += self._compare(log_probs[start:stop], posterior)
+            measured.append(self._compare(log_probs[start:stop], posterior))
             start = stop
-        values = (totals / start).tolist()
-        names = ("cross_entropy", "cross_entropy_ceiling", "top1", "top1_ceiling", "top5", "top5_ceiling")
-        measured = dict(zip(names, values, strict=True))
-        return IndexQuality(signal=float(level), rows=rows, kl_gap=values[0] - values[1], n=start, **measured)
+        cross_entropy, floor, top1, top1_ceiling, top5, top5_ceiling = torch.cat(measured).T
+        return IndexQuality(
+            signal=float(level),
+            rows=rows,
+            cross_entropy=float(cross_entropy.mean()),
+            cross_entropy_ceiling=float(floor.mean()),
+            kl_gap=mean_estimate(cross_entropy - floor, seed=0),
+            top1=mean_estimate(top1, seed=0),
+            top1_ceiling=float(top1_ceiling.mean()),
+            top5=mean_estimate(top5, seed=0),
+            top5_ceiling=float(top5_ceiling.mean()),
+            query_gaps=cross_entropy - floor,
+        )
+
+    def _log_probs(self, network: NetworkPosterior, noisy: Tensor, timestep: int, labels: Tensor) -> Tensor:
+        """Ask the network, in float64 on the CPU: (query, train)."""
+        device = network.denoiser.device
+        logits = network.index_logits(
+            noisy.to(device, network.denoiser.dtype),
+            torch.full((len(noisy),), timestep, device=device),
+            self.alphas_cumprod[timestep].to(device).expand(len(noisy)),
+            labels.to(device),
+        )
+        return logits.cpu().double().log_softmax(dim=1)
 
     def _compare(self, log_probs: Tensor, posterior: Tensor) -> Tensor:
-        """Sum the six measures over queries; both arguments (query, train)."""
+        """Measure each query: six columns in the order that `_level` unpacks; both arguments (query, train)."""
         target = mix_classes(
             posterior,
             self.closed_form.labels,
@@ -128,21 +150,22 @@ class IndexProbe:
             mixing=self.label_mixing,
         )
         five = min(5, posterior.shape[1])
-        chosen = log_probs.topk(five, dim=1).indices
-        best = target.topk(five, dim=1).indices
+        chosen = posterior.gather(1, log_probs.topk(five, dim=1).indices)
+        best = posterior.topk(five, dim=1).values
         return torch.stack(
             [
-                -(target * log_probs).sum(),
-                torch.special.entr(target).sum(),
-                posterior.gather(1, chosen[:, :1]).sum(),
-                posterior.gather(1, best[:, :1]).sum(),
-                posterior.gather(1, chosen).sum(),
-                posterior.gather(1, best).sum(),
-            ]
+                -(target * log_probs).sum(dim=1),
+                torch.special.entr(target).sum(dim=1),
+                chosen[:, 0],
+                best[:, 0],
+                chosen.sum(dim=1),
+                best.sum(dim=1),
+            ],
+            dim=1,
         )
 
 
-def mean_kl_gap(qualities: list[IndexQuality], rows: str) -> float:
-    """Mean KL gap over the levels inside `WINDOW`, in nats."""
-    gaps = [q.kl_gap for q in qualities if q.rows == rows and WINDOW[0] < q.signal < WINDOW[1]]
-    return sum(gaps) / len(gaps)
+def mean_kl_gap(qualities: list[IndexQuality], rows: str) -> Estimate:
+    """Mean KL gap in nats over the levels inside the trace window, bootstrapped over queries."""
+    gaps = [q.query_gaps for q in qualities if q.rows == rows and WINDOW[0] < q.signal < WINDOW[1]]
+    return mean_estimate(torch.stack(gaps).mean(dim=0), seed=0)

@@ -48,18 +48,6 @@ def nearest(queries: Tensor, train: Tensor, k: int, *, chunk_size: int = 1024) -
     )
 
 
-def nearest_other(train: Tensor, k: int, *, chunk_size: int = 1024) -> Neighbors:
-    """Find the `k` nearest other rows of each training row, `k` < `len(train)`.
-
-    A row itself is left out, an exact duplicate of it is not.
-    """
-    found = nearest(train, train, k + 1, chunk_size=chunk_size)
-    itself = found.indices == torch.arange(len(train), device=train.device)[:, None]
-    # Among more duplicates than candidates a row may miss itself: then any of them may go.
-    itself[:, -1] |= ~itself.any(dim=1)
-    return Neighbors(found.distances[~itself].view(-1, k), found.indices[~itself].view(-1, k))
-
-
 def distance_ratio(queries: Tensor, train: Tensor, *, chunk_size: int = 1024) -> Tensor:
     """Divide each query's distance to its nearest training image by that to the second nearest.
 

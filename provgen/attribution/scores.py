@@ -25,8 +25,9 @@ class Attribution:
     entropy: Tensor
     """Entropy of the whole posterior in nats, (query,)."""
     commitment_step: Tensor
-    """First sampling step (0-based) after which the final top source keeps more than half of the
-    posterior; -1 if it never does, or if there was no sampling. int64 (query,)."""
+    """First sampling step (0-based) from which the top source of the last step keeps more than half of the
+    posterior; -1 if it never does, or if there was no sampling. That source need not be the first in
+    `example_index`, which averages over the window. int64 (query,)."""
     step_entropy: Tensor
     """Entropy of the posterior at every noise level in nats, (query, step), from noise to image."""
     signal: Tensor

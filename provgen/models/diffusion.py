@@ -21,6 +21,9 @@ class DenoiserSize:
     groups: int
 
 
+NUM_TRAIN_TIMESTEPS = 1000
+"""Noise levels of the forward process. Not a setting: the schedules' betas are made for this number."""
+
 DENOISER_SIZES = {
     "tiny": DenoiserSize(channels=(8, 16), layers=1, groups=4),
     "small": DenoiserSize(channels=(16, 32), layers=1, groups=4),
@@ -59,10 +62,10 @@ def make_denoiser(size: str, *, image_size: int, image_channels: int, num_classe
     )
 
 
-def make_training_scheduler(num_train_timesteps: int, beta_schedule: str) -> DDPMScheduler:
+def make_training_scheduler(beta_schedule: str) -> DDPMScheduler:
     """Make the forward process; it predicts the noise."""
     return DDPMScheduler(
-        num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, prediction_type="epsilon"
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS, beta_schedule=beta_schedule, prediction_type="epsilon"
     )
 
 

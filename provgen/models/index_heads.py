@@ -57,7 +57,8 @@ class ClassIndependentHead(nn.Module):
         inverse_temperature = signal.sqrt() / (1 - signal)
         cap = self.log_cap.exp()
         capped = inverse_temperature * cap / (inverse_temperature + cap)
-        similarity = F.linear(self.embedding(stages), self.prototypes)
+        # At least float32: a softmax over thousands of examples needs the digits, even of half-precision weights.
+        similarity = F.linear(self.embedding(stages), self.prototypes).to(signal.dtype)
         return capped[:, None] * (similarity - signal.sqrt()[:, None] * self.bias)
 
     @torch.no_grad()
@@ -76,7 +77,9 @@ class ClassIndependentHead(nn.Module):
         self.prototypes.zero_()
         self.prototypes[:, :width] = coordinates.to(self.prototypes)
         self.bias.copy_(coordinates.square().sum(1) / 2)
-        self.log_cap.copy_((2 * CLEAR_CALL / _typical_squared_distance(coordinates)).log())
+        distance = _typical_squared_distance(coordinates)
+        if distance > 0:  # else the images are all the same, and any cap will do
+            self.log_cap.copy_((2 * CLEAR_CALL / distance).log())
 
 
 def _typical_squared_distance(rows: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         # float32 under autocast too: a softmax over thousands of examples needs the digits.
         with torch.autocast(signal.device.type, enabled=False):
             shared = self._shared(stages)
-            logits: Tensor = self.index_head(shared, signal.to(shared[0].dtype))
+            wide = torch.promote_types(shared[0].dtype, torch.float32)
+            logits: Tensor = self.index_head(shared, signal.to(wide))
         # Finite, so that 0 x log(0) in a cross-entropy is 0 and not NaN.
         return logits.masked_fill(self.ruled_out(class_labels), torch.finfo(logits.dtype).min)
 

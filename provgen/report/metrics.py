@@ -15,8 +15,9 @@ from provgen.run_folder import atomic_path
 SCHEMA_VERSION = 1
 """Version of the layout of `report.json`; grows when a reader of the old one would go wrong."""
 
-MetricKind = Literal["similarity", "learned provenance", "counterfactual"]
-"""What a number claims: that images look alike, what the network learned, or what retraining showed."""
+MetricKind = Literal["similarity", "model fit", "learned provenance", "counterfactual"]
+"""What a number claims: that images look alike, how well a model fits, what the network learned, or what
+retraining showed."""
 
 
 @dataclass(frozen=True)

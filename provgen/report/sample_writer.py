@@ -13,7 +13,7 @@ from provgen.attribution.scores import Attribution
 from provgen.data.images import save_png
 from provgen.data.manifest import Manifest
 from provgen.report import exports
-from provgen.run_folder import RunFolder
+from provgen.run_folder import RunFolder, replace_path
 
 
 class SampleWriter:
@@ -99,7 +99,8 @@ def publish(folder: RunFolder) -> None:
         (staged.traces, folder.traces),
         (staged.closed_form_traces, folder.closed_form_traces),
     ):
-        shutil.rmtree(old, ignore_errors=True)
         if new.is_dir():
-            new.replace(old)
+            replace_path(new, old)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(staged.root)

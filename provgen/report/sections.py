@@ -48,8 +48,9 @@ def training_section(metrics: Rows) -> Section:
     )
 
 
-def index_section(rows: Rows, num_train: int, num_classes: int) -> Part:
-    """Show index metrics beside their closed-form ceilings, from the rows of one evaluation."""
+def index_section(last: Mapping[str, Any], num_train: int, num_classes: int) -> Part:
+    """Show index metrics beside their closed-form ceilings, from the line of one evaluation."""
+    rows = last["index_quality"]
     picture = picture_of_figure(
         plot_index_quality(rows),
         alt="Cross-entropy, top-1 and top-5 of the index against the signal level, network and closed form",
@@ -73,7 +74,7 @@ def index_section(rows: Rows, num_train: int, num_classes: int) -> Part:
             header, table_rows, "Parents are averaged over the closed-form posterior; see docs/metrics.md."
         ),
     )
-    return section, _index_metrics(rows, num_train, num_classes)
+    return section, _index_metrics(last, num_train, num_classes)
 
 
 def entropy_section(samples: Rows) -> Section:
@@ -86,14 +87,14 @@ def entropy_section(samples: Rows) -> Section:
     picture = picture_of_figure(
         plot_entropy(signal, network, closed),
         alt="Entropy of the posterior over training images against the signal level along sampling",
-        caption="Line: median over samples; band: 10 to 90 %. It ends near 0 for every finished image: there the "
-        "posterior is a nearest-neighbour look-up. Where it falls says when a sample's sources were settled.",
+        caption="Line: median over samples; band: 10 to 90 %. Near a_t = 1 the closed form is a nearest-neighbour "
+        "look-up of the finished image, whatever it came from. Where the line falls says when sources were settled.",
     )
     steps = [sample["commitment_step"] for sample in samples if sample["commitment_step"] is not None]
     median = f"{torch.tensor(steps).median()} of {len(signal)}" if steps else "none"
     text = (
-        f"{len(steps)} of {len(samples)} samples commit to their final top source "
-        f"(it keeps more than half of the posterior to the end); median step: {median}."
+        f"{len(steps)} of {len(samples)} samples commit: the top source of their last step "
+        f"keeps more than half of the posterior from some step on; median step: {median}."
     )
     return Section("When does a sample settle on its sources?", text, [picture])
 
@@ -103,22 +104,23 @@ def agreement_section(samples: Rows, traces: Rows, closed_traces: Rows, num_trai
     first, second = _indices(traces), _indices(closed_traces)
     labels = torch.tensor([-1 if s["class_label"] is None else s["class_label"] for s in samples])
     found = agreement(first, second)
-    chance = agreement(first, second[mismatched(labels)])
+    those, others = mismatched(labels)
+    chance = agreement(first[those], second[others]) if len(those) else None
+    pairs: list[tuple[str, Estimate, Estimate | None]] = [
+        ("agreement_top1", found.top1, chance.top1 if chance else None),
+        (f"agreement_top{first.shape[1]}_overlap", found.overlap, chance.overlap if chance else None),
+    ]
     metrics = [
-        Metric.from_estimate(name, estimate, "learned provenance", null=null.value, ceiling=1.0)
-        for name, estimate, null in (
-            ("agreement_top1", found.top1, chance.top1),
-            (f"agreement_top{first.shape[1]}_overlap", found.overlap, chance.overlap),
+        Metric.from_estimate(
+            name, estimate, "learned provenance", null=null.value if null else None, ceiling=1.0
         )
+        for name, estimate, null in pairs
     ]
     rows: list[list[TableCell]] = [
-        ["same first source", _interval(found.top1), _interval(chance.top1), 1.0],
-        [
-            f"share of {first.shape[1]} sources named by both",
-            _interval(found.overlap),
-            _interval(chance.overlap),
-            1.0,
-        ],
+        [what, _interval(estimate), _interval(null) if null else None, 1.0]
+        for what, (_, estimate, null) in zip(
+            ("same first source", f"share of {first.shape[1]} sources named by both"), pairs, strict=True
+        )
     ]
     section = Section(
         "Network and closed form",
@@ -162,7 +164,10 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
 def denoising_section(train_losses: Tensor, holdout_losses: Tensor) -> Part:
     """Compare the denoising loss on training and held-out images, each (query,)."""
     seen, unseen = mean_estimate(train_losses, seed=0), mean_estimate(holdout_losses, seed=0)
-    metric = Metric.from_estimate("holdout_denoising_loss", unseen, "similarity", ceiling=seen.value)
+    metrics = [
+        Metric.from_estimate("holdout_denoising_loss", unseen, "model fit"),
+        Metric.from_estimate("train_denoising_loss", seen, "model fit"),
+    ]
     section = Section(
         "Does it generalize?",
         "Mean squared error of the predicted noise, averaged weights. A generator that memorizes is much better on "
@@ -173,40 +178,30 @@ def denoising_section(train_losses: Tensor, holdout_losses: Tensor) -> Part:
             "Bootstrap 95 % intervals over images in brackets.",
         ),
     )
-    return section, [metric]
+    return section, metrics
 
 
-def _index_metrics(rows: Rows, num_train: int, num_classes: int) -> list[Metric]:
+def _index_metrics(last: Mapping[str, Any], num_train: int, num_classes: int) -> list[Metric]:
     metrics = []
+    rows = last["index_quality"]
     for kind in sorted({row["rows"] for row in rows}):
         level = min((r for r in rows if r["rows"] == kind), key=lambda row: abs(row["signal"] - 0.9))
         chance = 1 / num_train if kind == "null" else max(num_classes, 1) / num_train
         for name, null in (("top1", chance), ("top5", min(1.0, 5 * chance))):
+            estimate = Estimate(level[name], level[f"{name}_low"], level[f"{name}_high"], level["n"])
             metrics.append(
-                Metric(
-                    f"index_{name}_{kind}_at_a_{level['signal']:.2f}",
-                    level[name],
-                    None,
-                    None,
-                    null,
-                    level[f"{name}_ceiling"],
-                    level["n"],
+                Metric.from_estimate(
+                    f"index_{name}_{kind}_at_signal_0.9",
+                    estimate,
                     "learned provenance",
+                    null=null,
+                    ceiling=level[f"{name}_ceiling"],
                 )
             )
-        inside = [row["kl_gap"] for row in rows if row["rows"] == kind and 0.05 < row["signal"] < 0.9]
-        metrics.append(
-            Metric(
-                f"index_kl_gap_{kind}_nats",
-                sum(inside) / len(inside),
-                None,
-                None,
-                None,
-                0.0,
-                level["n"],
-                "learned provenance",
-            )
-        )
+        value, low, high = (last[f"kl_gap_{kind}{end}"] for end in ("", "_low", "_high"))
+        gap = Estimate(value, low, high, level["n"])
+        name = f"index_kl_gap_{kind}_nats"
+        metrics.append(Metric.from_estimate(name, gap, "learned provenance", ceiling=0.0))
     return metrics
 
 

@@ -85,8 +85,10 @@ class BatchStream:
 
     def indices(self, step: int) -> Tensor:
         """Example indices of the global batch of `step`, int64 (batch,)."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return torch.stack([self._pass(at // len(self.train))[at % len(self.train)] for at in positions])
+        start, stop = step * self.batch_size, (step + 1) * self.batch_size
+        size = len(self.train)
+        passes = range(start // size, (stop - 1) // size + 1)
+        return torch.cat([self._pass(n)[max(0, start - n * size) : stop - n * size] for n in passes])
 
     def _pass(self, number: int) -> Tensor:
         if self._permutation is None or self._permutation[0] != number:
@@ -97,5 +99,6 @@ class BatchStream:
 
 def seeded_generator(*entropy: int) -> torch.Generator:
     """Make a CPU generator whose stream depends on all the numbers given, and on their order."""
-    state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    # The length first: SeedSequence does not tell (1,) from (1, 0).
+    state = int(np.random.SeedSequence((len(entropy), *entropy)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state & (2**63 - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from json import JSONDecodeError
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from provgen.errors import InputError
 from provgen.run_folder import atomic_path
 from provgen.training.trainer import CoTrainer
 
-SCHEMA_VERSION = 1
 KEPT = 2
 """Newest checkpoints that stay on disk."""
 
@@ -32,7 +32,7 @@ def save_checkpoint(trainer: CoTrainer, folder: Path, step: int, fingerprint: st
     for name, network in trainer.networks.items():
         parts[name] = dict(network.state_dict())
         parts[f"{name}_ema"] = trainer.averaged(name)
-    state = {"schema_version": SCHEMA_VERSION, "step": step, "fingerprint": fingerprint}
+    state = {"schema_version": 1, "step": step, "fingerprint": fingerprint}
     with atomic_path(folder / f"step-{step:06d}") as partial:
         partial.mkdir()
         for name, tensors in parts.items():
@@ -57,14 +57,14 @@ def resume_latest(trainer: CoTrainer, folder: Path, fingerprint: str) -> int:
     if not found:
         return 0
     path = found[-1]
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state["fingerprint"] != fingerprint:
-        raise InputError(
-            f"{path} was trained on other images or labels; restore them or choose a new output_dir"
-        )
     try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["fingerprint"] != fingerprint:
+            raise InputError(
+                f"{path} was trained on other images or labels; restore them or choose a new output_dir"
+            )
         _load(trainer, path, state["step"])
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, JSONDecodeError) as error:
         raise InputError(
             f"{path} cannot be loaded ({' '.join(str(error).split())[:200]}); "
             "delete it to go back to the one before, or choose a new output_dir"
@@ -74,7 +74,8 @@ def resume_latest(trainer: CoTrainer, folder: Path, fingerprint: str) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List finished checkpoints, oldest first; what a kill left half written is not among them."""
-    return sorted(path.parent for path in folder.glob("step-*/state.json"))
+    found = (path.parent for path in folder.glob("step-*/state.json"))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _load(trainer: CoTrainer, path: Path, step: int) -> None:

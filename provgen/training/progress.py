@@ -57,7 +57,9 @@ class TrainingProgress:
 
     def update(self, step: int, losses: Mapping[str, float]) -> None:
         """Show the losses at `step`."""
-        text = "  ".join(f"{SHORT_NAMES[name]} {loss:.4f}" for name, loss in losses.items())
+        text = "  ".join(
+            f"{SHORT_NAMES[name]} {loss:.4f}" for name, loss in losses.items() if name in SHORT_NAMES
+        )
         self._progress.update(self._task, completed=step, losses=text)
         if not self.console.is_terminal and step >= self._next_line:
             self._next_line = step + max(1, self.max_steps // 20)
@@ -96,7 +98,7 @@ def check_finite(losses: Mapping[str, float], step: int, checkpoints: Path) -> N
     """Stop a run whose loss is lost, before anything of it is saved.
 
     Raises:
-        InputError: A loss is NaN or infinite.
+        InputError: A loss, or a gradient norm, is NaN or infinite.
     """
     bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if bad:

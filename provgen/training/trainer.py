@@ -76,19 +76,21 @@ class CoTrainer:
             step: Only the warm-up depends on it.
 
         Returns:
-            Scalars by name, detached, over this process's rows.
+            Losses over this process's rows and gradient norms before clipping, by name.
         """
         losses = self._losses(batch)
         self.optimizer.zero_grad()
         self.accelerator.backward(self._total(losses))
-        for network in self.networks.values():
-            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        norms = {
+            f"{name}_gradient_norm": nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+            for name, network in self.networks.items()
+        }
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
         self.optimizer.step()
         for name, network in self.networks.items():
             self.averages[name].step(network.parameters())
-        return {name: loss.detach() for name, loss in losses.items()}
+        return {name: scalar.detach() for name, scalar in (losses | norms).items()}
 
     def averaged(self, name: str) -> dict[str, Tensor]:
         """Give the averaged weights of one network as a state dict."""

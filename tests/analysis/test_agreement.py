@@ -30,12 +30,18 @@ def test_agreement_is_symmetric():
 
 def test_samples_are_paired_with_the_next_of_their_class():
     labels = torch.tensor([0, 1, 0, 2, 1, 0])
-    assert mismatched(labels).tolist() == [2, 4, 5, 3, 1, 0]
+    those, others = mismatched(labels)
+    assert dict(zip(those.tolist(), others.tolist(), strict=True)) == {0: 2, 2: 5, 5: 0, 1: 4, 4: 1}
+
+
+def test_samples_that_are_alone_in_their_classes_have_no_pairs():
+    assert [len(side) for side in mismatched(torch.arange(4))] == [0, 0]
 
 
 def test_pairing_stays_in_the_class_uses_every_sample_once_and_moves_all_that_can_move(generator):
     labels = torch.randint(5, (100,), generator=generator)
-    partner = mismatched(labels)
-    assert torch.equal(labels[partner], labels)
-    assert torch.equal(partner.sort().values, torch.arange(100))
-    assert not (partner == torch.arange(100)).any()
+    those, others = mismatched(labels)
+    assert torch.equal(labels[those], labels[others])
+    assert torch.equal(those.sort().values, torch.arange(100))
+    assert torch.equal(others.sort().values, torch.arange(100))
+    assert not (those == others).any()

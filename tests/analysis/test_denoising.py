@@ -11,7 +11,7 @@ from provgen.models.diffusion import make_denoiser, make_training_scheduler
 
 @pytest.fixture
 def scheduler():
-    return make_training_scheduler(1000, "linear")
+    return make_training_scheduler("linear")
 
 
 @pytest.fixture

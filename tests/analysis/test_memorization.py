@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.analysis.memorization import distance_ratio, nearest, nearest_other, share_memorized
+from provgen.analysis.memorization import distance_ratio, nearest, share_memorized
 from provgen.errors import InputError
 
 
@@ -71,19 +71,6 @@ def test_permuting_train_permutes_indices_and_keeps_distances(points, generator)
     found, permuted = nearest(queries, train, 4), nearest(queries, train[order], 4)
     torch.testing.assert_close(permuted.distances, found.distances, rtol=0, atol=0)
     assert torch.equal(order[permuted.indices], found.indices)
-
-
-def test_nearest_other_leaves_out_the_row_but_not_its_duplicate():
-    train = torch.tensor([[0.0], [3.0], [3.0], [7.0]])
-    found = nearest_other(train, 2)
-    assert found.indices.tolist() == [[1, 2], [2, 0], [1, 0], [1, 2]]
-    assert found.distances.tolist() == [[3, 3], [0, 3], [0, 3], [4, 4]]
-
-
-def test_nearest_other_of_many_duplicates_keeps_its_shape():
-    found = nearest_other(torch.ones(40, 2), 3)
-    assert found.distances.shape == (40, 3)
-    assert found.distances.max() == 0
 
 
 def test_exact_copies_are_all_memorized(points):

@@ -97,9 +97,9 @@ def test_every_class_and_the_null_label_condition_the_prediction():
 
 
 def test_the_sampler_starts_at_the_noisiest_level_of_training_and_ends_at_the_image():
-    training = make_training_scheduler(100, "squaredcos_cap_v2")
+    training = make_training_scheduler("squaredcos_cap_v2")
     sampler = make_sampling_scheduler(training)
     sampler.set_timesteps(10)
-    assert sampler.timesteps[0] == 99
+    assert sampler.timesteps[0] == 999
     assert torch.equal(sampler.alphas_cumprod, training.alphas_cumprod)
     assert sampler.final_alpha_cumprod == 1

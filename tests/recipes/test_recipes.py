@@ -20,7 +20,7 @@ from provgen import cli
 from provgen.data.images import read_image
 from provgen.report.exports import read_parts
 from provgen.run_folder import RunFolder
-from provgen.settings import load_settings
+from provgen.settings_file import load_settings
 from provgen.training.tracking import read_metrics
 
 FINISHED_FILES = {
@@ -96,7 +96,14 @@ def test_metrics_hold_the_losses_and_the_last_index_quality(finished):
     rows = read_metrics(finished.metrics)
     assert {row["step"] for row in rows} == {3}
     losses = [row for row in rows if "denoising_loss" in row]
-    assert set(losses[0]) == {"step", "denoising_loss", "index_loss", "class_loss"}
+    assert set(losses[0]) == {
+        "step",
+        "denoising_loss",
+        "index_loss",
+        "class_loss",
+        "denoiser_gradient_norm",
+        "provenance_gradient_norm",
+    }
     quality = [row["index_quality"] for row in rows if "index_quality" in row]
     assert {row["rows"] for row in quality[-1]} == {"labelled", "null"}
     for row in quality[-1]:
@@ -120,7 +127,7 @@ def test_the_numbers_of_the_report_are_labelled(finished):
     assert len(report["metrics"]) >= 4
     for metric in report["metrics"]:
         assert set(metric) == keys
-        assert metric["kind"] in {"similarity", "learned provenance", "counterfactual"}
+        assert metric["kind"] in {"similarity", "model fit", "learned provenance", "counterfactual"}
     names = [metric["name"] for metric in report["metrics"]]
     assert len(set(names)) == len(names)
 

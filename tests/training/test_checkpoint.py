@@ -100,8 +100,17 @@ def test_a_checkpoint_of_another_training_set_is_refused(saved, tmp_path, messag
     assert "other images or labels" in message
 
 
-@pytest.mark.parametrize("part", ["denoiser", "denoiser_ema", "provenance", "provenance_ema", "optimizer"])
-@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+@pytest.mark.parametrize(
+    ("part", "keep"),
+    [
+        ("denoiser", -1),
+        ("denoiser_ema", 200),
+        ("provenance", 5),
+        ("provenance_ema", -1),
+        ("optimizer", 0),
+        ("optimizer", -1),
+    ],
+)
 def test_a_damaged_part_is_refused_in_one_line(part, keep, saved, tmp_path, message_of):
     path = tmp_path / "step-000002" / f"{part}.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -150,8 +159,10 @@ def test_saving_a_step_again_replaces_it(saved, start, tmp_path):
     assert_same(resumed, other)
 
 
-@pytest.mark.parametrize("name", ["write_bytes", "write_text", "mkdir"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("write_bytes", errno.ENOSPC), ("write_text", errno.ENOSPC), ("mkdir", errno.EACCES)],
+)
 def test_a_write_that_fails_leaves_the_older_checkpoint_intact(
     name, number, saved, start, tmp_path, monkeypatch, message_of
 ):

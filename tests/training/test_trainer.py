@@ -88,17 +88,19 @@ def test_training_is_a_function_of_its_settings(train):
 
 
 def test_losses_fall_on_sixteen_images(new_accelerator, tiny_settings, tiny_data):
-    settings = tiny_settings("provenance.loss_weight=0.1", "provenance.class_loss_weight=0.1")
+    settings = tiny_settings(
+        "provenance.loss_weight=0.1", "provenance.class_loss_weight=0.1", "generator.label_dropout=0.5"
+    )
     few = tiny_data.train.select(torch.arange(16))
     data = copy.copy(tiny_data)
     object.__setattr__(data, "train", few)
     trainer = build.make_trainer(settings, data, new_accelerator())
-    stream = BatchStream(few, batch_size=64, num_train_timesteps=1000, label_dropout=0.2, seed=0)
-    losses = [trainer.step(stream.batch(step), step) for step in range(30)]
+    stream = BatchStream(few, batch_size=32, num_train_timesteps=1000, label_dropout=0.5, seed=0)
+    losses = [trainer.step(stream.batch(step), step) for step in range(60)]
     for name in ("denoising_loss", "index_loss", "class_loss"):
         values = torch.stack([loss[name] for loss in losses])
         assert values.isfinite().all()
-        assert values[-5:].mean() < 0.9 * values[:5].mean(), name
+        assert values[-15:].mean() < 0.9 * values[:15].mean(), name
 
 
 def test_the_two_networks_are_clipped_apart(train):
