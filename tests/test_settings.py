@@ -2,7 +2,6 @@
 
 import ast
 from dataclasses import fields, is_dataclass, replace
-
 from pathlib import Path
 
 import pytest
