@@ -35,7 +35,7 @@ def main(
     print(f"{config}: batch {settings.training.batch_size}, {torch.get_num_threads()} threads")
     report("training step", train_turn(settings, steps), train_turn(alone, steps), turns)
     with_traces, without = sampling_turns(settings, images)
-    report(f"sampling {images} images, 50 steps", with_traces, without, max(5, turns // 3))
+    report(f"sampling {images} images, 50 steps", with_traces, without, turns)
 
 
 def train_turn(settings: Settings, steps: int) -> Callable[[], float]:

@@ -90,7 +90,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
             wide = torch.promote_types(shared[0].dtype, torch.float32)
             logits: Tensor = self.index_head(shared, signal.to(wide))
         # Finite, so that 0 x log(0) in a cross-entropy is 0 and not NaN.
-        return logits.masked_fill(self.ruled_out(class_labels), torch.finfo(logits.dtype).min)
+        return logits.masked_fill_(self.ruled_out(class_labels), torch.finfo(logits.dtype).min)
 
     def _shared(self, stages: list[Tensor]) -> list[Tensor]:
         dtype = self.index_head.bias.dtype

@@ -374,3 +374,21 @@ def test_two_processes_generate_the_images_of_one(tmp_path, repository, trained_
         assert (before["sample"], before["rank"]) == (after["sample"], after["rank"])
         assert after["posterior"] == pytest.approx(before["posterior"], abs=1e-4)
     assert ended.stdout.count("5 samples in") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_main_job_runs_on_a_gpu_and_resumes(precision, tmp_path, run_recipe, tiny_overrides, capsys):
+    root = tmp_path / "run"
+    overrides = [*tiny_overrides, f"output_dir={root}", f"training.mixed_precision={precision}"]
+    assert run_recipe("train", *overrides, "training.max_steps=5") == 0
+    assert run_recipe("train", *overrides, "training.max_steps=10") == 0
+    assert f"resumed {root} from step 5" in capsys.readouterr().out
+    assert run_recipe("generate_and_attribute", "--run", root, "--num-images", 4, "--closed-form") == 0
+    assert run_recipe("attribute", "--run", root, root / "samples" / "00000.png") == 0
+    assert run_recipe("analyze", "--run", root) == 0
+    losses = [
+        row["denoising_loss"] for row in read_metrics(root / "metrics.jsonl") if "denoising_loss" in row
+    ]
+    assert torch.tensor(losses).isfinite().all()
