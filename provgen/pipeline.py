@@ -18,7 +18,7 @@ from torch import Tensor
 from provgen.attribution.network import NetworkPosterior
 from provgen.attribution.posterior import ClosedFormPosterior
 from provgen.attribution.scores import Attribution, check_top_k
-from provgen.attribution.trajectory import WINDOW, TrajectoryTrace
+from provgen.attribution.trajectory import LEAST_SIGNAL, WINDOW, TrajectoryTrace
 from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
@@ -143,15 +143,18 @@ class ProvenancePipeline(DiffusionPipeline):
         labels = self._labels(class_labels, count)
         images = self._initial_noise(len(labels), generator)
         self._set_timesteps(num_inference_steps)
-        trace, closed_trace = TrajectoryTrace(), TrajectoryTrace()
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        levels = self.scheduler.alphas_cumprod[self.scheduler.timesteps]
+        first_step = int((levels < LEAST_SIGNAL).sum())
+        trace, closed_trace = TrajectoryTrace(first_step), TrajectoryTrace(first_step)
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            is_traced = top_k is not None and step >= first_step
             signal = self.scheduler.alphas_cumprod[timestep].to(images.device)
             with record_stages(self.unet) as stages:
                 noise = self.unet(images, timestep, class_labels=labels).sample
-            if top_k is not None:
+            if is_traced:
                 logits = self.provenance.index_logits(stages, signal.expand(len(images)), labels)
                 trace.add(logits.softmax(dim=1), float(signal))
-            if top_k is not None and closed_form is not None:
+            if is_traced and closed_form is not None:
                 closed_trace.add(closed_form.probs(images, signal.expand(len(images)), labels), float(signal))
             if guidance_scale != 1:
                 unlabelled = self.unet(

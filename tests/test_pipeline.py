@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from provgen.attribution.trajectory import LEAST_SIGNAL
 from provgen.data.images import to_pil
 from provgen.data.manifest import Manifest
 from provgen.pipeline import ProvenancePipeline
@@ -89,8 +90,10 @@ def test_a_trace_is_complete(three, trained):
         shown = attribution.posterior.sum(1)
         torch.testing.assert_close(shown + attribution.mass_not_shown, torch.ones(3), rtol=0, atol=1e-5)
         assert (attribution.posterior.diff(dim=1) <= 0).all()
-        assert attribution.step_entropy.shape == (3, 10)
+        assert attribution.step_entropy.shape == (3, len(attribution.signal))
         assert (attribution.signal.diff() > 0).all()
+        levels = trained.pipeline.scheduler.alphas_cumprod[trained.pipeline.scheduler.timesteps]
+        torch.testing.assert_close(attribution.signal, levels[levels >= LEAST_SIGNAL])
         labels = trained.data.train.labels
         for row, label in enumerate(LABELS[:2]):
             named = labels[attribution.example_index[row][attribution.posterior[row] > 0]]

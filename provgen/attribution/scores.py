@@ -29,7 +29,7 @@ class Attribution:
     posterior; -1 if it never does, or if there was no sampling. That source need not be the first in
     `example_index`, which averages over the window. int64 (query,)."""
     step_entropy: Tensor
-    """Entropy of the posterior at every noise level in nats, (query, step), from noise to image."""
+    """Entropy of the posterior at every traced noise level in nats, (query, step), from noise to image."""
     signal: Tensor
     """a_t of those levels, (step,)."""
 

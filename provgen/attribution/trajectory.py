@@ -12,13 +12,20 @@ WINDOW = (0.05, 0.9)
 the posterior is a nearest-neighbour look-up of the finished image."""
 
 
+LEAST_SIGNAL = 0.01
+"""Sampling steps noisier than this are not traced: the posterior is still near the prior, and they are a third of
+the steps."""
+
+
 class TrajectoryTrace:
     """Collects p(i | x_t, y) level by level, from noise to image.
 
     The posterior of an image is the mean of its posteriors over the levels in `WINDOW`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_step: int = 0) -> None:
+        """Start empty; `first_step` numbers the sampling step of the first level that will be added."""
+        self.first_step = first_step
         self._sum: Tensor | None = None
         self._in_window = 0
         self._signal: list[float] = []
@@ -63,4 +70,4 @@ class TrajectoryTrace:
         # More than half of the posterior can only belong to the largest entry.
         holds = (index == index[-1]) & (largest > 0.5)
         held_to_the_end = holds.flip(0).cumprod(dim=0).sum(dim=0)
-        return torch.where(held_to_the_end > 0, len(self._top) - held_to_the_end, -1)
+        return torch.where(held_to_the_end > 0, self.first_step + len(self._top) - held_to_the_end, -1)

@@ -91,7 +91,7 @@ def entropy_section(samples: Rows) -> Section:
         "look-up of the finished image, whatever it came from. Where the line falls says when sources were settled.",
     )
     steps = [sample["commitment_step"] for sample in samples if sample["commitment_step"] is not None]
-    median = f"{torch.tensor(steps).median()} of {len(signal)}" if steps else "none"
+    median = f"{torch.tensor(steps).median()}" if steps else "none"
     text = (
         f"{len(steps)} of {len(samples)} samples commit: the top source of their last step "
         f"keeps more than half of the posterior from some step on; median step: {median}."

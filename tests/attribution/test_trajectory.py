@@ -50,6 +50,13 @@ def test_commitment_is_decided_query_by_query():
     assert trace.commitment_step().tolist() == [0, 1, -1]
 
 
+def test_steps_that_were_not_traced_count():
+    trace = TrajectoryTrace(first_step=7)
+    for probs in ([[0.5, 0.5]], [[0.9, 0.1]]):
+        trace.add(torch.tensor(probs), 0.5)
+    assert trace.commitment_step().tolist() == [8]
+
+
 def test_outside_images_have_no_commitment():
     attribution = trace_of(FIRST, FIRST).attribution(2, is_trajectory=False)
     assert attribution.commitment_step.tolist() == [-1]
