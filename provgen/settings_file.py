@@ -49,7 +49,9 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         config = OmegaConf.load(path)
         content = OmegaConf.to_container(config, resolve=False)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} is not valid YAML: {_first_line(error)}") from error
+        raise InputError(
+            f"{path} is not valid YAML: {_first_line(error)}; mend it, or start from recipes/digits.yaml"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings; it must hold `section:` and `key: value` lines")
     return content
@@ -66,7 +68,9 @@ def _read_override(override: str) -> list[tuple[str, Any]]:
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"cannot read the override {override!r}: {_first_line(error)}") from error
+        raise InputError(
+            f"cannot read the override {override!r}: {_first_line(error)}; quote the value"
+        ) from error
     assert isinstance(content, dict)
     return list(_leaves(content))
 
@@ -95,7 +99,7 @@ def _with(config: DictConfig, key: str, value: Any) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, {section[0]: {name: value}} if section else {name: value})
     except OmegaConfBaseException as error:
-        raise InputError(f"{key}: {_first_line(error)}") from error
+        raise InputError(f"{key} must be of type {_known_keys()[key]}, got {value!r}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -124,11 +128,15 @@ def _to_settings(config: DictConfig) -> Settings:
     return replace(settings, data=replace(settings.data, path=str(Path(settings.data.path).absolute())))
 
 
-def _known_keys() -> list[str]:
-    keys = []
+def _known_keys() -> dict[str, str]:
+    """Give the annotation of every setting, such as `int | None`, by its dotted key."""
+    keys: dict[str, str] = {}
     for section in fields(Settings):
         value = section.default_factory() if callable(section.default_factory) else None
-        keys += [f"{section.name}.{f.name}" for f in fields(value)] if is_dataclass(value) else [section.name]
+        if is_dataclass(value):
+            keys |= {f"{section.name}.{f.name}": str(f.type) for f in fields(value)}
+        else:
+            keys[section.name] = str(section.type)
     return keys
 
 

@@ -55,6 +55,7 @@ def message_of():
             function(*args, **kwargs)
         message = str(caught.value)
         assert len(message.splitlines()) == 1
+        assert ";" in message or "," in message, "says what is allowed or what to do"
         return message
 
     return call
