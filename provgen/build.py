@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
+from torch import Tensor
 
-from provgen.analysis.index_quality import IndexProbe, IndexQuality, mean_kl_gap
-from provgen.attribution.network import NetworkPosterior
+from provgen.attribution.posterior import Oracle
+from provgen.attribution.refreshed import RefreshedPosterior
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.data.manifest import Manifest
 from provgen.errors import InputError
-from provgen.models.diffusion import (
-    NUM_TRAIN_TIMESTEPS,
-    make_denoiser,
-    make_sampling_scheduler,
-    make_training_scheduler,
-    stage_shapes,
-)
+from provgen.kinds import make_kind
+from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
 from provgen.models.provenance import ProvenanceNetwork
-from provgen.pipeline import ProvenancePipeline
-from provgen.run_folder import RunFolder, atomic_path
-from provgen.runs import RunData, make_closed_form
-from provgen.settings import Settings
+from provgen.run_folder import RunFolder
+from provgen.runs import RunData
+from provgen.settings import ProvenanceSettings, Settings
 from provgen.training.batches import BatchStream
-from provgen.training.targets import ClassMixedTargets, OneHotTargets, PosteriorTargets, Targets
+from provgen.training.mixing import ClassMixing, Mixing, NeighborMixing, nearest_neighbors
+from provgen.training.targets import MixedTargets, OneHotTargets, Posterior, PosteriorTargets, Targets
 from provgen.training.tracking import JsonLinesTracker
 from provgen.training.trainer import CoTrainer, ProvenanceObjective
 
 T = TypeVar("T")
+
+HEADS: dict[str, Callable[[ProvenanceSettings, Tensor, int], dict[str, Any]]] = {
+    "class_independent": lambda _chosen, _labels, _num_classes: {"kind": "ClassIndependentHead"},
+    "class_conditional": lambda _chosen, labels, num_classes: {
+        "kind": "ClassConditionalHead",
+        "num_classes": num_classes,
+        "num_slots": int(labels.bincount().max()),
+    },
+    "two_stage": lambda chosen, labels, _num_classes: {
+        "kind": "TwoStageHead",
+        "cells": chosen.cells,
+        "num_cells": _num_cells(chosen, labels),
+    },
+}
+"""`provenance.index_head` to the arguments of a class in `models/index_heads.py`, given the labels of the covered
+examples and the number of classes. A new head is one class there and one line here."""
 
 
 def make_accelerator(settings: Settings | None = None) -> Accelerator:
@@ -56,25 +66,16 @@ def make_accelerator(settings: Settings | None = None) -> Accelerator:
 
 def make_trainer(settings: Settings, data: RunData, accelerator: Accelerator) -> CoTrainer:
     """Build both networks, seeded apart so that the denoiser does not depend on the provenance network."""
-    train, generator, training = data.train, settings.generator, settings.training
-    scheduler = make_training_scheduler(generator.beta_schedule)
-    denoiser = _seeded(
-        training.seed,
-        lambda: make_denoiser(
-            generator.size,
-            image_size=settings.data.image_size,
-            image_channels=train.images.shape[1],
-            num_classes=train.num_classes,
-        ),
-    )
+    kind, training = make_kind(settings, data.train), settings.training
+    network = _seeded(training.seed, kind.make_network)
     has_provenance = settings.provenance.index_head != "none"
     return CoTrainer(
         accelerator=accelerator,
-        denoiser=denoiser,
-        provenance=_make_provenance(settings, data, stage_shapes(denoiser)) if has_provenance else None,
-        noise_scheduler=scheduler,
-        objective=_make_objective(settings, train, accelerator.device) if has_provenance else None,
-        label_dropout=generator.label_dropout,
+        observer=kind.make_observer(accelerator.device),
+        network=network,
+        provenance=_make_provenance(settings, data) if has_provenance else None,
+        objective=_make_objective(settings, data, network, accelerator.device) if has_provenance else None,
+        label_dropout=kind.label_dropout,
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup_steps,
         ema_decay=training.ema_decay,
@@ -92,12 +93,14 @@ def make_batches(settings: Settings, train: ImageSet, accelerator: Accelerator) 
         raise InputError(
             f"training.batch_size must be a multiple of the {accelerator.num_processes} processes, got {size}"
         )
+    kind = make_kind(settings, train)
     return BatchStream(
         train,
         batch_size=size,
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-        label_dropout=settings.generator.label_dropout,
+        label_dropout=kind.label_dropout,
         seed=settings.training.seed,
+        noise_shape=kind.noise_shape(),
     )
 
 
@@ -111,113 +114,110 @@ def make_trackers(folder: RunFolder, accelerator: Accelerator, start_step: int) 
     accelerator.init_trackers("provgen")
 
 
-def averaged_networks(trainer: CoTrainer) -> dict[str, Any]:
-    """Copy the networks with their averaged weights, ready for evaluation."""
-    copies = {}
-    for name, network in trainer.networks.items():
-        copies[name] = deepcopy(network).requires_grad_(requires_grad=False).eval()
-        copies[name].load_state_dict(trainer.averaged(name))
-    return copies
-
-
-def averaged_posterior(trainer: CoTrainer) -> NetworkPosterior:
-    """Make the posterior of the averaged provenance network, for evaluation during training."""
-    networks = averaged_networks(trainer)
-    return NetworkPosterior(networks["denoiser"], networks["provenance"])
-
-
-def make_pipeline(trainer: CoTrainer, manifest: Manifest) -> ProvenancePipeline:
-    """Make the pipeline of the averaged weights; the trainer must have a provenance network."""
-    networks = averaged_networks(trainer)
-    pipeline = ProvenancePipeline(
-        unet=networks["denoiser"],
-        provenance=networks["provenance"],
-        scheduler=make_sampling_scheduler(trainer.noise_scheduler),
-    )
-    return pipeline.with_manifest(manifest)
-
-
-def save_pipeline(trainer: CoTrainer, manifest: Manifest, folder: RunFolder) -> None:
-    """Write the pipeline of the averaged weights, whole or not at all.
-
-    A denoiser trained without a provenance network has no pipeline; its weights are in the checkpoints.
-    """
-    if "provenance" in trainer.networks:
-        with atomic_path(folder.pipeline) as partial:
-            make_pipeline(trainer, manifest).save_pretrained(partial)
-
-
-def make_probe(settings: Settings, train: ImageSet, trainer: CoTrainer, num_queries: int = 256) -> IndexProbe:
-    """Make the fixed queries on which the index metrics are measured."""
-    return IndexProbe(
-        make_closed_form(train, torch.float64, torch.device("cpu")),
-        to_unit_range(train.images),
-        train.labels,
-        trainer.noise_scheduler.alphas_cumprod,
-        num_queries=num_queries,
-        label_mixing=settings.provenance.label_mixing,
-        seed=settings.training.seed,
-    )
-
-
-def log_quality(accelerator: Accelerator, qualities: list[IndexQuality], step: int) -> None:
-    """Log index metrics: every row into `metrics.jsonl`, the mean KL gaps as scalars."""
-    kinds = sorted({quality.rows for quality in qualities})
-    scalars: dict[str, Any] = {}
-    for rows in kinds:
-        gap = mean_kl_gap(qualities, rows)
-        scalars |= {
-            f"kl_gap_{rows}": gap.value,
-            f"kl_gap_{rows}_low": gap.low,
-            f"kl_gap_{rows}_high": gap.high,
-        }
-    accelerator.log({"index_quality": [quality.as_row() for quality in qualities], **scalars}, step=step)
-
-
-def _make_provenance(settings: Settings, data: RunData, stages: list[tuple[int, int]]) -> ProvenanceNetwork:
-    chosen = settings.provenance
-    if chosen.shared_stages is not None and chosen.shared_stages > len(stages):
-        raise InputError(
-            f"provenance.shared_stages must be null or 1 to {len(stages)} for generator.size="
-            f"{settings.generator.size}, got {chosen.shared_stages}"
-        )
+def make_mixing(
+    chosen: ProvenanceSettings, data: RunData, dtype: torch.dtype, device: torch.device
+) -> Mixing | None:
+    """Make what spreads the targets over like examples; None for no label mixing."""
     train = data.train
-    has_class_head = (
-        train.num_classes > 0 and chosen.class_loss_weight > 0 and settings.generator.label_dropout > 0
-    )
+    if chosen.label_mixing == 0:
+        return None
+    if chosen.mixing == "class":
+        labels, covered = train.labels.to(device), data.covered.to(device)
+        return ClassMixing(labels, num_classes=train.num_classes, share=chosen.label_mixing, covered=covered)
+    rows = to_unit_range(train.images, dtype).flatten(1)
+    neighbors = nearest_neighbors(rows, train.labels, chosen.num_neighbors, covered=data.covered)
+    return NeighborMixing(neighbors.to(device), share=chosen.label_mixing)
+
+
+def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
+    chosen, train, kind = settings.provenance, data.train, make_kind(settings, data.train)
+    shapes = kind.shapes()
+    shared = len(shapes) - 1 if chosen.shared_stages is None else chosen.shared_stages
+    if shared >= len(shapes):
+        raise InputError(
+            f"provenance.shared_stages must be null or 0 to {len(shapes) - 1} for generator.size="
+            f"{settings.generator.size}, got {shared}"
+        )
+    covered = data.covered.nonzero().flatten()
+    head = _head_arguments(chosen, train.labels[covered], train.num_classes)
+    # A classifier has a class head itself; no other generator learns the class of what it is not told.
+    learns_classes = chosen.class_loss_weight > 0 or chosen.index_head == "class_conditional"
+    has_class_head = learns_classes and settings.generator.kind != "none" and kind.label_dropout > 0
     network: ProvenanceNetwork = _seeded(
         settings.training.seed + 1,
         lambda: ProvenanceNetwork(
-            stages=[list(shape) for shape in stages[: chosen.shared_stages]],
+            stages=[list(shape) for shape in shapes],
+            shared_stages=shared,
+            head=head,
             num_examples=len(train),
+            num_covered=len(covered),
             num_classes=train.num_classes,
             width=chosen.width,
-            has_class_head=has_class_head,
+            has_class_head=has_class_head and train.num_classes > 0,
+            beam=chosen.beam if chosen.index_head == "two_stage" else None,
             fingerprint=data.manifest.fingerprint,
         ),
     )
-    network.example_labels.copy_(train.labels)
-    network.index_head.start_from_images(to_unit_range(train.images))
+    network.start(to_unit_range(train.images), train.labels, covered)
     return network
 
 
-def _make_objective(settings: Settings, train: ImageSet, device: torch.device) -> ProvenanceObjective:
-    chosen = settings.provenance
-    targets: Targets
-    if chosen.targets == "one_hot":
-        targets = OneHotTargets(len(train))
-    else:
-        targets = PosteriorTargets(make_closed_form(train, torch.get_default_dtype(), device))
-    if chosen.label_mixing > 0:
-        targets = ClassMixedTargets(
-            targets, train.labels.to(device), num_classes=train.num_classes, mixing=chosen.label_mixing
+def _head_arguments(chosen: ProvenanceSettings, labels: Tensor, num_classes: int) -> dict[str, Any]:
+    if chosen.index_head not in HEADS:
+        known = ", ".join(HEADS)
+        raise InputError(f"provenance.index_head must be {known} or none, got {chosen.index_head}")
+    needs_classes = chosen.index_head == "class_conditional" or (
+        chosen.index_head == "two_stage" and chosen.cells == "classes"
+    )
+    if needs_classes and num_classes == 0:
+        raise InputError(
+            f"provenance.index_head={chosen.index_head} with these cells needs class labels, and the images have "
+            "none; use class_independent, or two_stage with provenance.cells=kmeans"
         )
+    return HEADS[chosen.index_head](chosen, labels, num_classes)
+
+
+def _num_cells(chosen: ProvenanceSettings, labels: Tensor) -> int:
+    if chosen.cells == "classes":
+        return len(labels.unique())
+    cells = chosen.num_cells or round(len(labels) ** 0.5)
+    if cells > len(labels):
+        raise InputError(
+            f"provenance.num_cells must be null or at most the {len(labels)} examples covered, got {cells}"
+        )
+    return cells
+
+
+def _make_objective(
+    settings: Settings, data: RunData, network: Any, device: torch.device
+) -> ProvenanceObjective:
+    chosen, train = settings.provenance, data.train
+    targets: Targets = OneHotTargets(len(train))
+    if chosen.targets == "posterior":
+        targets = PosteriorTargets(_target_posterior(settings, data, network, device))
+    mixing = make_mixing(chosen, data, torch.get_default_dtype(), device)
+    if mixing is not None:
+        targets = MixedTargets(targets, mixing)
     return ProvenanceObjective(
         targets=targets,
         loss_weight=chosen.loss_weight,
         class_loss_weight=chosen.class_loss_weight,
         stops_gradient=chosen.gradient == "stop",
+        covered=data.covered.to(device),
+        coverage=float(data.covered.double().mean()),
     )
+
+
+def _target_posterior(settings: Settings, data: RunData, network: Any, device: torch.device) -> Posterior:
+    """Make the posterior that is trained towards; that of an autoencoder moves with its encoder."""
+    kind = make_kind(settings, data.train)
+    covered = None if data.covered.all() else data.covered
+
+    def make() -> Oracle:
+        dtype = torch.get_default_dtype()
+        return kind.closed_form(network, data.train, dtype=dtype, device=device, covered=covered)
+
+    return RefreshedPosterior(make) if settings.generator.kind == "vae" else make()
 
 
 def _seeded(seed: int, make: Callable[[], T]) -> T:

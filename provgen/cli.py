@@ -55,6 +55,12 @@ def analyze(context: typer.Context) -> None:
     run_recipe("analyze", context.args)
 
 
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def paper(context: typer.Context) -> None:
+    """Regenerate the paper's findings: tables and figures of many runs."""
+    run_recipe("paper", context.args)
+
+
 def main() -> None:
     """Entry point of the `provgen` command."""
     app()

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from provgen.attribution.network import NetworkPosterior
-from provgen.attribution.posterior import ClosedFormPosterior
+from provgen.attribution.classifier_tracer import ClassifierTracer
+from provgen.attribution.diffusion_tracer import DiffusionTracer
+from provgen.attribution.posterior import Oracle
 from provgen.attribution.scores import Attribution, check_top_k
-from provgen.attribution.trajectory import LEAST_SIGNAL, WINDOW, TrajectoryTrace
+from provgen.attribution.tracer import Request, Tracer
+from provgen.attribution.vae_tracer import VaeTracer
 from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
-from provgen.models.diffusion import record_stages
+from provgen.models.classifier import ImageClassifier
 from provgen.models.provenance import ProvenanceNetwork
-from provgen.training.batches import seeded_generator
+from provgen.models.vae import ImageVae
 
 MANIFEST_NAME = "manifest.parquet"
 
@@ -45,18 +46,49 @@ class ProvenancePipelineOutput(BaseOutput):
 
 
 class ProvenancePipeline(DiffusionPipeline):
-    """Samples by DDIM and traces every sample along its own sampling trajectory.
+    """Generates images and traces every one to the training images it comes from.
 
-    Load it with `ProvenancePipeline.from_pretrained`; `DiffusionPipeline.from_pretrained` does not find a
-    subclass that lives in another package.
+    Holds one of a denoiser (`unet`, with its `scheduler`), an autoencoder (`vae`) or a classifier, which traces
+    images from outside only. Without `provenance` it generates and traces nothing. Load it with
+    `ProvenancePipeline.from_pretrained`; `DiffusionPipeline.from_pretrained` does not find a subclass that lives in
+    another package.
     """
 
-    model_cpu_offload_seq = "unet->provenance"
+    model_cpu_offload_seq = "unet->vae->classifier->provenance"
+    _optional_components = ["provenance", "unet", "vae", "classifier", "scheduler"]  # noqa: RUF012 - diffusers' own name
 
-    def __init__(self, unet: UNet2DModel, provenance: ProvenanceNetwork, scheduler: DDIMScheduler) -> None:
+    def __init__(
+        self,
+        provenance: ProvenanceNetwork | None = None,
+        unet: UNet2DModel | None = None,
+        vae: ImageVae | None = None,
+        classifier: ImageClassifier | None = None,
+        scheduler: DDIMScheduler | None = None,
+    ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, provenance=provenance, scheduler=scheduler)
+        self.register_modules(
+            provenance=provenance, unet=unet, vae=vae, classifier=classifier, scheduler=scheduler
+        )
         self._manifest: Manifest | None = None
+
+    @property
+    def network(self) -> UNet2DModel | ImageVae | ImageClassifier:
+        """The generator's network, of whichever kind."""
+        return self.unet or self.vae or self.classifier
+
+    @property
+    def is_told_classes(self) -> bool:
+        """Whether this generator can be asked for a class."""
+        return self.unet is not None
+
+    @property
+    def tracer(self) -> Tracer:
+        """How this kind of generator is sampled and traced."""
+        if self.unet is not None:
+            return DiffusionTracer(self.unet, self.provenance, self.scheduler)
+        if self.vae is not None:
+            return VaeTracer(self.vae, self.provenance)
+        return ClassifierTracer(self.classifier, self.provenance)
 
     @property
     def manifest(self) -> Manifest:
@@ -70,7 +102,7 @@ class ProvenancePipeline(DiffusionPipeline):
         Raises:
             InputError: It is not the manifest of the set this network was trained on.
         """
-        if manifest.fingerprint != self.provenance.config.fingerprint:
+        if self.provenance is not None and manifest.fingerprint != self.provenance.config.fingerprint:
             raise InputError(
                 "this pipeline was trained on another data set (fingerprint "
                 f"{self.provenance.config.fingerprint[:12]}, the data set has {manifest.fingerprint[:12]}); "
@@ -101,7 +133,7 @@ class ProvenancePipeline(DiffusionPipeline):
     @property
     def null_label(self) -> int:
         """The class label that stands for no label."""
-        return int(self.provenance.config.num_classes)
+        return len(self.manifest.class_names)
 
     @torch.no_grad()
     def __call__(
@@ -113,7 +145,7 @@ class ProvenancePipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         top_k: int | None = 8,
-        closed_form: ClosedFormPosterior | None = None,
+        closed_form: Oracle | None = None,
         output_type: str = "pil",
     ) -> ProvenancePipelineOutput:
         """Generate images and trace each along its own trajectory.
@@ -132,7 +164,7 @@ class ProvenancePipeline(DiffusionPipeline):
             InputError: An impossible label, `top_k` or step count.
         """
         if top_k is not None:
-            check_top_k(top_k, self.provenance.config.num_examples)
+            self._check_traceable(top_k)
         if output_type not in ("pil", "pt"):
             raise InputError(f"output_type must be pil or pt, got {output_type!r}")
         if not isfinite(guidance_scale):
@@ -141,33 +173,30 @@ class ProvenancePipeline(DiffusionPipeline):
         if count < 1:
             raise InputError(f"the number of images must be at least 1, got {count}")
         labels = self._labels(class_labels, count)
-        images = self._initial_noise(len(labels), generator)
-        self._set_timesteps(num_inference_steps)
-        levels = self.scheduler.alphas_cumprod[self.scheduler.timesteps]
-        first_step = int((levels < LEAST_SIGNAL).sum())
-        trace, closed_trace = TrajectoryTrace(first_step), TrajectoryTrace(first_step)
-        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            is_traced = top_k is not None and step >= first_step
-            signal = self.scheduler.alphas_cumprod[timestep].to(images.device)
-            with record_stages(self.unet) as stages:
-                noise = self.unet(images, timestep, class_labels=labels).sample
-            if is_traced:
-                logits = self.provenance.index_logits(stages, signal.expand(len(images)), labels)
-                trace.add(logits.softmax(dim=1), float(signal))
-            if is_traced and closed_form is not None:
-                closed_trace.add(closed_form.probs(images, signal.expand(len(images)), labels), float(signal))
-            if guidance_scale != 1:
-                unlabelled = self.unet(
-                    images, timestep, class_labels=torch.full_like(labels, self.null_label)
-                ).sample
-                noise = torch.lerp(unlabelled, noise, guidance_scale)
-            images = self.scheduler.step(noise, timestep, images).prev_sample
+        if isinstance(generator, list) and len(generator) != count:
+            raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
+        made = self.tracer.generate(
+            Request(
+                class_labels=labels,
+                null_label=self.null_label,
+                generator=generator,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                is_traced=top_k is not None,
+                closed_form=closed_form,
+                progress_bar=self.progress_bar,
+            )
+        )
+        traced, compared = None, None
+        reachable = self.manifest.reachable
+        if top_k is not None:
+            traced = made.trace.attribution(top_k, is_trajectory=made.is_trajectory, reachable=reachable)
+        if top_k is not None and closed_form is not None:
+            compared = made.closed_trace.attribution(
+                top_k, is_trajectory=made.is_trajectory, reachable=reachable
+            )
         return ProvenancePipelineOutput(
-            images=_finished(images, output_type),
-            attribution=None if top_k is None else trace.attribution(top_k, is_trajectory=True),
-            closed_form=None
-            if top_k is None or closed_form is None
-            else closed_trace.attribution(top_k, is_trajectory=True),
+            images=_finished(made.images, output_type), attribution=traced, closed_form=compared
         )
 
     @torch.no_grad()
@@ -177,7 +206,7 @@ class ProvenancePipeline(DiffusionPipeline):
         *,
         top_k: int = 8,
         class_labels: Sequence[int | None] | Tensor | None = None,
-        closed_form: ClosedFormPosterior | None = None,
+        closed_form: Oracle | None = None,
         num_inference_steps: int = 50,
         seed: int = 0,
     ) -> Attribution:
@@ -197,40 +226,30 @@ class ProvenancePipeline(DiffusionPipeline):
         Raises:
             InputError: No images, an impossible label or `top_k`, or images of another size.
         """
-        check_top_k(top_k, self.provenance.config.num_examples)
+        self._check_traceable(top_k)
         pixels = self._pixels(images)
         labels = self._labels(class_labels, len(pixels))
-        self._set_timesteps(num_inference_steps)
-        parts = zip(pixels.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
+        tracer = self.tracer
+        clean = to_unit_range(pixels, self.network.dtype).to(self._execution_device)
+        traces = [
+            tracer.trace(
+                some, given, closed_form=closed_form, num_inference_steps=num_inference_steps, seed=seed
+            )
+            for some, given in zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
+        ]
         return Attribution.concatenate(
             [
-                self._renoised(some, given, closed_form, seed).attribution(top_k, is_trajectory=False)
-                for some, given in parts
+                trace.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable)
+                for trace in traces
             ]
         )
 
-    def _renoised(
-        self, pixels: Tensor, labels: Tensor, closed_form: ClosedFormPosterior | None, seed: int
-    ) -> TrajectoryTrace:
-        """Trace uint8 images noised to the sampler's levels inside the window."""
-        clean = to_unit_range(pixels, self.unet.dtype).to(self._execution_device)
-        posterior = NetworkPosterior(self.unet, self.provenance)
-        trace = TrajectoryTrace()
-        for timestep in self.scheduler.timesteps:
-            level = self.scheduler.alphas_cumprod[timestep]
-            if not WINDOW[0] < level < WINDOW[1]:
-                continue
-            generator = seeded_generator(seed, 4, int(timestep))
-            noise = randn_tensor(clean.shape[1:], generator=generator, device=clean.device, dtype=clean.dtype)
-            noisy = level.sqrt().to(clean) * clean + (1 - level).sqrt().to(clean) * noise
-            signal = level.to(clean.device).expand(len(clean))
-            if closed_form is not None:
-                probs = closed_form.probs(noisy, signal, labels)
-            else:
-                steps = timestep.to(clean.device).expand(len(clean))
-                probs = posterior.index_logits(noisy, steps, signal, labels).softmax(dim=1)
-            trace.add(probs, float(level))
-        return trace
+    def _check_traceable(self, top_k: int) -> None:
+        if self.provenance is None:
+            raise InputError(
+                "this pipeline has no provenance network to trace with; give top_k=None, or train with one"
+            )
+        check_top_k(top_k, self.provenance.config.num_covered)
 
     def _labels(self, class_labels: Sequence[int | None] | Tensor | None, count: int) -> Tensor:
         if class_labels is None:
@@ -251,37 +270,19 @@ class ProvenancePipeline(DiffusionPipeline):
             raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
         return torch.tensor(labels, device=self._execution_device)
 
-    def _initial_noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-        config = self.unet.config
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
-        if isinstance(generator, list) and len(generator) != count:
-            raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
-        noise: Tensor = randn_tensor(
-            shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
-        )
-        return noise
-
-    def _set_timesteps(self, num_inference_steps: int) -> None:
-        most = self.scheduler.config.num_train_timesteps
-        if not 10 <= num_inference_steps <= most:
-            raise InputError(f"num_inference_steps must be 10 to {most}, got {num_inference_steps}")
-        self.scheduler.set_timesteps(num_inference_steps)
-
     def _pixels(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
-        config = self.unet.config
         if len(images) == 0:
             raise InputError("no images to attribute; give at least one")
+        channels, size = self.manifest.channels, self.manifest.image_size
         if isinstance(images, Tensor):
-            wanted = (config.in_channels, config.sample_size, config.sample_size)
+            wanted = (channels, size, size)
             if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted:
                 raise InputError(
                     f"images must be uint8 of shape (query, {', '.join(map(str, wanted))}), "
                     f"got {images.dtype} of shape {tuple(images.shape)}"
                 )
             return images
-        return torch.stack(
-            [from_pil(image, image_size=config.sample_size, channels=config.in_channels) for image in images]
-        )
+        return torch.stack([from_pil(image, image_size=size, channels=channels) for image in images])
 
 
 def _finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:

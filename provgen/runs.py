@@ -8,14 +8,18 @@ from pathlib import Path
 
 import torch
 from diffusers.utils.logging import disable_progress_bar
+from torch import Tensor
 
-from provgen.attribution.posterior import ClosedFormPosterior
+from provgen.attribution.coverage_entropy import posterior_entropies
+from provgen.attribution.posterior import ClosedFormPosterior, Oracle
+from provgen.data.coverage import entropy_coverage, k_center_coverage, stratified_coverage
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.data.sources import load_images
 from provgen.data.splits import stratified_split, stratified_subset
 from provgen.errors import InputError
+from provgen.kinds import make_kind
 from provgen.pipeline import ProvenancePipeline
 from provgen.run_folder import RunFolder, atomic_path, require_run
 from provgen.settings import Settings
@@ -40,6 +44,11 @@ class RunData:
     holdout: ImageSet
     manifest: Manifest
 
+    @property
+    def covered(self) -> Tensor:
+        """Training images that the index head can name, bool (train,)."""
+        return self.manifest.reachable
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
@@ -50,9 +59,12 @@ class TrainedRun:
     data: RunData
     pipeline: ProvenancePipeline
 
-    def closed_form(self, dtype: torch.dtype = torch.float32) -> ClosedFormPosterior:
-        """Make the closed-form posterior over this run's training images, on the pipeline's device."""
-        return make_closed_form(self.data.train, dtype, self.pipeline.device)
+    def closed_form(self, dtype: torch.dtype = torch.float32) -> Oracle:
+        """Make the closed-form posterior over all of this run's training images, on the pipeline's device."""
+        kind = make_kind(self.settings, self.data.train)
+        return kind.closed_form(
+            self.pipeline.network, self.data.train, dtype=dtype, device=self.pipeline.device
+        )
 
 
 def open_data(settings: Settings, folder: RunFolder) -> RunData:
@@ -72,7 +84,10 @@ def open_data(settings: Settings, folder: RunFolder) -> RunData:
     if data.max_train_images is not None:
         train = train.select(stratified_subset(train.labels, data.max_train_images, data.split_seed))
     _require_images(train, data.path or data.source)
-    return RunData(train=train, holdout=holdout, manifest=Manifest.of(train, holdout))
+    manifest = Manifest.of(train, holdout)
+    if settings.provenance.coverage < 1:
+        manifest = manifest.with_reachable(_covered(settings, train))
+    return RunData(train=train, holdout=holdout, manifest=manifest)
 
 
 def start_run(settings: Settings, data: RunData, *, writes: bool) -> RunFolder:
@@ -100,12 +115,6 @@ def start_run(settings: Settings, data: RunData, *, writes: bool) -> RunFolder:
     return folder
 
 
-def make_closed_form(train: ImageSet, dtype: torch.dtype, device: torch.device) -> ClosedFormPosterior:
-    """Make the closed-form posterior over a training set."""
-    images = to_unit_range(train.images, dtype).to(device)
-    return ClosedFormPosterior(images, train.labels.to(device), null_label=train.num_classes)
-
-
 def open_trained_run(root: Path, device: torch.device) -> TrainedRun:
     """Open a run with its images, and its pipeline on `device`.
 
@@ -124,6 +133,18 @@ def open_trained_run(root: Path, device: torch.device) -> TrainedRun:
     disable_progress_bar()  # three files load in no time
     pipeline = ProvenancePipeline.from_pretrained(folder.pipeline).with_manifest(data.manifest)
     return TrainedRun(folder=folder, settings=settings, data=data, pipeline=pipeline.to(device))
+
+
+def _covered(settings: Settings, train: ImageSet) -> Tensor:
+    """Choose the examples that the index head can name, int64 (covered,)."""
+    chosen, seed = settings.provenance, settings.data.split_seed
+    count = round(chosen.coverage * len(train))
+    if chosen.coverage_rule == "stratified":
+        return stratified_coverage(train.labels, count, seed)
+    if chosen.coverage_rule == "k_center":
+        return k_center_coverage(to_unit_range(train.images).flatten(1), train.labels, count)
+    closed_form = ClosedFormPosterior(to_unit_range(train.images), train.labels, null_label=train.num_classes)
+    return entropy_coverage(posterior_entropies(closed_form, seed=seed), train.labels, count)
 
 
 def _require_images(train: ImageSet, place: str) -> None:

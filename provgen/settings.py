@@ -53,56 +53,71 @@ class DataSettings:
 class GeneratorSettings:
     """The image generator."""
 
-    kind: Literal["diffusion"] = "diffusion"
-    """A UNet2DModel denoiser with DDPM training and DDIM sampling."""
+    kind: Literal["diffusion", "vae", "none"] = "diffusion"
+    """A denoiser, a variational autoencoder, or no generator at all but a classifier of clean images."""
     size: Literal["tiny", "small", "medium", "large"] = "small"
-    """Named size; about 0.04, 0.16, 1 and 6 million parameters."""
+    """Named size; denoisers have about 0.04, 0.16, 1 and 6 million parameters."""
     label_dropout: float = 0.2
-    """Share of training rows whose label is replaced by the null label, in [0, 1]."""
+    """Diffusion: share of training rows whose label is replaced by the null label, in [0, 1]."""
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
-    """Noise schedule, by its diffusers name."""
+    """Diffusion: noise schedule, by its diffusers name."""
+    kl_weight: float = 0.3
+    """VAE: weight of the latent's divergence (nats per pixel) against the squared error, positive."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.label_dropout <= 1, "generator.label_dropout", self.label_dropout, "in [0, 1]")
+        _require(self.kl_weight > 0, "generator.kl_weight", self.kl_weight, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProvenanceSettings:
     """The provenance network trained beside the generator."""
 
-    index_head: Literal["class_independent", "none"] = "class_independent"
-    """One softmax over all training examples, or no provenance network at all."""
+    index_head: str = "class_independent"
+    """`class_independent` (one softmax over all), `class_conditional` (class, then a slot that the classes
+    share), `two_stage` (cell, then example in the cell), or `none`: no provenance network at all."""
+    cells: Literal["kmeans", "classes"] = "kmeans"
+    """Two-stage head: what its cells are."""
+    num_cells: int | None = None
+    """Two-stage head: k-means cells, at least 1; null for the square root of the number of examples."""
+    beam: int | None = 4
+    """Two-stage head: cells looked into while tracing, at least 1; null looks into all."""
     shared_stages: int | None = None
-    """Encoder stages that are read (stem, down blocks, middle), at least 1; null reads all."""
+    """Stages of the generator's encoder that are shared (stem, down blocks, middle): 0 to all; null shares all."""
     width: int = 64
     """Embedding channels, at least 1; index logits are inner products of this length."""
     gradient: Literal["joint", "stop"] = "joint"
-    """Whether the provenance losses also train the denoiser's encoder."""
+    """Whether the provenance losses also train the generator's encoder."""
     targets: Literal["one_hot", "posterior"] = "posterior"
     """What the index head is trained towards: the example itself, or the closed-form posterior."""
     loss_weight: float = 0.01
-    """Weight of the index cross-entropy (nats) against the denoising loss, positive."""
+    """Weight of the index cross-entropy (nats) against the generator's loss, positive."""
     class_loss_weight: float = 0.01
-    """Weight of the class cross-entropy (nats, null-label rows only), at least 0."""
+    """Weight of the class cross-entropy (nats, rows without a given label only), at least 0."""
     label_mixing: float = 0.0
-    """Share of the target spread evenly over the example's class (alpha of arXiv 2510.03361), in [0, 1]."""
+    """Share of the target spread over like examples (alpha of arXiv 2510.03361), in [0, 1]."""
+    mixing: Literal["class", "neighbors"] = "class"
+    """Which examples are alike: all of the class, or the nearest of the class."""
+    num_neighbors: int = 10
+    """How many are nearest, at least 1."""
+    coverage: float = 1.0
+    """Share of the training images that the index head can name, in (0, 1]."""
+    coverage_rule: Literal["stratified", "k_center", "entropy"] = "stratified"
+    """Which: drawn evenly from every class, spread out in pixel space, or those hardest to tell apart."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.shared_stages is None or self.shared_stages >= 1,
-            "provenance.shared_stages",
-            self.shared_stages,
-            "null or at least 1",
-        )
-        _require(self.width >= 1, "provenance.width", self.width, "at least 1")
+        for name in ("num_cells", "beam"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"provenance.{name}", value, "null or at least 1")
+        shared = self.shared_stages
+        _require(shared is None or shared >= 0, "provenance.shared_stages", shared, "null or at least 0")
+        for name in ("width", "num_neighbors"):
+            _require(getattr(self, name) >= 1, f"provenance.{name}", getattr(self, name), "at least 1")
         _require(self.loss_weight > 0, "provenance.loss_weight", self.loss_weight, "positive")
-        _require(
-            self.class_loss_weight >= 0,
-            "provenance.class_loss_weight",
-            self.class_loss_weight,
-            "at least 0",
-        )
+        weight = self.class_loss_weight
+        _require(weight >= 0, "provenance.class_loss_weight", weight, "at least 0")
         _require(0 <= self.label_mixing <= 1, "provenance.label_mixing", self.label_mixing, "in [0, 1]")
+        _require(0 < self.coverage <= 1, "provenance.coverage", self.coverage, "in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

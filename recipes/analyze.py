@@ -4,26 +4,25 @@ provgen analyze --run runs/digits
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from provgen import build, cli, runs
-from provgen.analysis.denoising import denoising_losses
+from provgen import build, cli, evaluation, runs
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.report import exports, sections
+from provgen.report.class_section import class_section
 from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
-from provgen.run_folder import atomic_path
+from provgen.run_folder import RunFolder, atomic_path
 from provgen.training.checkpoint import list_checkpoints
 from provgen.training.tracking import read_metrics
 
 GRID_SAMPLES = 32
-DENOISING_DRAWS = 20
 MAX_IMAGES = 2000
 
 
@@ -34,37 +33,33 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
         return
     trained = runs.open_trained_run(run, accelerator.device)
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
-    samples = exports.read_parts(folder.samples, ["sample"])
-    traces = exports.read_parts(folder.traces, ["sample", "rank"])
-    last = int(list_checkpoints(folder.checkpoints)[-1].name.removeprefix("step-"))
-    logged = [row for row in read_metrics(folder.metrics) if row["step"] <= last]
-
-    grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
-    generated = load_pixels(folder, samples, trained.data.manifest)
-    copies = some_of(train, len(generated)).images
-    sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
-    parts = [
-        (sections.samples_section(grid, min(GRID_SAMPLES, len(samples)), len(samples)), []),
-        sections.memorization_section(*sets),
-        (sections.entropy_section(samples), []),
-    ]
-    if folder.closed_form_traces.is_dir():
-        closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
-        parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
+    logged = logged_rows(folder)
+    parts = []
+    samples = (
+        [] if trained.settings.generator.kind == "none" else exports.read_parts(folder.samples, ["sample"])
+    )
+    if samples:
+        parts += sample_parts(trained, samples)
     evaluations = [row for row in logged if "index_quality" in row]
     if evaluations:
         parts.append(sections.index_section(evaluations[-1], len(train), train.num_classes))
+    if train.num_classes and len(holdout):
+        network = evaluation.posterior_of(trained)
+        some = some_of(holdout, MAX_IMAGES)
+        parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
     if len(holdout):
-        parts.append(
-            sections.denoising_section(*(held_losses(trained, images) for images in (train, holdout)))
-        )
+        losses = [
+            evaluation.losses(trained.pipeline.network, trained.settings, some_of(images, MAX_IMAGES))
+            for images in (train, holdout)
+        ]
+        parts.append(sections.loss_section(trained.settings.generator.kind, *losses))
     parts.append((sections.training_section(logged), []))
 
     facts = {
         "run": str(run),
         "images": f"{len(train)} training and {len(holdout)} held-out, {trained.settings.data.source}",
         "samples": str(len(samples)),
-        "steps trained": str(last),
+        "steps trained": str(logged[-1]["step"]),
         "data fingerprint": trained.data.manifest.fingerprint[:16],
     }
     page = render_report(
@@ -86,13 +81,30 @@ def some_of(images: ImageSet, count: int) -> ImageSet:
     return images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
 
 
-def held_losses(trained: runs.TrainedRun, images: ImageSet) -> Tensor:
-    """Denoising loss of each of at most MAX_IMAGES images, (query,)."""
-    chosen = some_of(images, MAX_IMAGES)
-    pixels = to_unit_range(chosen.images)
-    pipeline = trained.pipeline
-    scheduler = pipeline.scheduler
-    return denoising_losses(pipeline.unet, scheduler, pixels, chosen.labels, draws=DENOISING_DRAWS, seed=0)
+def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """Read what was logged up to the last checkpoint."""
+    last = int(list_checkpoints(folder.checkpoints)[-1].name.removeprefix("step-"))
+    return [row for row in read_metrics(folder.metrics) if row["step"] <= last]
+
+
+def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> list[sections.Part]:
+    """Make the sections about generated samples."""
+    folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
+    traces = exports.read_parts(folder.traces, ["sample", "rank"])
+    grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
+    generated = load_pixels(folder, samples, trained.data.manifest)
+    copies = some_of(train, len(generated)).images
+    sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
+    parts: list[sections.Part] = [
+        (sections.samples_section(grid, min(GRID_SAMPLES, len(samples)), len(samples)), []),
+        sections.memorization_section(*sets),
+    ]
+    if len(samples[0]["step_signal"]) > 1:
+        parts.append((sections.entropy_section(samples), []))
+    if folder.closed_form_traces.is_dir():
+        closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
+        parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
+    return parts
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(
     is_silent = None if accelerator.is_main_process else True
     pipeline.set_progress_bar_config(disable=is_silent, leave=False, desc="sampling")
     check_top_k(top_k, len(train))
-    labels = class_labels(train, class_name, num_images)
+    labels = class_labels(train, class_name, num_images, told=pipeline.is_told_classes)
     oracle = trained.closed_form() if closed_form else None
     if accelerator.is_main_process:
         start_staging(folder)
@@ -83,10 +83,10 @@ def main(
     accelerator.end_training()
 
 
-def class_labels(train: ImageSet, class_name: str | None, count: int) -> list[int | None]:
-    """Choose the class of each image: the one asked for, or all in turn; None in a set without classes."""
+def class_labels(train: ImageSet, class_name: str | None, count: int, *, told: bool) -> list[int | None]:
+    """Choose the class of each image: the one asked for, or all in turn; None where there is no choice."""
     if class_name is None:
-        classes: list[int | None] = [*range(train.num_classes)] or [None]
+        classes: list[int | None] = [*range(train.num_classes if told else 0)] or [None]
         return [classes[number % len(classes)] for number in range(count)]
     return [train.class_index(class_name)] * count
 

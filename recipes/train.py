@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from provgen import build, cli, runs
+from provgen import build, cli, evaluation, runs
 from provgen.run_folder import RunFolder
 from provgen.settings_file import load_settings
 from provgen.training.checkpoint import resume_latest, save_checkpoint
@@ -37,11 +37,7 @@ def main(
     step = resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
     build.make_trackers(folder, accelerator, start_step=step)
     has_provenance = "provenance" in trainer.networks
-    probe = (
-        build.make_probe(settings, data.train, trainer)
-        if accelerator.is_main_process and has_provenance
-        else None
-    )
+    probe = evaluation.make_probe(settings, data) if accelerator.is_main_process and has_provenance else None
 
     with TrainingProgress(step, training.max_steps, is_shown=accelerator.is_main_process) as progress:
         progress.say(
@@ -60,12 +56,12 @@ def main(
                 accelerator.log(means, step=step)
                 progress.update(step, means)
             if probe is not None and (step % training.evaluate_every == 0 or is_last):
-                qualities = probe.measure(build.averaged_posterior(trainer))
-                progress.show(quality_table([quality.as_row() for quality in qualities], step))
-                build.log_quality(accelerator, qualities, step)
+                measured = evaluation.evaluate(probe, trainer, settings, data)
+                progress.show(quality_table(measured["index_quality"], step))
+                accelerator.log(measured, step=step)
             if saves and accelerator.is_main_process:
                 # The checkpoint last: once it is there, everything else of its step is.
-                build.save_pipeline(trainer, data.manifest, folder)
+                evaluation.save_pipeline(trainer, settings, data, folder)
                 save_checkpoint(trainer, folder.checkpoints, step, data.manifest.fingerprint)
             if saves:
                 accelerator.wait_for_everyone()

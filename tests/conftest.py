@@ -10,14 +10,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from provgen import runs
+from provgen.attribution.network import NetworkPosterior
 from provgen.attribution.posterior import ClosedFormPosterior
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
-from provgen.models.diffusion import make_denoiser, make_training_scheduler, stage_shapes
+from provgen.models.diffusion import encoder_shapes, make_denoiser, make_training_scheduler
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.run_folder import RunFolder
 from provgen.settings_file import load_settings
+from provgen.training.observers import DiffusionObserver
 
 TINY = (
     "data.max_train_images=40",
@@ -112,31 +114,46 @@ def closed_form_of():
 
 @pytest.fixture(scope="session")
 def tiny_networks():
-    """Make a denoiser and a provenance network for a set of images, every weight random."""
+    """Make a denoiser and a provenance network for a set of images, every weight random.
 
-    def make(images: ImageSet, *, width=16, seed=0, **more) -> tuple:
+    `head` gives the kind of index head and its own arguments; `shared_stages` None shares all stages.
+    """
+
+    def make(images: ImageSet, *, seed=0, head=None, shared_stages=None, covered=None, **more) -> tuple:
+        channels, size = images.images.shape[1:3]
+        shapes = encoder_shapes("tiny", size, channels)
+        covered = torch.arange(len(images)) if covered is None else covered
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             denoiser = make_denoiser(
-                "tiny",
-                image_size=images.images.shape[-1],
-                image_channels=images.images.shape[1],
-                num_classes=images.num_classes,
+                "tiny", image_size=size, image_channels=channels, num_classes=images.num_classes
             )
             provenance = ProvenanceNetwork(
-                stages=[list(shape) for shape in stage_shapes(denoiser)],
+                stages=[list(shape) for shape in shapes],
+                shared_stages=len(shapes) - 1 if shared_stages is None else shared_stages,
+                head=head or {"kind": "ClassIndependentHead"},
                 num_examples=len(images),
+                num_covered=len(covered),
                 num_classes=images.num_classes,
-                width=width,
-                has_class_head=images.num_classes > 0,
-                **more,
+                **{"width": 16, "has_class_head": images.num_classes > 0, **more},
             )
-            provenance.example_labels.copy_(images.labels)
-            # The index embedding starts at zero, and a network that says nothing would pass many a test.
-            for name, parameter in provenance.named_parameters():
-                if name.startswith("index_head.embedding"):
+            provenance.start(to_unit_range(images.images), images.labels, covered)
+            # Embeddings start at zero, and a network that says nothing would pass many a test.
+            for parameter in provenance.index_head.parameters():
+                if not parameter.any():
                     torch.nn.init.normal_(parameter, std=0.1)
         return denoiser.eval(), provenance.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_posterior(tiny_networks):
+    """Make the posterior of such networks."""
+
+    def make(images: ImageSet, **more) -> NetworkPosterior:
+        observer = DiffusionObserver(make_training_scheduler("linear"), torch.device("cpu"))
+        return NetworkPosterior(observer, *tiny_networks(images, **more))
 
     return make
 
@@ -191,16 +208,41 @@ def run_recipe(tmp_path_factory, repository):
 
 
 @pytest.fixture(scope="session")
-def trained_root(tmp_path_factory, run_recipe):
-    """Folder of a run of 20 steps on 40 digits; copy it before writing into it."""
-    root = tmp_path_factory.mktemp("trained") / "run"
-    assert run_recipe("train", *TINY, f"output_dir={root}") == 0
-    return root
+def root_of(tmp_path_factory, run_recipe):
+    """Give the folder of a run of 20 steps on 40 digits of a kind of generator; copy it before writing into it."""
+    roots = {}
+
+    def call(kind: str) -> Path:
+        if kind not in roots:
+            root = tmp_path_factory.mktemp("trained") / "run"
+            assert run_recipe("train", *TINY, f"generator.kind={kind}", f"output_dir={root}") == 0
+            roots[kind] = root
+        return roots[kind]
+
+    return call
 
 
 @pytest.fixture(scope="session")
-def trained(trained_root):
-    """That run opened; its pipeline keeps no state between calls."""
-    run = runs.open_trained_run(trained_root, torch.device("cpu"))
-    run.pipeline.set_progress_bar_config(disable=True)
-    return run
+def trained_of(root_of):
+    """Open such a run; its pipeline keeps no state between calls."""
+    opened = {}
+
+    def call(kind: str) -> runs.TrainedRun:
+        if kind not in opened:
+            opened[kind] = runs.open_trained_run(root_of(kind), torch.device("cpu"))
+            opened[kind].pipeline.set_progress_bar_config(disable=True)
+        return opened[kind]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained_root(root_of):
+    """Folder of such a run of a denoiser."""
+    return root_of("diffusion")
+
+
+@pytest.fixture(scope="session")
+def trained(trained_of):
+    """That run opened."""
+    return trained_of("diffusion")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from provgen import build, runs
+from provgen.data.manifest import Manifest
 from provgen.run_folder import RunFolder
 from provgen.settings_file import load_settings
 
@@ -21,10 +22,13 @@ def test_processes_that_do_not_know_of_one_another_are_refused(accelerator, monk
     assert build.make_accelerator().num_processes == 1
 
 
-def test_both_networks_depend_on_the_seed_and_on_nothing_global(accelerator, tiny_settings, tiny_data):
+@pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
+def test_both_networks_depend_on_the_seed_and_on_nothing_global(kind, accelerator, tiny_settings, tiny_data):
     def weights(seed):
-        trainer = build.make_trainer(tiny_settings(f"training.seed={seed}"), tiny_data, accelerator)
-        return [trainer.networks[name].state_dict() for name in ("denoiser", "provenance")]
+        settings = tiny_settings(f"generator.kind={kind}", f"training.seed={seed}")
+        trainer = build.make_trainer(settings, tiny_data, accelerator)
+        build.make_batches(settings, tiny_data.train, accelerator).batch(0)
+        return [network.state_dict() for network in trainer.networks.values()]
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -37,16 +41,33 @@ def test_both_networks_depend_on_the_seed_and_on_nothing_global(accelerator, tin
         assert any(not torch.equal(value, changed[key]) for key, value in network.items())
 
 
-def test_the_denoiser_starts_the_same_with_and_without_a_provenance_network(
-    accelerator, tiny_settings, tiny_data
+@pytest.mark.parametrize(
+    ("kind", "name"), [("diffusion", "denoiser"), ("vae", "vae"), ("none", "classifier")]
+)
+def test_the_generator_starts_the_same_with_and_without_a_provenance_network(
+    kind, name, accelerator, tiny_settings, tiny_data
 ):
     alone, joint = (
-        build.make_trainer(tiny_settings(*overrides), tiny_data, accelerator)
-        .networks["denoiser"]
+        build.make_trainer(tiny_settings(f"generator.kind={kind}", override), tiny_data, accelerator)
+        .networks[name]
         .state_dict()
-        for overrides in (("provenance.index_head=none",), ("provenance.width=7",))
+        for override in ("provenance.index_head=none", "provenance.width=7")
     )
+    assert alone.keys() == joint.keys()
     assert all(torch.equal(value, joint[key]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
+def test_the_generator_starts_the_same_whatever_its_provenance_network_reads(
+    kind, accelerator, tiny_settings, tiny_data
+):
+    first, second = (
+        build.make_trainer(tiny_settings(f"generator.kind={kind}", *overrides), tiny_data, accelerator)
+        for overrides in (("provenance.shared_stages=0",), ("provenance.index_head=two_stage",))
+    )
+    name = first.observer.name
+    other = second.networks[name].state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in first.networks[name].state_dict().items())
 
 
 def test_the_provenance_network_knows_its_training_set(accelerator, tiny_settings, tiny_data):
@@ -58,6 +79,127 @@ def test_the_provenance_network_knows_its_training_set(accelerator, tiny_setting
     pixels = (tiny_data.train.images.double() / 127.5 - 1).flatten(1)
     expected = torch.linalg.svdvals(pixels - pixels.mean(0))[:16]
     torch.testing.assert_close(torch.linalg.svdvals(coordinates), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_of_a_third_knows_the_third_alone(accelerator, tiny_settings, tmp_path):
+    settings = tiny_settings("provenance.coverage=0.3")
+    data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+    network = build.make_trainer(settings, data, accelerator).networks["provenance"]
+    covered = data.covered.nonzero().flatten()
+    assert torch.equal(network.covered, covered)
+    assert len(covered) == 12
+    assert set(data.train.labels[covered].tolist()) == set(range(10)), "every class can be named"
+    assert torch.equal(network.example_labels, data.train.labels)
+    # As many coordinates as there are covered examples, about their own mean.
+    pixels = (data.train.images[covered].double() / 127.5 - 1).flatten(1)
+    found = torch.linalg.svdvals(network.index_head.prototypes.detach().double())
+    torch.testing.assert_close(found, torch.linalg.svdvals(pixels - pixels.mean(0)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["stratified", "k_center", "entropy"])
+def test_what_is_covered_is_chosen_once_and_kept_in_the_manifest(rule, tiny_settings, tmp_path):
+    settings = tiny_settings(
+        "provenance.coverage=0.3", f"provenance.coverage_rule={rule}", f"output_dir={tmp_path / 'run'}"
+    )
+    first, again = (runs.open_data(settings, RunFolder(tmp_path / "none")) for _ in range(2))
+    assert torch.equal(first.covered, again.covered)
+    folder = runs.start_run(settings, first, writes=True)
+    # Another rule would choose others, but the run has begun.
+    reopened = runs.open_data(tiny_settings("provenance.coverage=0.9"), folder)
+    assert torch.equal(reopened.covered, first.covered)
+    assert int(reopened.covered.sum()) == 12
+
+
+def test_rules_choose_different_examples(tiny_settings, tmp_path):
+    chosen = [
+        runs.open_data(
+            tiny_settings("provenance.coverage=0.3", f"provenance.coverage_rule={rule}"), RunFolder(tmp_path)
+        ).covered
+        for rule in ("stratified", "k_center", "entropy")
+    ]
+    assert not any(torch.equal(chosen[i], chosen[i - 1]) for i in range(3))
+
+
+def test_everything_is_covered_unless_asked_otherwise(tiny_data):
+    assert tiny_data.covered.all()
+    assert len(tiny_data.covered) == 40
+
+
+def test_coverage_below_one_of_every_class_is_refused(tiny_settings, tmp_path, message_of):
+    settings = tiny_settings("provenance.coverage=0.1")
+    message = message_of(runs.open_data, settings, RunFolder(tmp_path / "none"))
+    assert "provenance.coverage" in message
+    assert "got 4" in message
+
+
+def test_an_unknown_head_is_refused_with_those_there_are(accelerator, tiny_settings, tiny_data, message_of):
+    message = message_of(
+        build.make_trainer, tiny_settings("provenance.index_head=three_stage"), tiny_data, accelerator
+    )
+    assert "provenance.index_head must be" in message
+    assert all(name in message for name in [*build.HEADS, "none", "three_stage"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("provenance.index_head=class_conditional",),
+        ("provenance.index_head=two_stage", "provenance.cells=classes"),
+    ],
+)
+def test_a_head_that_needs_classes_is_refused_where_there_are_none(
+    overrides, accelerator, tiny_settings, random_images, message_of
+):
+    images = random_images(12, num_classes=0)
+    data = runs.RunData(train=images, holdout=images, manifest=Manifest.of(images, images))
+    message = message_of(build.make_trainer, tiny_settings(*overrides), data, accelerator)
+    assert overrides[0] in message
+    kmeans = tiny_settings("provenance.index_head=two_stage")
+    assert "provenance" in build.make_trainer(kmeans, data, accelerator).networks
+
+
+def test_more_cells_than_examples_are_refused(accelerator, tiny_settings, tiny_data, message_of):
+    chosen = ("provenance.index_head=two_stage", "provenance.num_cells=41")
+    message = message_of(build.make_trainer, tiny_settings(*chosen), tiny_data, accelerator)
+    assert "provenance.num_cells" in message
+    assert "40" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("provenance.index_head=class_conditional",), {"num_classes": 10, "num_slots": 4}),
+        (("provenance.index_head=two_stage",), {"cells": "kmeans", "num_cells": 6}),
+        (("provenance.index_head=two_stage", "provenance.num_cells=9"), {"cells": "kmeans", "num_cells": 9}),
+        (
+            ("provenance.index_head=two_stage", "provenance.cells=classes"),
+            {"cells": "classes", "num_cells": 10},
+        ),
+    ],
+)
+def test_heads_are_sized_by_the_training_set(overrides, expected, accelerator, tiny_settings, tiny_data):
+    network = build.make_trainer(tiny_settings(*overrides), tiny_data, accelerator).networks["provenance"]
+    assert {name: value for name, value in network.config.head.items() if name != "kind"} == expected
+    assert network.config.beam == (4 if "two_stage" in overrides[0] else None)
+
+
+def test_mixing_is_made_of_what_the_settings_say(tiny_settings, tiny_data):
+    def mixed(*overrides):
+        chosen = tiny_settings(*overrides).provenance
+        mixing = build.make_mixing(chosen, tiny_data, torch.float64, torch.device("cpu"))
+        return None if mixing is None else mixing(torch.eye(40, dtype=torch.float64))
+
+    labels = tiny_data.train.labels
+    is_same = labels[:, None] == labels[None, :]
+    assert mixed() is None
+    of_class = mixed("provenance.label_mixing=0.4")
+    expected = 0.6 * torch.eye(40) + 0.4 * is_same / is_same.sum(1)
+    torch.testing.assert_close(of_class, expected.double())
+    near = mixed("provenance.label_mixing=1", "provenance.mixing=neighbors", "provenance.num_neighbors=1")
+    pixels = tiny_data.train.images.double().flatten(1)
+    distances = torch.cdist(pixels, pixels).fill_diagonal_(float("inf")).masked_fill(~is_same, float("inf"))
+    assert torch.equal(near.argmax(1), distances.argmin(1))
+    assert torch.equal(near.amax(1), torch.ones(40, dtype=torch.float64))
 
 
 def test_the_split_is_disjoint_and_a_function_of_its_seed(tiny_settings, tmp_path):
@@ -92,6 +234,15 @@ def test_a_run_keeps_its_manifest_and_its_settings(tiny_settings, tiny_data, tmp
     assert "generator.label_dropout=0.2" in message
     assert "generator.label_dropout=0.7" in message
     assert load_settings(folder.config, []) == longer
+
+
+def test_a_generator_without_provenance_network_has_nothing_to_trace_with(
+    tiny_settings, tiny_data, tmp_path, message_of
+):
+    settings = replace(tiny_settings("provenance.index_head=none"), output_dir=str(tmp_path / "run"))
+    runs.start_run(settings, tiny_data, writes=True)
+    message = message_of(runs.open_trained_run, tmp_path / "run", torch.device("cpu"))
+    assert "without a provenance network" in message
 
 
 def test_a_run_without_a_pipeline_says_how_to_finish_it(tiny_settings, tiny_data, tmp_path, message_of):

@@ -8,6 +8,7 @@ import torch
 from provgen.attribution.trajectory import LEAST_SIGNAL
 from provgen.data.images import to_pil
 from provgen.data.manifest import Manifest
+from provgen.models.classifier import CLEAN_SIGNAL
 from provgen.pipeline import ProvenancePipeline
 
 FAST = {"num_inference_steps": 10, "output_type": "pt"}
@@ -161,6 +162,16 @@ def test_an_impossible_number_of_steps_is_refused(steps, pipe, message_of):
     )
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_guidance_scale_that_is_no_number_is_refused(scale, pipe, message_of):
+    assert "guidance_scale must be a finite number" in message_of(pipe, [1], guidance_scale=scale, **FAST)
+
+
+def test_no_images_are_refused(pipe, message_of):
+    for arguments in ({"class_labels": []}, {"batch_size": 0}):
+        assert "at least 1, got 0" in message_of(pipe, **arguments, **FAST)
+
+
 def test_an_unknown_output_type_is_refused(pipe, message_of):
     assert "'np'" in message_of(pipe, [1], num_inference_steps=10, output_type="np")
 
@@ -250,3 +261,127 @@ def test_attributing_uses_levels_inside_the_window_alone(pipe, trained):
     found = pipe.attribute(trained.data.train.images[:1], num_inference_steps=20)
     assert ((found.signal > 0.05) & (found.signal < 0.9)).all()
     assert len(found.signal) == found.step_entropy.shape[1] > 3
+
+
+@pytest.fixture(scope="module")
+def decoded(trained_of):
+    """Three images of an autoencoder with traces by the network and by the closed form."""
+    trained = trained_of("vae")
+    closed_form = trained.closed_form()
+    return trained.pipeline(batch_size=3, generator=seeds(0, 1, 2), top_k=5, closed_form=closed_form, **FAST)
+
+
+def test_an_autoencoder_generates_and_traces(trained_of, decoded):
+    pipe = trained_of("vae").pipeline
+    assert not pipe.is_told_classes
+    assert decoded.images.shape == (3, 1, 8, 8)
+    assert decoded.images.dtype == torch.uint8
+    for attribution in (decoded.attribution, decoded.closed_form):
+        assert attribution.example_index.shape == (3, 5)
+        shown = attribution.posterior.sum(1) + attribution.mass_not_shown
+        torch.testing.assert_close(shown, torch.ones(3), rtol=0, atol=1e-5)
+        assert attribution.signal.tolist() == pytest.approx([CLEAN_SIGNAL])
+        torch.testing.assert_close(attribution.step_entropy[:, 0], attribution.entropy)
+        assert attribution.commitment_step.tolist() == [-1] * 3
+    assert not torch.equal(decoded.attribution.posterior, decoded.closed_form.posterior)
+
+
+def test_seeds_decide_the_images_of_an_autoencoder(trained_of, decoded):
+    pipe = trained_of("vae").pipeline
+    again = pipe([None] * 3, generator=seeds(0, 1, 2), top_k=5, **FAST)
+    assert torch.equal(again.images, decoded.images)
+    assert_same(again.attribution, decoded.attribution)
+    plain = pipe(batch_size=3, generator=seeds(0, 1, 2), top_k=None, **FAST)
+    assert torch.equal(plain.images, decoded.images)
+    assert plain.attribution is None
+    other = pipe(batch_size=3, generator=seeds(3, 4, 5), top_k=5, **FAST).images
+    assert not any(torch.equal(a, b) for a, b in zip(other, decoded.images, strict=True))
+    part = pipe(batch_size=1, generator=seeds(2), top_k=5, **FAST)
+    assert (part.images.int() - decoded.images[2:].int()).abs().max() <= 1
+    assert_close(part.attribution, decoded.attribution, [2], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vae", "none"])
+def test_saving_and_loading_other_kinds_gives_identical_traces(kind, trained_of, decoded, tmp_path):
+    trained = trained_of(kind)
+    trained.pipeline.save_pretrained(tmp_path / "copy")
+    loaded = ProvenancePipeline.from_pretrained(tmp_path / "copy")
+    images = trained.data.train.images[:6]
+    assert_same(loaded.attribute(images), trained.pipeline.attribute(images))
+    if kind == "vae":
+        again = loaded(batch_size=3, generator=seeds(0, 1, 2), top_k=5, **FAST)
+        assert torch.equal(again.images, decoded.images)
+        assert_same(again.attribution, decoded.attribution)
+    component = "vae" if kind == "vae" else "classifier"
+    files = {"model_index.json", "manifest.parquet", component, "provenance"}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == files
+    suffixes = {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors", ".parquet"}
+
+
+@pytest.mark.parametrize("kind", ["vae", "none"])
+def test_outside_images_are_traced_by_every_kind_whatever_is_in_the_batch(kind, trained_of):
+    trained = trained_of(kind)
+    images = trained.data.train.images[:6]
+    whole = trained.pipeline.attribute(images, top_k=4)
+    part = trained.pipeline.attribute([to_pil(image) for image in images[[4, 1]]], top_k=4)
+    assert_close(part, whole, [4, 1], 1e-5)
+    assert torch.equal(part.example_index, whole.example_index[[4, 1]])
+    labels = [(int(label) + 1) % 10 for label in trained.data.train.labels[:6]]
+    told = trained.pipeline.attribute(images, top_k=1, class_labels=labels)
+    assert trained.data.train.labels[told.example_index[:, 0]].tolist() == labels
+    exact = trained.pipeline.attribute(images, top_k=4, closed_form=trained.closed_form())
+    assert not torch.allclose(exact.posterior, whole.posterior, atol=1e-2)
+
+
+def test_without_a_generator_the_closed_form_finds_every_training_image(trained_of):
+    trained = trained_of("none")
+    train = trained.data.train
+    found = trained.pipeline.attribute(train.images, top_k=2, closed_form=trained.closed_form())
+    assert torch.equal(found.example_index[:, 0], torch.arange(len(train)))
+    torch.testing.assert_close(found.posterior[:, 0], torch.ones(len(train)))
+
+
+def test_what_a_kind_cannot_do_is_refused(trained_of, message_of):
+    vae, classifier = trained_of("vae").pipeline, trained_of("none").pipeline
+    assert "without class labels" in message_of(vae, [3], **FAST)
+    assert "guidance_scale must be 1" in message_of(vae, guidance_scale=2.0, **FAST)
+    for top_k in (None, 3):
+        message = message_of(classifier, batch_size=2, top_k=top_k, **FAST)
+        assert "cannot generate 2 images" in message
+    assert not classifier.is_told_classes
+
+
+@pytest.fixture
+def bare(pipe):
+    """The pipeline without its provenance network."""
+    alone = ProvenancePipeline(unet=pipe.unet, scheduler=pipe.scheduler).with_manifest(pipe.manifest)
+    alone.set_progress_bar_config(disable=True)
+    return alone
+
+
+def test_without_a_provenance_network_images_are_the_same_and_come_without_traces(bare, three):
+    plain = bare(LABELS, generator=seeds(0, 1, 2), top_k=None, **FAST)
+    assert torch.equal(plain.images, three.images)
+    assert plain.attribution is None
+
+
+def test_without_a_provenance_network_tracing_is_refused(bare, trained_of, message_of):
+    for message in (
+        message_of(bare, [1], top_k=1, **FAST),
+        message_of(bare.attribute, torch.zeros(1, 1, 8, 8).byte()),
+    ):
+        assert "no provenance network" in message
+        assert "top_k=None" in message
+    trained = trained_of("vae")
+    vae = ProvenancePipeline(vae=trained.pipeline.vae).with_manifest(trained.data.manifest)
+    assert "no provenance network" in message_of(vae, top_k=1, **FAST)
+    assert vae(batch_size=2, top_k=None, **FAST).images.shape == (2, 1, 8, 8)
+
+
+def test_a_pipeline_without_provenance_network_is_saved_and_loaded(bare, three, tmp_path):
+    bare.save_pretrained(tmp_path / "bare")
+    loaded = ProvenancePipeline.from_pretrained(tmp_path / "bare")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded(LABELS, generator=seeds(0, 1, 2), top_k=None, **FAST).images, three.images)
+    assert loaded.manifest.table.equals(bare.manifest.table)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from provgen.analysis.statistics import Estimate, mean_estimate
 from provgen.attribution.network import NetworkPosterior
-from provgen.attribution.posterior import ClosedFormPosterior
+from provgen.attribution.posterior import Oracle
 from provgen.attribution.trajectory import WINDOW
-from provgen.training.batches import seeded_generator
-from provgen.training.targets import mix_classes
+from provgen.training.batches import Batch
+from provgen.training.mixing import Mixing
 
 LEVELS = (0.02, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Signal levels a_t that are looked at; the nearest timestep of the schedule is taken."""
@@ -58,67 +57,67 @@ class IndexQuality:
 
 
 class IndexProbe:
-    """Fixed noisy training images on which index metrics are measured again and again."""
+    """Fixed batches of training images on which index metrics are measured again and again."""
 
-    def __init__(
-        self,
-        closed_form: ClosedFormPosterior,
-        train_images: Tensor,
-        train_labels: Tensor,
-        alphas_cumprod: Tensor,
-        *,
-        num_queries: int,
-        label_mixing: float,
-        seed: int,
-    ) -> None:
-        """Choose queries and their noise.
+    def __init__(self, batches: list[Batch], *, null_label: int, told: bool, mixing: Mixing | None) -> None:
+        """Keep what is measured.
 
         Args:
-            closed_form: In float64: the ceilings come from it.
-            train_images: In [-1, 1], (train, channel, height, width).
-            train_labels: int64 (train,).
-            alphas_cumprod: a_t of every timestep, (num_train_timesteps,).
-            num_queries: Training images looked at per level.
-            label_mixing: alpha of the targets the network was trained towards.
-            seed: Of the choice and the noise.
+            batches: One per noise level, of covered examples; a generator without noise levels has one.
+            null_label: The label that stands for no label.
+            told: Whether this generator can be told a class label.
+            mixing: Of the targets the network was trained towards; None for none.
         """
-        generator = seeded_generator(seed, 2)
-        queries = torch.randperm(len(train_images), generator=generator)[:num_queries]
-        self.closed_form = closed_form
-        self.clean_images = train_images[queries]
-        self.labels = train_labels[queries]
-        self.noise = randn_tensor(self.clean_images.shape, generator=generator, dtype=train_images.dtype)
-        self.alphas_cumprod = alphas_cumprod
-        self.timesteps = [int((alphas_cumprod - level).abs().argmin()) for level in LEVELS]
-        self.label_mixing = label_mixing
+        self.batches = batches
+        self.null_label = null_label
+        self.told = told
+        self.mixing = mixing
 
-    def measure(self, network: NetworkPosterior) -> list[IndexQuality]:
-        """Measure every level, labelled rows (where there are labels) and null rows apart."""
-        null = torch.full_like(self.labels, self.closed_form.null_label)
-        has_label = (self.labels != null).nonzero().flatten()
-        kinds = {"null": (torch.arange(len(null)), null)}
-        if len(has_label):
-            kinds = {"labelled": (has_label, self.labels[has_label]), **kinds}
+    def measure(self, network: NetworkPosterior, closed_form: Oracle) -> list[IndexQuality]:
+        """Measure every level, labelled rows (where there are labels) and null rows apart.
+
+        Args:
+            network: Generator and provenance network.
+            closed_form: In float64 on the CPU, over the covered examples: the ceilings come from it.
+        """
         return [
-            self._level(network, timestep, name, queries, labels)
-            for timestep in self.timesteps
-            for name, (queries, labels) in kinds.items()
+            self._level(network, closed_form, rows, part)
+            for batch in self.batches
+            for rows, part in self.parts(batch)
         ]
 
-    def _level(
-        self, network: NetworkPosterior, timestep: int, rows: str, queries: Tensor, labels: Tensor
-    ) -> IndexQuality:
-        level = self.alphas_cumprod[timestep]
-        noisy = level.sqrt() * self.clean_images[queries] + (1 - level).sqrt() * self.noise[queries]
-        log_probs = self._log_probs(network, noisy, timestep, labels)
+    def beam_recall(self, network: NetworkPosterior, beam: int, k: int) -> Estimate:
+        """Share of the `k` best of the exhaustive answer that are also found in the best `beam` cells, null rows."""
+        shares = []
+        for batch in self.batches:
+            observation, output = network.observe(dict(self.parts(batch))["null"])
+            found = network.index_logits(observation, beam).topk(k, dim=1).indices
+            wanted = output.index_logits.topk(k, dim=1).indices
+            shares.append((wanted[:, :, None] == found[:, None, :]).any(dim=2).double().mean(dim=1).cpu())
+        # One observation per query, whose levels are not independent.
+        return mean_estimate(torch.stack(shares).mean(dim=0), seed=0)
+
+    def parts(self, batch: Batch) -> list[tuple[str, Batch]]:
+        """Split a batch into `labelled` rows, told their class, and `null` rows, told nothing."""
+        null = torch.full_like(batch.clean_labels, self.null_label)
+        parts = [("null", replace(batch, labels=null))]
+        has_label = (batch.clean_labels != self.null_label).nonzero().flatten()
+        if self.told and len(has_label):
+            parts.insert(0, ("labelled", replace(batch, labels=batch.clean_labels).select(has_label)))
+        return parts
+
+    def _level(self, network: NetworkPosterior, closed_form: Oracle, rows: str, batch: Batch) -> IndexQuality:
+        observation, output = network.observe(batch)
+        log_probs = output.index_logits.cpu().double().log_softmax(dim=1)
+        signal, query = observation.signal.cpu(), observation.query.cpu()
         start, measured = 0, []
-        for posterior in self.closed_form.chunks(noisy, level.expand(len(noisy)), labels):
+        for posterior in closed_form.chunks(query, signal, batch.labels):
             stop = start + len(posterior)
             measured.append(self._compare(log_probs[start:stop], posterior))
             start = stop
         cross_entropy, floor, top1, top1_ceiling, top5, top5_ceiling = torch.cat(measured).T
         return IndexQuality(
-            signal=float(level),
+            signal=float(signal[0]),
             rows=rows,
             cross_entropy=float(cross_entropy.mean()),
             cross_entropy_ceiling=float(floor.mean()),
@@ -130,25 +129,9 @@ class IndexProbe:
             query_gaps=cross_entropy - floor,
         )
 
-    def _log_probs(self, network: NetworkPosterior, noisy: Tensor, timestep: int, labels: Tensor) -> Tensor:
-        """Ask the network, in float64 on the CPU: (query, train)."""
-        device = network.denoiser.device
-        logits = network.index_logits(
-            noisy.to(device, network.denoiser.dtype),
-            torch.full((len(noisy),), timestep, device=device),
-            self.alphas_cumprod[timestep].to(device).expand(len(noisy)),
-            labels.to(device),
-        )
-        return logits.cpu().double().log_softmax(dim=1)
-
     def _compare(self, log_probs: Tensor, posterior: Tensor) -> Tensor:
         """Measure each query: six columns in the order that `_level` unpacks; both arguments (query, train)."""
-        target = mix_classes(
-            posterior,
-            self.closed_form.labels,
-            num_classes=self.closed_form.null_label,
-            mixing=self.label_mixing,
-        )
+        target = posterior if self.mixing is None else self.mixing(posterior)
         five = min(5, posterior.shape[1])
         chosen = posterior.gather(1, log_probs.topk(five, dim=1).indices)
         best = posterior.topk(five, dim=1).values
@@ -166,6 +149,10 @@ class IndexProbe:
 
 
 def mean_kl_gap(qualities: list[IndexQuality], rows: str) -> Estimate:
-    """Mean KL gap in nats over the levels inside the trace window, bootstrapped over queries."""
-    gaps = [q.query_gaps for q in qualities if q.rows == rows and WINDOW[0] < q.signal < WINDOW[1]]
-    return mean_estimate(torch.stack(gaps).mean(dim=0), seed=0)
+    """Mean KL gap in nats over the levels inside the trace window, bootstrapped over queries.
+
+    A generator without noise levels has one level, which is taken.
+    """
+    kind = [q for q in qualities if q.rows == rows]
+    inside = [q.query_gaps for q in kind if WINDOW[0] < q.signal < WINDOW[1]]
+    return mean_estimate(torch.stack(inside or [kind[0].query_gaps]).mean(dim=0), seed=0)

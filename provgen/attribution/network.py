@@ -1,35 +1,40 @@
-"""The trained provenance network as a posterior over training examples."""
+"""The trained networks as a posterior over training examples."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import ModelMixin
 from torch import Tensor
 
-from provgen.models.diffusion import record_stages
-from provgen.models.provenance import ProvenanceNetwork
+from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
+from provgen.training.batches import Batch
+from provgen.training.observers import Observation, Observer
 
 
 class NetworkPosterior:
-    """log p(i | x_t, t, y) by the provenance network, for any noisy image."""
+    """p(i | query, y) by the provenance network, for any batch its generator can be run on."""
 
-    def __init__(self, denoiser: UNet2DModel, provenance: ProvenanceNetwork) -> None:
-        self.denoiser = denoiser
+    def __init__(self, observer: Observer, network: ModelMixin, provenance: ProvenanceNetwork) -> None:
+        self.observer = observer
+        self.network = network
         self.provenance = provenance
 
     @torch.no_grad()
-    def index_logits(
-        self, noisy_images: Tensor, timesteps: Tensor, signal: Tensor, class_labels: Tensor
-    ) -> Tensor:
-        """Run the denoiser, and the network on its stages: logits (query, train).
+    def observe(self, batch: Batch) -> tuple[Observation, ProvenanceOutput]:
+        """Run the generator, and the network on its stages."""
+        observation = self.observer.observe(self.network, batch.to(self.provenance.device))
+        return observation, self.provenance(
+            observation.stages, observation.signal, observation.class_labels, observation.class_logits
+        )
 
-        Args:
-            noisy_images: x_t, (query, channel, height, width).
-            timesteps: int64 (query,).
-            signal: a_t of those timesteps, (query,).
-            class_labels: int64 (query,); the null label for none.
-        """
-        with record_stages(self.denoiser) as stages:
-            self.denoiser(noisy_images, timesteps, class_labels=class_labels)
-        logits: Tensor = self.provenance.index_logits(stages, signal, class_labels)
+    @torch.no_grad()
+    def index_logits(self, observation: Observation, beam: int | None = None) -> Tensor:
+        """Give index logits (query, train) for what was observed, of the best `beam` cells only if given."""
+        logits: Tensor = self.provenance.index_logits(
+            observation.stages,
+            observation.signal,
+            observation.class_labels,
+            observation.class_logits,
+            beam,
+        )
         return logits

@@ -22,6 +22,9 @@ class Attribution:
     """Share of credit, (query, k); equals `posterior` until a calibration is fitted."""
     mass_not_shown: Tensor
     """Posterior of all examples outside the top k, (query,)."""
+    mass_unreachable: Tensor
+    """Posterior of the examples that the index head does not cover, (query,); 0 for the network's own, and under
+    full coverage."""
     entropy: Tensor
     """Entropy of the whole posterior in nats, (query,)."""
     commitment_step: Tensor
@@ -48,11 +51,12 @@ def check_top_k(top_k: int, num_examples: int) -> None:
     """Refuse a `top_k` that cannot be given.
 
     Raises:
-        InputError: `top_k` is below 1 or above the number of training examples.
+        InputError: `top_k` is below 1 or above `num_examples`, those that can be named.
     """
     if not 1 <= top_k <= num_examples:
         raise InputError(
-            f"top_k must be between 1 and {num_examples}, the number of training images, got {top_k}"
+            f"top_k must be between 1 and {num_examples}, the number of training images that can be named, "
+            f"got {top_k}"
         )
 
 

@@ -20,12 +20,18 @@ the steps."""
 class TrajectoryTrace:
     """Collects p(i | x_t, y) level by level, from noise to image.
 
-    The posterior of an image is the mean of its posteriors over the levels in `WINDOW`.
+    The posterior of an image is the mean of its posteriors over the levels in the window.
     """
 
-    def __init__(self, first_step: int = 0) -> None:
-        """Start empty; `first_step` numbers the sampling step of the first level that will be added."""
+    def __init__(self, first_step: int = 0, window: tuple[float, float] = WINDOW) -> None:
+        """Start empty.
+
+        Args:
+            first_step: Number of the sampling step of the first level that will be added.
+            window: Levels a_t between which posteriors are averaged, ends excluded.
+        """
         self.first_step = first_step
+        self.window = window
         self._sum: Tensor | None = None
         self._in_window = 0
         self._signal: list[float] = []
@@ -38,7 +44,7 @@ class TrajectoryTrace:
         self._entropy.append(entropy(probs))
         largest, index = probs.max(dim=1)
         self._top.append((largest, index))
-        if WINDOW[0] < signal < WINDOW[1]:
+        if self.window[0] < signal < self.window[1]:
             self._in_window += 1
             self._sum = probs if self._sum is None else self._sum + probs
 
@@ -47,8 +53,14 @@ class TrajectoryTrace:
         assert self._sum is not None, "no noise level lies in the window"
         return self._sum / self._in_window
 
-    def attribution(self, top_k: int, *, is_trajectory: bool) -> Attribution:
-        """Summarise what was added; `is_trajectory` says whether the levels are steps of one sampling run."""
+    def attribution(self, top_k: int, *, is_trajectory: bool, reachable: Tensor) -> Attribution:
+        """Summarise what was added.
+
+        Args:
+            top_k: Sources per query.
+            is_trajectory: Whether the levels are steps of one sampling run.
+            reachable: bool (train,), examples that the provenance network can name.
+        """
         posterior = self.posterior()
         top, index = posterior.topk(top_k, dim=1)
         steps = self.commitment_step() if is_trajectory else torch.full((len(posterior),), -1)
@@ -57,6 +69,7 @@ class TrajectoryTrace:
             posterior=top.cpu(),
             weight=top.cpu(),
             mass_not_shown=(1 - top.sum(dim=1)).clamp_min(0).cpu(),
+            mass_unreachable=posterior.masked_fill(reachable.to(posterior.device), 0).sum(dim=1).cpu(),
             entropy=entropy(posterior).cpu(),
             commitment_step=steps.cpu(),
             step_entropy=torch.stack(self._entropy, dim=1).cpu(),

@@ -20,7 +20,8 @@ from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
 from provgen.run_folder import atomic_path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had no column `reachable`: every training image was."""
 _SCHEMA = pa.schema(
     {
         "split": pa.string(),
@@ -31,6 +32,7 @@ _SCHEMA = pa.schema(
         "class_name": pa.string(),
         "contributor": pa.string(),
         "license": pa.string(),
+        "reachable": pa.bool_(),
     }
 )
 
@@ -49,6 +51,8 @@ class Source:
     """Who made the image, where known."""
     license: str | None
     """Licence of the image, where known."""
+    reachable: bool
+    """Whether the index head covers the image, so that the network can name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,8 @@ class Manifest:
     """Every train and holdout image of a run, in the order of the example index."""
 
     table: pa.Table
-    """One row per image, all of train before all of holdout; `example_index` counts within each."""
+    """One row per image, all of train before all of holdout; `example_index` counts within each. `reachable`
+    says whether the index head covers a train image, and is null for holdout."""
     image_size: int
     """Height and width in pixels."""
     channels: int
@@ -66,7 +71,7 @@ class Manifest:
 
     @classmethod
     def of(cls, train: ImageSet, holdout: ImageSet) -> Manifest:
-        """Fix the order that `train` and `holdout` are in now."""
+        """Fix the order that `train` and `holdout` are in now; all of `train` is reachable."""
         assert train.class_names == holdout.class_names
         parts = [_rows(train, "train"), _rows(holdout, "holdout")]
         return cls(
@@ -89,14 +94,16 @@ class Manifest:
             table = pq.ParquetFile(path).read()
             about = json.loads((table.schema.metadata or {})[b"provgen"])
             version = about.pop("schema_version")
-            if version == SCHEMA_VERSION:
+            if version == 1:
+                table = _all_reachable(table)
+            if version in (1, SCHEMA_VERSION):
                 return cls._checked(table, **about)
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} is not a whole manifest of provgen; restore it or start a new output_dir"
             ) from error
         raise InputError(
-            f"{path} has schema version {version}, this provgen reads {SCHEMA_VERSION}; "
+            f"{path} has schema version {version}, this provgen reads 1 to {SCHEMA_VERSION}; "
             "use the provgen that wrote it or start a new output_dir"
         )
 
@@ -110,6 +117,8 @@ class Manifest:
             raise ValueError("rows out of order")
         if not table.schema.equals(_SCHEMA) or table["example_index"].to_pylist() != counted:
             raise ValueError("columns are not those of a manifest")
+        if table["reachable"].is_null().to_pylist() != [False] * num_train + [True] * num_holdout:
+            raise ValueError("train rows are reachable or not, holdout rows are neither")
         return cls(table=table, image_size=image_size, channels=channels, class_names=tuple(class_names))
 
     def save(self, path: Path) -> None:
@@ -137,8 +146,22 @@ class Manifest:
         return self.table.filter(pc.equal(self.table["split"], "train"))
 
     @cached_property
+    def reachable(self) -> Tensor:
+        """Which training images the index head covers, bool (train,); no trace by the network names another."""
+        return torch.tensor(self._train["reachable"].to_pylist(), dtype=torch.bool)
+
+    def with_reachable(self, covered: Tensor) -> Manifest:
+        """Mark the example indices `covered` (int64, (covered,)) as reachable, and all others as not."""
+        reachable = torch.zeros(self.num_train, dtype=torch.bool)
+        reachable[covered.cpu()] = True
+        rows = reachable.tolist() + [None] * (len(self.table) - self.num_train)
+        place = self.table.schema.get_field_index("reachable")
+        column = pa.array(rows, pa.bool_())
+        return replace(self, table=self.table.set_column(place, _SCHEMA.field("reachable"), column))
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Digest (hex) of all that a trained network depends on: pixels, labels and their order."""
+        """Digest (hex) of pixels, labels and their order; not of `reachable`, which is no property of the data."""
         rows = [self._train["sha256"].to_pylist(), self._train["label"].to_pylist()]
         content = [self.image_size, self.channels, self.class_names, *rows]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -231,8 +254,15 @@ def _rows(images: ImageSet, split: str) -> pa.Table:
         "class_name": _class_of_rows(images),
         "contributor": images.contributors,
         "license": images.licenses,
+        "reachable": [True if split == "train" else None] * len(images),
     }
     return pa.table(columns, schema=_SCHEMA)
+
+
+def _all_reachable(table: pa.Table) -> pa.Table:
+    """Add the column that version 1 did not have."""
+    rows = [True if split == "train" else None for split in table["split"].to_pylist()]
+    return table.append_column(_SCHEMA.field("reachable"), pa.array(rows, pa.bool_()))
 
 
 def _class_of_rows(images: ImageSet) -> list[str | None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from accelerate.utils import extract_model_from_parallel
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
@@ -41,13 +42,9 @@ def make_denoiser(size: str, *, image_size: int, image_channels: int, num_classe
     Raises:
         InputError: `image_size` cannot be halved once per down block.
     """
+    encoder_shapes(size, image_size, image_channels)  # refuses an impossible image size
     shape = DENOISER_SIZES[size]
     blocks = len(shape.channels)
-    multiple = 2 ** (blocks - 1)
-    if image_size % multiple:
-        raise InputError(
-            f"data.image_size must be a multiple of {multiple} for generator.size={size}, got {image_size}"
-        )
     return UNet2DModel(
         sample_size=image_size,
         in_channels=image_channels,
@@ -76,34 +73,46 @@ def make_sampling_scheduler(training_scheduler: DDPMScheduler) -> DDIMScheduler:
     )
 
 
-def stage_shapes(denoiser: UNet2DModel) -> list[tuple[int, int]]:
-    """List `(channels, height)` of every encoder stage: the stem, each down block, the middle block."""
-    channels = denoiser.config.block_out_channels
-    size = denoiser.config.sample_size
-    down = [(width, size // 2**depth) for depth, width in enumerate(channels)]
-    return [(channels[0], size), *down, down[-1]]
+def encoder_shapes(size: str, image_size: int, image_channels: int) -> list[tuple[int, int]]:
+    """List `(channels, height)` of the image and of every encoder stage: stem, each down block, middle block.
+
+    Raises:
+        InputError: `image_size` cannot be halved once per down block.
+    """
+    channels = DENOISER_SIZES[size].channels
+    multiple = 2 ** (len(channels) - 1)
+    if image_size % multiple:
+        raise InputError(
+            f"data.image_size must be a multiple of {multiple} for generator.size={size}, got {image_size}"
+        )
+    down = [(width, image_size // 2**depth) for depth, width in enumerate(channels)]
+    return [(image_channels, image_size), (channels[0], image_size), *down, down[-1]]
 
 
 @contextmanager
 def record_stages(denoiser: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the encoder stages of one forward pass, in the order of `stage_shapes`.
+    """Collect the noisy image and the encoder stages of one forward pass, in the order of `encoder_shapes`.
 
     Args:
-        denoiser: A UNet2DModel, not wrapped; forward hooks on its blocks fire inside a DDP wrapper too.
+        denoiser: A UNet2DModel, wrapped by Accelerate or not.
 
     Yields:
         A list that the forward pass inside the block fills with (batch, channel, height, width) tensors.
     """
-    assert isinstance(denoiser, UNet2DModel)
+    unet = extract_model_from_parallel(denoiser)
+    assert isinstance(unet, UNet2DModel)
     stages: list[Tensor] = []
-    hooks = [denoiser.conv_in.register_forward_hook(lambda _m, _i, output: stages.append(output))]
-    for block in denoiser.down_blocks:
+    hooks = [
+        unet.conv_in.register_forward_pre_hook(lambda _m, inputs: stages.append(inputs[0])),
+        unet.conv_in.register_forward_hook(lambda _m, _i, output: stages.append(output)),
+    ]
+    for block in unet.down_blocks:
         # A down block returns (downsampled, all its residual outputs); the last residual layer is the stage.
         last = len(block.resnets) - 1
         hooks.append(
             block.register_forward_hook(lambda _m, _i, output, last=last: stages.append(output[1][last]))
         )
-    hooks.append(denoiser.mid_block.register_forward_hook(lambda _m, _i, output: stages.append(output)))
+    hooks.append(unet.mid_block.register_forward_hook(lambda _m, _i, output: stages.append(output)))
     try:
         yield stages
     finally:

@@ -1,4 +1,7 @@
-"""Index heads: from encoder stages to logits over training examples."""
+"""Index heads: from encoder stages to logits over training examples.
+
+Every head is called as `head(stages, signal, class_labels, class_logits)` and started by `head.start(images, labels)`.
+"""
 
 from __future__ import annotations
 
@@ -43,26 +46,32 @@ class ClassIndependentHead(nn.Module):
     inverse temperature is known from the noise level, up to a learned cap.
     """
 
-    def __init__(self, stages: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
+    reads_class_logits = False
+
+    def __init__(self, shapes: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
         super().__init__()
-        self.embedding = StageEmbedding(stages, width)
+        self.embedding = StageEmbedding(shapes, width)
         for parameter in self.embedding.parameters():
             nn.init.zeros_(parameter)
         self.prototypes = nn.Parameter(torch.randn(num_examples, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(num_examples))
         self.log_cap = nn.Parameter(torch.tensor(math.log(CLEAR_CALL)))
 
-    def forward(self, stages: list[Tensor], signal: Tensor) -> Tensor:
-        """Give index logits (batch, train) from stages and the signal level a_t (batch,)."""
-        inverse_temperature = signal.sqrt() / (1 - signal)
-        cap = self.log_cap.exp()
-        capped = inverse_temperature * cap / (inverse_temperature + cap)
+    def forward(
+        self,
+        stages: list[Tensor],
+        signal: Tensor,
+        class_labels: Tensor,  # noqa: ARG002 - the call that all heads share
+        class_logits: Tensor | None,  # noqa: ARG002
+    ) -> Tensor:
+        """Give index logits (batch, train) from stages and the signal level a_t in (0, 1], (batch,)."""
+        sharpness = _capped_inverse_temperature(signal, self.log_cap.exp())
         # At least float32: a softmax over thousands of examples needs the digits, even of half-precision weights.
         similarity = F.linear(self.embedding(stages), self.prototypes).to(signal.dtype)
-        return capped[:, None] * (similarity - signal.sqrt()[:, None] * self.bias)
+        return sharpness[:, None] * (similarity - signal.sqrt()[:, None] * self.bias)
 
     @torch.no_grad()
-    def start_from_images(self, images: Tensor) -> None:
+    def start(self, images: Tensor, labels: Tensor) -> None:  # noqa: ARG002 - the call that all heads share
         """Start the prototypes at the principal coordinates of the training images.
 
         The embedding then only has to learn the same coordinates of x_t. On digits this is the difference
@@ -70,6 +79,7 @@ class ClassIndependentHead(nn.Module):
 
         Args:
             images: (train, channel, height, width), in [-1, 1].
+            labels: int64 (train,); this head has no use for them.
         """
         rows = images.flatten(1).double().cpu().numpy()
         width = min(self.prototypes.shape[1], *rows.shape)
@@ -80,6 +90,48 @@ class ClassIndependentHead(nn.Module):
         distance = _typical_squared_distance(coordinates)
         if distance > 0:  # else the images are all the same, and any cap will do
             self.log_cap.copy_((2 * CLEAR_CALL / distance).log())
+
+
+class ClassConditionalHead(nn.Module):
+    """A class, then one of M slots shared by all classes."""
+
+    reads_class_logits = True
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        *,
+        num_examples: int,
+        width: int,
+        num_classes: int,
+        num_slots: int,
+    ) -> None:
+        super().__init__()
+        raise NotImplementedError
+
+
+class TwoStageHead(nn.Module):
+    """A cell of alike examples, then one of its examples."""
+
+    reads_class_logits = False
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        *,
+        num_examples: int,
+        width: int,
+        num_cells: int,
+        cells: str = "kmeans",
+    ) -> None:
+        super().__init__()
+        raise NotImplementedError
+
+
+def _capped_inverse_temperature(signal: Tensor, cap: Tensor) -> Tensor:
+    """Give sqrt(a)/(1-a), of the forward process, softly capped; the cap itself at a = 1."""
+    root = signal.sqrt()
+    return root * cap / (root + (1 - signal) * cap)
 
 
 def _typical_squared_distance(rows: Tensor) -> Tensor:

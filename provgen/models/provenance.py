@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from provgen.models.index_heads import ClassIndependentHead, StageEmbedding
+from provgen.models import index_heads
+from provgen.models.own_stages import OwnStages
 
 
 @dataclass
@@ -21,16 +23,18 @@ class ProvenanceOutput(BaseOutput):
     """Logits of the provenance network."""
 
     index_logits: Tensor
-    """(batch, train); examples that a given class label rules out have the lowest finite value."""
+    """(batch, train); examples that a class label rules out, or that are not covered, have the lowest
+    finite value."""
     class_logits: Tensor | None = None
     """(batch, class); None for a network without a class head."""
 
 
 class ProvenanceNetwork(ModelMixin, ConfigMixin):
-    """Index and class heads on the encoder stages of a denoiser (arXiv 2510.03361).
+    """Index and class heads on the encoder stages of a generator (arXiv 2510.03361).
 
     Models p(i | x_t, t, y). A row that carries a class label is restricted to the examples of that class; a row
-    with the null label, `num_classes`, ranges over all of them. The class head reads the last shared stage.
+    with the null label, `num_classes`, ranges over all of them. The first `shared_stages` stages are the
+    generator's, the others the network's own. The class head reads the last stage.
     """
 
     @register_to_config
@@ -38,65 +42,121 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         self,
         *,
         stages: list[list[int]],
+        shared_stages: int,
+        head: dict[str, Any],
         num_examples: int,
+        num_covered: int,
         num_classes: int,
         width: int = 64,
         has_class_head: bool = True,
+        beam: int | None = None,  # noqa: ARG002 - register_to_config keeps it
         fingerprint: str = "",  # noqa: ARG002 - register_to_config keeps it
     ) -> None:
         """Build the heads.
 
         Args:
-            stages: `[channels, height]` of every encoder stage read, from the stem on.
+            stages: `[channels, height]` of the image and of every encoder stage of the generator.
+            shared_stages: Stages read from the generator, 0 to all; the rest are built here.
+            head: `kind`, the name of a class in `models/index_heads.py`, and its own arguments.
             num_examples: Training examples, in the order of the example index.
+            num_covered: Those that the index head can name.
             num_classes: Classes without the null label; 0 for a set without labels.
             width: Embedding channels.
             has_class_head: Whether a class head is built; one that is not trained must not be.
+            beam: Cells a two-stage head looks into while tracing; None looks into all.
             fingerprint: Of the training set (`data/manifest.py`); the outputs mean nothing for another.
         """
         super().__init__()
         shapes = [(channels, size) for channels, size in stages]
-        self.index_head = ClassIndependentHead(shapes, num_examples=num_examples, width=width)
+        self.own_stages = OwnStages(shapes, shared=shared_stages)
+        arguments = {name: value for name, value in head.items() if name != "kind"}
+        make_head = getattr(index_heads, head["kind"])
+        self.index_head = make_head(shapes[1:], num_examples=num_covered, width=width, **arguments)
         self.class_head: nn.Module | None = None
         if has_class_head:
             self.class_head = nn.Sequential(
-                StageEmbedding(shapes[-1:], width), nn.SiLU(), nn.Linear(width, num_classes)
+                index_heads.StageEmbedding(shapes[-1:], width), nn.SiLU(), nn.Linear(width, num_classes)
             )
         self.example_labels: Tensor
         self.register_buffer("example_labels", torch.full((num_examples,), num_classes))
+        self.covered: Tensor
+        self.register_buffer("covered", torch.arange(num_covered))
 
-    def forward(self, stages: list[Tensor], signal: Tensor, class_labels: Tensor) -> ProvenanceOutput:
-        """Predict sources and class from one forward pass of the denoiser.
+    @torch.no_grad()
+    def start(self, images: Tensor, labels: Tensor, covered: Tensor) -> None:
+        """Set everything that depends on the training set.
 
         Args:
-            stages: What `record_stages` collected, each (batch, channel, height, width); later stages than the
-                network was built for are ignored.
-            signal: a_t, the cumulative alpha of each row's noise level, (batch,).
-            class_labels: int64 (batch,); `num_classes` is the null label.
+            images: In [-1, 1], (train, channel, height, width).
+            labels: int64 (train,).
+            covered: int64 (covered,), ascending: the examples that the index head can name.
         """
-        class_logits = None
-        if self.class_head is not None:
-            with torch.autocast(signal.device.type, enabled=False):
-                class_logits = self.class_head(self._shared(stages)[-1:])
-        return ProvenanceOutput(
-            index_logits=self.index_logits(stages, signal, class_labels), class_logits=class_logits
-        )
+        self.example_labels.copy_(labels)
+        self.covered.copy_(covered)
+        self.index_head.start(images[covered], labels[covered])
 
-    def index_logits(self, stages: list[Tensor], signal: Tensor, class_labels: Tensor) -> Tensor:
-        """Give the index logits (batch, train) alone; arguments as in `forward`."""
+    def forward(
+        self, stages: list[Tensor], signal: Tensor, class_labels: Tensor, class_logits: Tensor | None = None
+    ) -> ProvenanceOutput:
+        """Predict sources and class from one forward pass of the generator.
+
+        Args:
+            stages: The image and the generator's encoder stages, each (batch, channel, height, width).
+            signal: a_t, the cumulative alpha of each row's noise level, (batch,).
+            class_labels: What the generator was told, int64 (batch,); `num_classes` is the null label.
+            class_logits: Of a generator that is itself a classifier, (batch, class); the network has no class
+                head of its own then.
+        """
         # float32 under autocast too: a softmax over thousands of examples needs the digits.
         with torch.autocast(signal.device.type, enabled=False):
-            shared = self._shared(stages)
-            wide = torch.promote_types(shared[0].dtype, torch.float32)
-            logits: Tensor = self.index_head(shared, signal.to(wide))
-        # Finite, so that 0 x log(0) in a cross-entropy is 0 and not NaN.
-        return logits.masked_fill_(self.ruled_out(class_labels), torch.finfo(logits.dtype).min)
+            read = self._read(stages, signal)
+            if self.class_head is not None:
+                class_logits = self.class_head(read[-1:])
+            index_logits = self._index_logits(read, signal, class_labels, class_logits, None)
+        return ProvenanceOutput(index_logits=index_logits, class_logits=class_logits)
 
-    def _shared(self, stages: list[Tensor]) -> list[Tensor]:
-        dtype = self.index_head.bias.dtype
-        return [stage.to(dtype) for stage in stages[: len(self.config.stages)]]
+    def index_logits(
+        self,
+        stages: list[Tensor],
+        signal: Tensor,
+        class_labels: Tensor,
+        class_logits: Tensor | None = None,
+        beam: int | None = None,
+    ) -> Tensor:
+        """Give the index logits (batch, train) alone, as traces need them; arguments as in `forward`."""
+        with torch.autocast(signal.device.type, enabled=False):
+            read = self._read(stages, signal)
+            if self.class_head is not None and self.index_head.reads_class_logits:
+                class_logits = self.class_head(read[-1:])
+            return self._index_logits(read, signal, class_labels, class_logits, beam)
+
+    def last_stage(self, stages: list[Tensor], signal: Tensor) -> Tensor:
+        """Give the last stage that the heads read, (batch, channel, height, width); arguments as in `forward`."""
+        return self._read(stages, signal)[-1]
 
     def ruled_out(self, class_labels: Tensor) -> Tensor:
         """Say which examples a class label excludes, bool (batch, train); the null label excludes none."""
         is_null = class_labels.eq(self.config.num_classes)
         return ~is_null[:, None] & (class_labels[:, None] != self.example_labels[None, :])
+
+    def _read(self, stages: list[Tensor], signal: Tensor) -> list[Tensor]:
+        shared = [stage.to(self.dtype) for stage in stages[: self.config.shared_stages + 1]]
+        return list(self.own_stages(shared, signal))
+
+    def _index_logits(
+        self,
+        read: list[Tensor],
+        signal: Tensor,
+        class_labels: Tensor,
+        class_logits: Tensor | None,
+        beam: int | None,
+    ) -> Tensor:
+        wide = torch.promote_types(read[0].dtype, torch.float32)
+        searched = {} if beam is None else {"beam": beam}
+        logits: Tensor = self.index_head(read, signal.to(wide), class_labels, class_logits, **searched)
+        # Finite, so that 0 x log(0) in a cross-entropy is 0 and not NaN.
+        lowest = torch.finfo(logits.dtype).min
+        if len(self.covered) < len(self.example_labels):
+            everywhere = logits.new_full((len(logits), len(self.example_labels)), lowest)
+            logits = everywhere.index_copy(1, self.covered, logits)
+        return logits.masked_fill(self.ruled_out(class_labels), lowest)

@@ -14,7 +14,7 @@ from provgen.attribution.scores import Attribution
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 TRACE_SCHEMA = pa.schema(
     [
@@ -23,10 +23,12 @@ TRACE_SCHEMA = pa.schema(
         ("example_index", pa.int64()),
         ("posterior", pa.float64()),
         ("weight", pa.float64()),
+        ("reachable", pa.bool_()),
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
-"""`rank` counts from 0; `example_index` refers to the train rows of the manifest."""
+"""`rank` counts from 0; `example_index` refers to the train rows of the manifest, `reachable` is theirs: whether the
+network can name the example. The closed form names any."""
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -42,21 +44,29 @@ SAMPLE_SCHEMA = pa.schema(
         ("closed_form_entropy", pa.float64()),
         ("closed_form_commitment_step", pa.int64()),
         ("closed_form_step_entropy", pa.list_(pa.float64())),
+        ("closed_form_mass_unreachable", pa.float64()),
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
-"""Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for."""
+"""Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for.
+`closed_form_mass_unreachable`: posterior that the closed form gives to examples the network cannot name."""
 
 
-def trace_rows(attribution: Attribution, samples: Sequence[int]) -> list[dict[str, Any]]:
+def trace_rows(attribution: Attribution, samples: Sequence[int], manifest: Manifest) -> list[dict[str, Any]]:
     """Flatten an attribution into rows of TRACE_SCHEMA; `samples` numbers its queries."""
+    reachable = manifest.reachable[attribution.example_index]
     rows = []
     for query, sample in enumerate(samples):
-        columns = (attribution.example_index, attribution.posterior, attribution.weight)
-        triples = zip(*(column[query].tolist() for column in columns), strict=True)
+        columns = {
+            "example_index": attribution.example_index,
+            "posterior": attribution.posterior,
+            "weight": attribution.weight,
+            "reachable": reachable,
+        }
+        values = zip(*(column[query].tolist() for column in columns.values()), strict=True)
         rows += [
-            {"sample": sample, "rank": rank, "example_index": index, "posterior": posterior, "weight": weight}
-            for rank, (index, posterior, weight) in enumerate(triples)
+            {"sample": sample, "rank": rank, **dict(zip(columns, row, strict=True))}
+            for rank, row in enumerate(values)
         ]
     return rows
 
@@ -86,6 +96,7 @@ def sample_rows(
         row["step_signal"] = attribution.signal.tolist()
         if closed_form is not None:
             row |= {f"closed_form_{name}": value for name, value in _evidence(closed_form, query).items()}
+            row["closed_form_mass_unreachable"] = float(closed_form.mass_unreachable[query])
         rows.append(row)
     return rows
 

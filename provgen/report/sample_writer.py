@@ -56,9 +56,9 @@ class SampleWriter:
         self._samples += exports.sample_rows(
             attribution, closed_form, samples=samples, seeds=seeds, class_labels=class_labels, paths=paths
         )
-        self._traces += exports.trace_rows(attribution, samples)
+        self._traces += exports.trace_rows(attribution, samples, self.manifest)
         if closed_form is not None:
-            self._closed_form_traces += exports.trace_rows(closed_form, samples)
+            self._closed_form_traces += exports.trace_rows(closed_form, samples, self.manifest)
 
     def close(self) -> None:
         """Write this process's Parquet parts."""

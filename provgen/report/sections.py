@@ -44,7 +44,7 @@ def training_section(metrics: Rows) -> Section:
         caption="Losses of single batches (faint) and their running mean.",
     )
     return Section(
-        "Training", "The denoiser and the provenance network are trained in the same steps.", [picture]
+        "Training", "The generator and the provenance network are trained in the same steps.", [picture]
     )
 
 
@@ -161,19 +161,30 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
     return section, [metric]
 
 
-def denoising_section(train_losses: Tensor, holdout_losses: Tensor) -> Part:
-    """Compare the denoising loss on training and held-out images, each (query,)."""
+LOSSES = {
+    "diffusion": ("denoising_loss", "Mean squared error of the predicted noise"),
+    "vae": (
+        "autoencoder_loss",
+        "Squared error of the reconstruction, plus the weighted divergence of the latent",
+    ),
+    "none": ("class_loss", "Cross-entropy of the class (nats), times its weight"),
+}
+"""Name in report.json and description of the loss of each kind of generator."""
+
+
+def loss_section(kind: str, train_losses: Tensor, holdout_losses: Tensor) -> Part:
+    """Compare the generator's loss on training and held-out images, each (query,)."""
+    name, what = LOSSES[kind]
     seen, unseen = mean_estimate(train_losses, seed=0), mean_estimate(holdout_losses, seed=0)
     metrics = [
-        Metric.from_estimate("holdout_denoising_loss", unseen, "model fit"),
-        Metric.from_estimate("train_denoising_loss", seen, "model fit"),
+        Metric.from_estimate(f"holdout_{name}", unseen, "model fit"),
+        Metric.from_estimate(f"train_{name}", seen, "model fit"),
     ]
     section = Section(
         "Does it generalize?",
-        "Mean squared error of the predicted noise, averaged weights. A generator that memorizes is much better on "
-        "the images it has seen.",
+        f"{what}, averaged weights. A network that memorizes is much better on the images it has seen.",
         table=Table(
-            ["images", "denoising loss", "n"],
+            ["images", name.replace("_", " "), "n"],
             [["training", _interval(seen), seen.n], ["held-out", _interval(unseen), unseen.n]],
             "Bootstrap 95 % intervals over images in brackets.",
         ),

@@ -22,23 +22,54 @@ class Batch:
     clean_images: Tensor
     """In [-1, 1], (batch, channel, height, width)."""
     noise: Tensor
-    """Standard normal, same shape."""
+    """Standard normal, (batch, ...) in the shape of what the generator adds it to."""
     timesteps: Tensor
     """int64 (batch,)."""
     labels: Tensor
-    """What the denoiser is told, int64 (batch,): the class, or the null label where it was dropped."""
+    """What the generator is told, int64 (batch,): the class, or the null label where it was dropped."""
     clean_labels: Tensor
     """The class before dropout, int64 (batch,)."""
 
     def share(self, process: int, num_processes: int) -> Batch:
         """Keep the rows of one process; all shares have the same size."""
         size = len(self.indices) // num_processes
-        rows = slice(process * size, (process + 1) * size)
+        return self.select(torch.arange(process * size, (process + 1) * size))
+
+    def select(self, rows: Tensor) -> Batch:
+        """Keep the `rows` (int64, (selected,))."""
         return Batch(**{name: value[rows] for name, value in vars(self).items()})
 
     def to(self, device: torch.device) -> Batch:
         """Move every tensor to `device`."""
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def fixed_batches(
+    images: ImageSet, rows: Tensor, timesteps: list[int], *, noise_shape: tuple[int, ...], seed: int
+) -> list[Batch]:
+    """Make one batch per timestep of the same images with the same noise, for evaluation.
+
+    Args:
+        images: Where the rows are taken from; `indices` refer to it.
+        rows: int64 (batch,).
+        timesteps: One per batch.
+        noise_shape: Of one row of noise.
+        seed: Of the noise.
+    """
+    generator = seeded_generator(seed, 2)
+    noise = randn_tensor((len(rows), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
+    labels = images.labels[rows]
+    return [
+        Batch(
+            indices=rows,
+            clean_images=to_unit_range(images.images[rows]),
+            noise=noise,
+            timesteps=torch.full((len(rows),), timestep),
+            labels=labels,
+            clean_labels=labels,
+        )
+        for timestep in timesteps
+    ]
 
 
 class BatchStream:
@@ -56,13 +87,24 @@ class BatchStream:
         num_train_timesteps: int,
         label_dropout: float,
         seed: int,
+        noise_shape: tuple[int, ...] | None = None,
     ) -> None:
-        """Keep what a batch is drawn from; `batch_size` counts the images of all processes together."""
+        """Keep what a batch is drawn from.
+
+        Args:
+            train: The images.
+            batch_size: Of all processes together.
+            num_train_timesteps: Noise levels.
+            label_dropout: Probability of the null label.
+            seed: Of everything that is drawn.
+            noise_shape: Of one row of noise; None for that of an image.
+        """
         self.train = train
         self.batch_size = batch_size
         self.num_train_timesteps = num_train_timesteps
         self.label_dropout = label_dropout
         self.seed = seed
+        self.noise_shape = tuple(train.images.shape[1:]) if noise_shape is None else noise_shape
         self._permutation: tuple[int, Tensor] | None = None
 
     def batch(self, step: int) -> Batch:
@@ -70,7 +112,8 @@ class BatchStream:
         indices = self.indices(step)
         clean_images = to_unit_range(self.train.images[indices])
         generator = seeded_generator(self.seed, 1, step)
-        noise = randn_tensor(clean_images.shape, generator=generator, dtype=clean_images.dtype)
+        shape = (len(indices), *self.noise_shape)
+        noise = randn_tensor(shape, generator=generator, dtype=clean_images.dtype)
         timesteps = torch.randint(self.num_train_timesteps, (len(indices),), generator=generator)
         is_dropped = torch.rand(len(indices), generator=generator) < self.label_dropout
         labels = self.train.labels[indices]

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from provgen.training.batches import Batch
+from provgen.training.mixing import Mixing
 
 
 class Targets(Protocol):
     """A target distribution for every row of a batch."""
 
-    def __call__(self, batch: Batch, noisy_images: Tensor, signal: Tensor) -> Tensor:
-        """Give target probabilities (batch, train); `signal` is a_t of each row, (batch,)."""
+    def __call__(self, indices: Tensor, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+        """Give target probabilities (batch, train).
+
+        Args:
+            indices: Example index of each row, int64 (batch,).
+            queries: What the closed form is asked: noisy images, latents or images, (batch, ...).
+            signal: a_t of each row, (batch,).
+            class_labels: What the generator was told, int64 (batch,).
+        """
         ...
 
 
 class Posterior(Protocol):
-    """p(i | x_t, y); `attribution.posterior.ClosedFormPosterior` in practice."""
+    """p(i | query, y); a closed form in practice."""
 
-    def probs(self, noisy_images: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
         """Give probabilities (batch, train)."""
         ...
 
 
 class OneHotTargets:
-    """The very example that was noised; the cross-entropy's optimum is the closed-form posterior."""
+    """The very example itself; the cross-entropy's optimum is the closed-form posterior."""
 
     def __init__(self, num_examples: int) -> None:
         self.num_examples = num_examples
 
-    def __call__(self, batch: Batch, noisy_images: Tensor, signal: Tensor) -> Tensor:  # noqa: ARG002 - protocol
+    def __call__(
+        self,
+        indices: Tensor,
+        queries: Tensor,  # noqa: ARG002 - Targets
+        signal: Tensor,
+        class_labels: Tensor,  # noqa: ARG002 - Targets
+    ) -> Tensor:
         """Give one-hot rows (batch, train)."""
-        return F.one_hot(batch.indices, self.num_examples).to(noisy_images.dtype)
+        return F.one_hot(indices, self.num_examples).to(signal.dtype)
 
 
 class PosteriorTargets:
@@ -44,42 +56,18 @@ class PosteriorTargets:
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
 
-    def __call__(self, batch: Batch, noisy_images: Tensor, signal: Tensor) -> Tensor:
+    def __call__(self, indices: Tensor, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Targets
         """Give posterior rows (batch, train)."""
-        return self.posterior.probs(noisy_images, signal, batch.labels)
+        return self.posterior.probs(queries, signal, class_labels)
 
 
-class ClassMixedTargets:
-    """Targets with the share `mixing` spread evenly over each example's class (alpha of arXiv 2510.03361)."""
+class MixedTargets:
+    """Other targets, mixed over like examples."""
 
-    def __init__(self, targets: Targets, example_labels: Tensor, *, num_classes: int, mixing: float) -> None:
+    def __init__(self, targets: Targets, mixing: Mixing) -> None:
         self.targets = targets
-        self.example_labels = example_labels
-        self.num_classes = num_classes
         self.mixing = mixing
 
-    def __call__(self, batch: Batch, noisy_images: Tensor, signal: Tensor) -> Tensor:
+    def __call__(self, indices: Tensor, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
         """Give mixed rows (batch, train)."""
-        probs = self.targets(batch, noisy_images, signal)
-        return mix_classes(probs, self.example_labels, num_classes=self.num_classes, mixing=self.mixing)
-
-
-def mix_classes(probs: Tensor, example_labels: Tensor, *, num_classes: int, mixing: float) -> Tensor:
-    """Spread the share `mixing` of each probability evenly over its example's class.
-
-    Column j becomes (1 - mixing) p_j + mixing P(class of j) / (size of that class). Applied to the closed-form
-    posterior this is the optimum of training with mixed targets, so its entropy is the cross-entropy's floor.
-
-    Args:
-        probs: (query, train).
-        example_labels: int64 (train,), at most `num_classes`, which stands for "no label".
-        num_classes: Classes without the null label.
-        mixing: alpha in [0, 1].
-
-    Returns:
-        (query, train), rows summing to what they summed to.
-    """
-    membership = F.one_hot(example_labels, num_classes + 1).to(probs)
-    sizes = membership.sum(0).clamp_min(1)
-    spread = ((probs @ membership) / sizes) @ membership.T
-    return torch.lerp(probs, spread, mixing)
+        return self.mixing(self.targets(indices, queries, signal, class_labels))

@@ -1,4 +1,4 @@
-"""One optimiser step over the denoiser and its provenance network."""
+"""One optimiser step over the generator and its provenance network."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from provgen.models.diffusion import record_stages
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.batches import Batch
-from provgen.training.losses import class_loss, denoising_loss, index_loss
+from provgen.training.losses import class_loss, index_loss
+from provgen.training.observers import Observation, Observer
 from provgen.training.targets import Targets
 
 MAX_GRADIENT_NORM = 1.0
@@ -22,36 +22,41 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class ProvenanceObjective:
-    """How the provenance network is trained beside the denoiser."""
+    """How the provenance network is trained beside the generator."""
 
     targets: Targets
     loss_weight: float
-    """Of the index loss against the denoising loss."""
+    """Of the index loss against the generator's loss."""
     class_loss_weight: float
     """Of the class loss; used where the network has a class head."""
     stops_gradient: bool
-    """Whether the denoiser's encoder is shielded from both."""
+    """Whether the generator's encoder is shielded from both."""
+    covered: Tensor
+    """bool (train,): examples that the index head can name; only their rows have an index loss."""
+    coverage: float
+    """Their share."""
 
 
 class CoTrainer:
-    """Trains a denoiser, and a provenance network on its encoder stages in the same forward pass."""
+    """Trains a generator, and a provenance network on its encoder stages in the same forward pass."""
 
     def __init__(
         self,
         *,
         accelerator: Accelerator,
-        denoiser: UNet2DModel,
+        observer: Observer,
+        network: ModelMixin,
         provenance: ProvenanceNetwork | None,
-        noise_scheduler: DDPMScheduler,
         objective: ProvenanceObjective | None,
         label_dropout: float,
         learning_rate: float,
         warmup_steps: int,
         ema_decay: float,
     ) -> None:
-        """Prepare both networks for distributed training; without a provenance network, train the denoiser alone."""
+        """Prepare both networks for distributed training; without a provenance network, train the generator alone."""
         self.accelerator = accelerator
-        self.networks: dict[str, UNet2DModel | ProvenanceNetwork] = {"denoiser": denoiser}
+        self.observer = observer
+        self.networks: dict[str, ModelMixin | ProvenanceNetwork] = {observer.name: network}
         if provenance is not None:
             self.networks["provenance"] = provenance
         parameters = [p for network in self.networks.values() for p in network.parameters()]
@@ -61,8 +66,6 @@ class CoTrainer:
             name: EMAModel(net.parameters(), decay=ema_decay, foreach=True)
             for name, net in self.networks.items()
         }
-        self.signal_levels = noise_scheduler.alphas_cumprod.to(accelerator.device)
-        self.noise_scheduler = noise_scheduler
         self.objective = objective
         self.label_dropout = label_dropout
         self.learning_rate = learning_rate
@@ -78,9 +81,9 @@ class CoTrainer:
         Returns:
             Losses over this process's rows and gradient norms before clipping, by name.
         """
-        losses = self._losses(batch)
+        total, losses = self._losses(batch)
         self.optimizer.zero_grad()
-        self.accelerator.backward(self._total(losses))
+        self.accelerator.backward(total)
         norms = {
             f"{name}_gradient_norm": nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
             for name, network in self.networks.items()
@@ -98,42 +101,35 @@ class CoTrainer:
         shadows = dict(zip(names, self.averages[name].shadow_params, strict=True))
         return dict(self.networks[name].state_dict()) | shadows
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        noisy_images = self.noise_scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)
-        with record_stages(self.networks["denoiser"]) as stages:
-            predicted = self.prepared["denoiser"](
-                noisy_images, batch.timesteps, class_labels=batch.labels
-            ).sample
-        losses = {"denoising_loss": denoising_loss(predicted, batch.noise)}
+    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give what is minimised, and the losses it is made of by name."""
+        observation = self.observer.observe(self.prepared[self.observer.name], batch)
+        total = observation.loss.mean()
+        losses = {name: rows.mean() for name, rows in observation.parts.items()}
         if self.objective is None:
-            return losses
-        return losses | self._provenance_losses(batch, noisy_images, stages, self.objective)
+            return total, losses
+        added = self._provenance_losses(batch, observation, self.objective)
+        total = total + self.objective.loss_weight * added["index_loss"]
+        if "class_loss" in added:
+            total = total + self.objective.class_loss_weight * added["class_loss"]
+        return total, losses | added
 
     def _provenance_losses(
-        self,
-        batch: Batch,
-        noisy_images: Tensor,
-        stages: list[Tensor],
-        objective: ProvenanceObjective,
+        self, batch: Batch, observation: Observation, objective: ProvenanceObjective
     ) -> dict[str, Tensor]:
+        stages, class_logits = observation.stages, observation.class_logits
         if objective.stops_gradient:
             stages = [stage.detach() for stage in stages]
-        signal = self.signal_levels[batch.timesteps]
-        output = self.prepared["provenance"](stages, signal, batch.labels)
+            class_logits = None if class_logits is None else class_logits.detach()
+        signal, labels = observation.signal, observation.class_labels
+        output = self.prepared["provenance"](stages, signal, labels, class_logits)
         with torch.no_grad():
-            targets = objective.targets(batch, noisy_images, signal)
-        losses = {"index_loss": index_loss(output.index_logits, targets)}
-        if output.class_logits is not None:
-            is_null = batch.labels == output.class_logits.shape[1]
+            targets = objective.targets(batch.indices, observation.query, signal, labels)
+        is_covered = objective.covered[batch.indices]
+        losses = {"index_loss": index_loss(output.index_logits, targets, is_covered, objective.coverage)}
+        if class_logits is None and output.class_logits is not None:
+            is_null = labels == output.class_logits.shape[1]
             losses["class_loss"] = class_loss(
                 output.class_logits, batch.clean_labels, is_null, self.label_dropout
             )
         return losses
-
-    def _total(self, losses: dict[str, Tensor]) -> Tensor:
-        total = losses["denoising_loss"]
-        if self.objective is not None:
-            total = total + self.objective.loss_weight * losses["index_loss"]
-            if "class_loss" in losses:
-                total = total + self.objective.class_loss_weight * losses["class_loss"]
-        return total

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from provgen.attribution import posterior as posterior_module
+from provgen.attribution.posterior import ClosedFormPosterior, impossible
 from provgen.attribution.scores import entropy
 
 
@@ -75,6 +76,45 @@ def test_a_label_leaves_only_its_class_in_the_proportions_of_the_null_row(images
         assert free[:, ~members].any()
         expected = free[:, members] / free[:, members].sum(1, keepdim=True)
         torch.testing.assert_close(given[:, members], expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture
+def covering(images):
+    """Make the closed form over the examples 0, 1, 2, 5 and 8 alone."""
+    covered = torch.tensor([True, True, True, False, False, True, False, False, True])
+    pixels = images.images.double() / 127.5 - 1
+    return ClosedFormPosterior(pixels, images.labels, null_label=3, covered=covered), covered
+
+
+def test_with_coverage_the_covered_keep_their_proportions_and_the_others_get_nothing(
+    images, queries, closed_form_of, covering
+):
+    some, covered = covering
+    # Without the cleanest, where an example that is not covered leaves nothing for the others.
+    queries = [tensor[:6] for tensor in queries]
+    whole, part = closed_form_of(images).probs(*queries), some.probs(*queries)
+    assert part.shape == whole.shape
+    assert not part[:, ~covered].any()
+    assert whole[:, ~covered].any()
+    expected = whole[:, covered] / whole[:, covered].sum(1, keepdim=True)
+    torch.testing.assert_close(part[:, covered], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_a_covered_closed_form_is_that_of_the_covered_set(images, queries, closed_form_of, covering):
+    some, covered = covering
+    alone = closed_form_of(images.select(covered.nonzero().flatten()))
+    torch.testing.assert_close(some.probs(*queries)[:, covered], alone.probs(*queries), rtol=1e-9, atol=1e-14)
+    chunks = torch.cat(list(some.chunks(*queries)))
+    torch.testing.assert_close(chunks, some.probs(*queries), rtol=1e-10, atol=1e-15)
+
+
+def test_what_is_impossible_is_of_another_class_or_not_covered():
+    labels, given = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 2])
+    covered = torch.tensor([True, True, False, True])
+    expected = [[True, False, False, True], [False, False, False, False]]
+    assert impossible(given, labels, 2, None).tolist() == expected
+    expected = [[True, False, True, True], [False, False, True, False]]
+    assert impossible(given, labels, 2, covered).tolist() == expected
 
 
 def test_it_is_one_hot_at_the_image(images, closed_form_of):

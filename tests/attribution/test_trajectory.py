@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from provgen.attribution.scores import Attribution, check_top_k, entropy
+from provgen.attribution.tracer import ALL_LEVELS
 from provgen.attribution.trajectory import WINDOW, TrajectoryTrace
+from provgen.models.classifier import CLEAN_SIGNAL
 
 
 def trace_of(*steps, signals=None) -> TrajectoryTrace:
@@ -17,6 +19,7 @@ def trace_of(*steps, signals=None) -> TrajectoryTrace:
     return trace
 
 
+ALL = torch.ones(3, dtype=torch.bool)
 FIRST, SECOND = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
 HALF, UNDECIDED = [0.5, 0.3, 0.2], [0.4, 0.3, 0.3]
 
@@ -40,7 +43,9 @@ HALF, UNDECIDED = [0.5, 0.3, 0.2], [0.4, 0.3, 0.3]
 )
 def test_commitment_is_the_first_step_from_which_the_final_source_holds_more_than_half(steps, expected):
     assert trace_of(*steps).commitment_step().tolist() == [expected]
-    assert trace_of(*steps).attribution(1, is_trajectory=True).commitment_step.tolist() == [expected]
+    assert trace_of(*steps).attribution(1, is_trajectory=True, reachable=ALL).commitment_step.tolist() == [
+        expected
+    ]
 
 
 def test_commitment_is_decided_query_by_query():
@@ -58,7 +63,7 @@ def test_steps_that_were_not_traced_count():
 
 
 def test_outside_images_have_no_commitment():
-    attribution = trace_of(FIRST, FIRST).attribution(2, is_trajectory=False)
+    attribution = trace_of(FIRST, FIRST).attribution(2, is_trajectory=False, reachable=ALL)
     assert attribution.commitment_step.tolist() == [-1]
     assert attribution.commitment_step.dtype == torch.int64
 
@@ -71,9 +76,20 @@ def test_the_posterior_is_the_mean_over_the_levels_inside_the_window():
     torch.testing.assert_close(trace.posterior(), expected)
 
 
+def test_another_window_takes_other_levels_and_all_levels_take_the_clean_image():
+    for window, expected in (((0.0, 0.4), SECOND), ((0.4, 0.95), UNDECIDED), ((0.95, 1.0), FIRST)):
+        trace = TrajectoryTrace(window=window)
+        for probs, signal in ((SECOND, 0.3), (UNDECIDED, 0.7), (FIRST, 0.9999)):
+            trace.add(torch.tensor([probs], dtype=torch.float64), signal)
+        assert trace.posterior().tolist() == [expected]
+    alone = TrajectoryTrace(window=ALL_LEVELS)
+    alone.add(torch.tensor([FIRST]), CLEAN_SIGNAL)
+    torch.testing.assert_close(alone.posterior(), torch.tensor([FIRST]))
+
+
 def test_levels_outside_the_window_still_count_as_steps():
     trace = trace_of(UNDECIDED, FIRST, FIRST, signals=[0.01, 0.5, 0.99])
-    attribution = trace.attribution(1, is_trajectory=True)
+    attribution = trace.attribution(1, is_trajectory=True, reachable=ALL)
     assert attribution.commitment_step.tolist() == [1]
     assert attribution.step_entropy.shape == (1, 3)
     torch.testing.assert_close(attribution.signal, torch.tensor([0.01, 0.5, 0.99]))
@@ -83,12 +99,14 @@ def test_the_top_k_is_sorted_and_the_rest_is_named():
     trace = TrajectoryTrace()
     trace.add(torch.tensor([[0.1, 0.5, 0.05, 0.35], [0.7, 0.1, 0.15, 0.05]], dtype=torch.float64), 0.3)
     trace.add(torch.tensor([[0.2, 0.4, 0.05, 0.35], [0.5, 0.3, 0.15, 0.05]], dtype=torch.float64), 0.6)
-    attribution = trace.attribution(2, is_trajectory=True)
+    reachable = torch.tensor([True, False, False, True])
+    attribution = trace.attribution(2, is_trajectory=True, reachable=reachable)
     assert attribution.example_index.tolist() == [[1, 3], [0, 1]]
     expected = torch.tensor([[0.45, 0.35], [0.6, 0.2]], dtype=torch.float64)
     torch.testing.assert_close(attribution.posterior, expected)
     torch.testing.assert_close(attribution.weight, expected)
     torch.testing.assert_close(attribution.mass_not_shown, torch.tensor([0.2, 0.2], dtype=torch.float64))
+    torch.testing.assert_close(attribution.mass_unreachable, torch.tensor([0.5, 0.35], dtype=torch.float64))
     entropies = [
         -sum(p * math.log(p) for p in row) for row in ([0.15, 0.45, 0.05, 0.35], [0.6, 0.2, 0.15, 0.05])
     ]
@@ -100,9 +118,10 @@ def test_everything_shown_leaves_nothing_and_never_less_than_nothing():
     rows = torch.rand(50, 7, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
     trace = TrajectoryTrace()
     trace.add(rows, 0.5)
-    attribution = trace.attribution(7, is_trajectory=False)
+    attribution = trace.attribution(7, is_trajectory=False, reachable=torch.ones(7, dtype=torch.bool))
     assert (attribution.mass_not_shown >= 0).all()
     assert attribution.mass_not_shown.max() < 1e-6
+    assert not attribution.mass_unreachable.any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])
@@ -117,7 +136,9 @@ def test_entropy_of_a_certain_row_is_zero():
 
 
 def test_entropies_are_kept_level_by_level():
-    attribution = trace_of([1 / 3] * 3, [1, 0, 0], signals=[0.2, 0.6]).attribution(1, is_trajectory=True)
+    attribution = trace_of([1 / 3] * 3, [1, 0, 0], signals=[0.2, 0.6]).attribution(
+        1, is_trajectory=True, reachable=ALL
+    )
     torch.testing.assert_close(
         attribution.step_entropy, torch.tensor([[math.log(3), 0]], dtype=torch.float64)
     )
@@ -130,7 +151,8 @@ def test_joining_attributions_joins_their_queries():
         trace = TrajectoryTrace()
         trace.add(part, 0.2)
         trace.add(part.flip(1), 0.5)
-        parts.append(trace.attribution(2, is_trajectory=True))
+        reachable = torch.tensor([True, True, False, True])
+        parts.append(trace.attribution(2, is_trajectory=True, reachable=reachable))
     joined = Attribution.concatenate(parts[1:])
     assert all(torch.equal(value, getattr(joined, name)) for name, value in vars(parts[0]).items())
 

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pyarrow as pa
@@ -82,9 +83,53 @@ def test_sources_are_named_in_the_order_asked(root):
     assert [source.example_index for source in named] == [5, 0, 5]
     everything = Manifest.of(load(root), holdout)
     assert everything.sources([5]) == [
-        Source(example_index=5, path="bees/0.png", class_name="bees", contributor="Ann", license="CC0")
+        Source(
+            example_index=5,
+            path="bees/0.png",
+            class_name="bees",
+            contributor="Ann",
+            license="CC0",
+            reachable=True,
+        )
     ]
     assert manifest.sources([]) == []
+
+
+def test_covered_images_are_reachable_and_holdout_is_neither(root):
+    manifest = Manifest.of(*split(load(root)))
+    assert manifest.table["reachable"].to_pylist() == [True] * 6 + [None] * 4
+    some = manifest.with_reachable(torch.tensor([1, 4]))
+    assert some.table["reachable"].to_pylist() == [False, True, False, False, True, False] + [None] * 4
+    assert some.reachable.tolist() == [False, True, False, False, True, False]
+    assert [source.reachable for source in some.sources([4, 0, 1])] == [True, False, True]
+    assert manifest.reachable.tolist() == [True] * 6, "the manifest it was made from is left alone"
+    assert some.with_reachable(torch.arange(6)).table.equals(manifest.table)
+
+
+def test_coverage_survives_saving_and_leaves_the_fingerprint_alone(root, tmp_path):
+    train, holdout = split(load(root))
+    everything = Manifest.of(train, holdout)
+    some = everything.with_reachable(torch.tensor([0, 5]))
+    some.save(tmp_path / "m.parquet")
+    loaded = Manifest.load(tmp_path / "m.parquet")
+    assert loaded.table.equals(some.table)
+    assert loaded.reachable.tolist() == [True] + [False] * 4 + [True]
+    assert loaded.fingerprint == everything.fingerprint
+    assert_same(loaded.align(load(root))[0], train)
+
+
+def test_a_manifest_of_version_1_is_read_as_all_reachable(root, tmp_path, message_of):
+    path = tmp_path / "m.parquet"
+    manifest = Manifest.of(*split(load(root)))
+    about = {"schema_version": 1, "image_size": 4, "channels": 1, "class_names": ["apes", "bees"]}
+    old = manifest.table.drop_columns(["reachable"]).replace_schema_metadata({"provgen": json.dumps(about)})
+    pq.write_table(old, path)
+    loaded = Manifest.load(path)
+    assert loaded.table.equals(manifest.table)
+    assert loaded.fingerprint == manifest.fingerprint
+    for bad in (old.drop_columns(["split"]), old.drop_columns(["label"]), manifest.table):
+        pq.write_table(bad.replace_schema_metadata(old.schema.metadata), path)
+        assert "not a whole manifest" in message_of(Manifest.load, path)
 
 
 def test_fingerprint_depends_on_train_pixels_labels_and_order_alone(root):
@@ -215,7 +260,12 @@ def test_parquet_that_is_no_manifest_is_refused(root, tmp_path, message_of):
     pq.write_table(pa.table({"a": [1]}), path)
     assert "other.parquet" in message_of(Manifest.load, path)
     table = Manifest.of(*split(load(root))).table
-    for bad in (table.drop_columns(["label"]), table.slice(1), table.take([9, *range(9)])):
+    unknown, holdout_too = (
+        table.set_column(8, table.schema.field(8), pa.array([value] * 10, pa.bool_()))
+        for value in (None, True)
+    )
+    shuffled = table.take([9, *range(9)])
+    for bad in (table.drop_columns(["label"]), table.slice(1), shuffled, unknown, holdout_too):
         manifest = Manifest(table=bad, image_size=4, channels=1, class_names=("apes", "bees"))
         manifest.save(path)
         assert "other.parquet" in message_of(Manifest.load, path)
@@ -228,4 +278,4 @@ def test_another_schema_version_is_named(root, tmp_path, message_of, monkeypatch
     monkeypatch.undo()
     message = message_of(Manifest.load, path)
     assert "schema version 99" in message
-    assert "1" in message
+    assert "1 to 2" in message

@@ -5,32 +5,31 @@ import torch
 
 from provgen.models.diffusion import (
     DENOISER_SIZES,
+    encoder_shapes,
     make_denoiser,
     make_sampling_scheduler,
     make_training_scheduler,
     record_stages,
-    stage_shapes,
 )
 
 
 def hooks_of(module) -> int:
-    return sum(len(part._forward_hooks) for part in module.modules())
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def noisy_images(denoiser, count=2):
+    config = denoiser.config
+    shape = (count, config.in_channels, config.sample_size, config.sample_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def forward(denoiser, count=2, label=1):
-    config = denoiser.config
-    images = torch.randn(
-        count,
-        config.in_channels,
-        config.sample_size,
-        config.sample_size,
-        generator=torch.Generator().manual_seed(0),
-    )
-    return denoiser(images, torch.tensor([10] * count), class_labels=torch.tensor([label] * count)).sample
+    labels = torch.full((count,), label)
+    return denoiser(noisy_images(denoiser, count), torch.full((count,), 10), class_labels=labels).sample
 
 
 @pytest.mark.parametrize(
-    ("size", "image_size", "channels"), [("tiny", 8, 1), ("small", 12, 3), ("medium", 28, 1)]
+    ("size", "image_size", "channels"), [("tiny", 8, 1), ("small", 12, 3), ("medium", 28, 1), ("large", 8, 3)]
 )
 def test_recorded_stages_have_the_announced_shapes(size, image_size, channels):
     denoiser = make_denoiser(size, image_size=image_size, image_channels=channels, num_classes=2)
@@ -38,27 +37,28 @@ def test_recorded_stages_have_the_announced_shapes(size, image_size, channels):
         predicted = forward(denoiser)
     assert predicted.shape == (2, channels, image_size, image_size)
     assert [tuple(stage.shape) for stage in stages] == [
-        (2, width, height, height) for width, height in stage_shapes(denoiser)
+        (2, width, height, height) for width, height in encoder_shapes(size, image_size, channels)
     ]
-    assert len(stages) == len(DENOISER_SIZES[size].channels) + 2
+    assert len(stages) == len(DENOISER_SIZES[size].channels) + 3
+    assert torch.equal(stages[0], noisy_images(denoiser))
 
 
 def test_stages_feed_the_prediction():
     denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
     with record_stages(denoiser) as stages:
         predicted = forward(denoiser)
-    gradients = torch.autograd.grad(predicted.sum(), stages)
+    gradients = torch.autograd.grad(predicted.sum(), stages[1:])
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_hooks_are_gone_after_recording_even_after_an_error():
     denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
     with record_stages(denoiser) as stages:
-        assert hooks_of(denoiser) == 4
+        assert hooks_of(denoiser) == 5
         forward(denoiser)
     assert hooks_of(denoiser) == 0
     forward(denoiser)
-    assert len(stages) == 4
+    assert len(stages) == 5
     with pytest.raises(ZeroDivisionError), record_stages(denoiser):
         _ = 1 / 0
     assert hooks_of(denoiser) == 0
@@ -75,9 +75,12 @@ def test_recording_changes_no_prediction():
 
 @pytest.mark.parametrize(("size", "image_size"), [("tiny", 9), ("small", 5), ("medium", 30), ("large", 6)])
 def test_an_image_size_that_cannot_be_halved_is_refused(size, image_size, message_of):
-    message = message_of(make_denoiser, size, image_size=image_size, image_channels=1, num_classes=2)
-    assert "data.image_size" in message
-    assert f"got {image_size}" in message
+    for message in (
+        message_of(make_denoiser, size, image_size=image_size, image_channels=1, num_classes=2),
+        message_of(encoder_shapes, size, image_size, 1),
+    ):
+        assert "data.image_size" in message
+        assert f"got {image_size}" in message
 
 
 @pytest.mark.parametrize(("size", "image_size"), [("tiny", 10), ("medium", 28)])

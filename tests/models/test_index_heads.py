@@ -7,6 +7,7 @@ import torch
 
 from provgen.models.index_heads import CLEAR_CALL, MAX_GRID, ClassIndependentHead, StageEmbedding
 
+NO_LABELS = torch.empty(0, dtype=torch.int64)  # this head looks at none
 LEVELS = torch.tensor([0.01, 0.3, 0.6, 0.95, 0.999], dtype=torch.float64)
 
 
@@ -18,7 +19,7 @@ def exact_head(train: torch.Tensor, *, width=64) -> ClassIndependentHead:
     """A head on the images themselves whose embedding is set by hand to their principal coordinates."""
     _, channels, size, _ = train.shape
     head = ClassIndependentHead([(channels, size)], num_examples=len(train), width=width).double()
-    head.start_from_images(train)
+    head.start(train, NO_LABELS)
     rows = train.flatten(1)
     # prototypes = (x_i - mean) P for an isometry P on the span of the training images; P from least squares.
     projection = torch.linalg.pinv(rows - rows.mean(0)) @ head.prototypes
@@ -41,7 +42,7 @@ def head_log_probs(head, train, noisy, signal):
     # From the origin of the principal coordinates: the mean image, faded like the images themselves.
     centred = noisy - signal.sqrt()[:, None, None, None] * train.mean(0)
     with torch.no_grad():
-        return head([centred], signal).log_softmax(dim=1)
+        return head([centred], signal, NO_LABELS, None).log_softmax(dim=1)
 
 
 @pytest.mark.parametrize("count", [5, 12])
@@ -85,7 +86,7 @@ def test_permuting_the_training_images_permutes_the_columns(random_images, gener
 def test_prototypes_start_with_the_distances_of_the_images(random_images):
     train = unit_images(random_images(12))
     head = ClassIndependentHead([(1, 8)], num_examples=12, width=64).double()
-    head.start_from_images(train)
+    head.start(train, NO_LABELS)
     rows = train.flatten(1)
     torch.testing.assert_close(torch.pdist(head.prototypes.detach()), torch.pdist(rows))
     half_norms = (rows - rows.mean(0)).square().sum(1) / 2
@@ -95,7 +96,7 @@ def test_prototypes_start_with_the_distances_of_the_images(random_images):
 def test_a_narrow_head_keeps_the_largest_principal_coordinates(random_images):
     train = unit_images(random_images(12))
     head = ClassIndependentHead([(1, 8)], num_examples=12, width=3).double()
-    head.start_from_images(train)
+    head.start(train, NO_LABELS)
     rows = train.flatten(1)
     kept = torch.linalg.svdvals(head.prototypes.detach())
     torch.testing.assert_close(kept, torch.linalg.svdvals(rows - rows.mean(0))[:3])
@@ -106,14 +107,14 @@ def test_the_cap_starts_where_neighbors_are_clear_calls():
     train = torch.zeros(6, 1, 4, 4, dtype=torch.float64)
     train[:, 0, 0, 0] = 4 * torch.arange(6)
     head = ClassIndependentHead([(1, 4)], num_examples=6, width=4).double()
-    head.start_from_images(train)
+    head.start(train, NO_LABELS)
     assert float(head.log_cap.detach().exp()) * 4**2 / 2 == pytest.approx(CLEAR_CALL)
 
 
 def test_duplicates_in_the_training_set_leave_the_cap_finite(random_images):
     train = unit_images(random_images(4)).repeat(3, 1, 1, 1)
     head = ClassIndependentHead([(1, 8)], num_examples=12, width=8).double()
-    head.start_from_images(train)
+    head.start(train, NO_LABELS)
     assert head.log_cap.isfinite()
 
 
@@ -138,5 +139,5 @@ def test_the_size_of_a_head_does_not_grow_with_the_image(image_size):
 
 def test_a_fresh_embedding_says_nothing():
     head = ClassIndependentHead([(1, 8)], num_examples=5, width=4)
-    logits = head([torch.randn(3, 1, 8, 8)], torch.tensor([0.1, 0.5, 0.9]))
+    logits = head([torch.randn(3, 1, 8, 8)], torch.tensor([0.1, 0.5, 0.9]), NO_LABELS, None)
     assert torch.equal(logits, torch.zeros(3, 5))

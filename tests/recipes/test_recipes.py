@@ -111,6 +111,123 @@ def test_metrics_hold_the_losses_and_the_last_index_quality(finished):
         assert row["top1"] <= row["top1_ceiling"] + 1e-9
 
 
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory, run_recipe, tiny_overrides):
+    """A run of an autoencoder of three steps that generated and was analyzed."""
+    root = tmp_path_factory.mktemp("decoded") / "run"
+    chosen = ("generator.kind=vae", "training.max_steps=3", "data.holdout_fraction=0.05")
+    assert run_recipe("train", *tiny_overrides, *chosen, f"output_dir={root}") == 0
+    arguments = ("--run", root, "--num-images", 6, "--top-k", 4, "--closed-form")
+    assert run_recipe("generate_and_attribute", *arguments) == 0
+    assert run_recipe("analyze", "--run", root) == 0
+    return RunFolder(root)
+
+
+def test_a_run_of_an_autoencoder_holds_the_same_files(decoded):
+    assert {path.name for path in decoded.root.iterdir()} == FINISHED_FILES
+    checkpoint = decoded.checkpoints / "step-000003"
+    parts = {"vae", "vae_ema", "provenance", "provenance_ema", "optimizer"}
+    assert {path.stem for path in checkpoint.glob("*.safetensors")} == parts
+    assert {path.name for path in decoded.pipeline.iterdir()} == {
+        "model_index.json", "manifest.parquet", "vae", "provenance"
+    }  # fmt: skip
+    samples = read_parts(decoded.samples, ["sample"])
+    assert [sample["class_label"] for sample in samples] == [None] * 6
+    assert {sample["commitment_step"] for sample in samples} == {None}
+    traces = read_parts(decoded.traces, ["sample", "rank"])
+    assert [(row["sample"], row["rank"]) for row in traces] == [(s, r) for s in range(6) for r in range(4)]
+    losses = [row for row in read_metrics(decoded.metrics) if "reconstruction_loss" in row]
+    assert set(losses[0]) == {
+        "step",
+        "reconstruction_loss",
+        "latent_divergence",
+        "index_loss",
+        "class_loss",
+        "vae_gradient_norm",
+        "provenance_gradient_norm",
+    }
+
+
+@pytest.fixture(scope="module")
+def classified(root_of, tmp_path_factory, run_recipe):
+    """A run of a classifier that was analyzed."""
+    root = shutil.copytree(root_of("none"), tmp_path_factory.mktemp("classified") / "run")
+    assert run_recipe("analyze", "--run", root) == 0
+    return RunFolder(root)
+
+
+def test_a_classifier_is_analyzed_without_samples(classified):
+    names = {metric["name"] for metric in metrics_of(classified)}
+    assert {"holdout_class_loss", "train_class_loss"} <= names
+    assert any(name.startswith("holdout_consistency_top1") for name in names)
+    assert not any("memorized" in name for name in names)
+    assert not classified.samples.exists()
+
+
+def test_a_classifier_generates_nothing_and_says_what_it_can_do(classified, run_recipe, capsys):
+    before = {path.name for path in classified.root.iterdir()}
+    assert run_recipe("generate_and_attribute", "--run", classified.root, "--num-images", 2) == 2
+    assert_one_line(capsys, "generator.kind=none")
+    assert {path.name for path in classified.root.iterdir()} == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("kind", ["vae", "none"])
+def test_files_are_attributed_by_every_kind(kind, root_of, trained_of, tmp_path, run_recipe, capsys):
+    train = trained_of(kind).data.train
+    Image.fromarray(train.images[7, 0].numpy()).save(tmp_path / "seven.png")
+    arguments = ("--run", root_of(kind), tmp_path / "seven.png", "--top-k", 3, "--json")
+    for more, method in ((), "provenance network"), (("--closed-form",), "closed form"):
+        assert run_recipe("attribute", *arguments, *more) == 0
+        output = json.loads(capsys.readouterr().out)
+        assert output["method"] == method
+        assert len(output["images"][0]["sources"]) == 3
+    if kind == "none":
+        assert output["images"][0]["sources"][0]["example_index"] == 7
+
+
+def test_an_autoencoder_is_not_asked_for_a_class(decoded, run_recipe, capsys):
+    arguments = ("--run", decoded.root, "--num-images", 2, "--class-name", "3")
+    assert run_recipe("generate_and_attribute", *arguments) == 2
+    assert_one_line(capsys, "without class labels")
+    assert len(list(decoded.samples.glob("0*.png"))) == 6, "what there was is kept"
+
+
+def test_sources_that_the_network_cannot_name_are_marked(tmp_path, run_recipe, tiny_overrides):
+    root = tmp_path / "run"
+    chosen = ("provenance.coverage=0.3", "training.max_steps=2", f"output_dir={root}")
+    assert run_recipe("train", *tiny_overrides, *chosen) == 0
+    arguments = ("--run", root, "--num-images", 4, "--top-k", 12, "--steps", 10, "--closed-form")
+    assert run_recipe("generate_and_attribute", *arguments) == 0
+    run = RunFolder(root)
+    rows = pq.ParquetFile(run.manifest).read().to_pylist()
+    reachable = {row["example_index"] for row in rows if row["reachable"]}
+    assert len(reachable) == 12
+    for folder in (run.traces, run.closed_form_traces):
+        traces = read_parts(folder, ["sample", "rank"])
+        assert all(row["reachable"] == (row["example_index"] in reachable) for row in traces)
+        unreachable = sum(row["posterior"] for row in traces if not row["reachable"])
+        # The closed form is over all training images, whatever the network can name.
+        assert (unreachable > 0) == (folder == run.closed_form_traces)
+
+
+def metrics_of(folder):
+    return json.loads(folder.report_json.read_text(encoding="utf-8"))["metrics"]
+
+
+@pytest.mark.parametrize("name", ["finished", "decoded", "classified"])
+def test_a_report_says_how_well_the_generator_and_the_sources_do(name, request):
+    finished = request.getfixturevalue(name)
+    loss = {"finished": "denoising_loss", "decoded": "autoencoder_loss", "classified": "class_loss"}[name]
+    names = {metric["name"] for metric in metrics_of(finished)}
+    assert {f"holdout_{loss}", f"train_{loss}"} <= names
+    assert any(each.startswith("holdout_exemplar_accuracy") for each in names)
+    assert any(each.startswith("index_") for each in names)
+    assert ("share_memorized" in names) == (name != "classified")
+    page = finished.report_html.read_text(encoding="utf-8")
+    assert "Does it generalize?" in page
+    assert "Do sources share the class?" in page
+
+
 def test_the_report_is_one_self_contained_page(finished):
     page = finished.report_html.read_text(encoding="utf-8")
     addresses = re.findall(r"""(?:src|href|action|poster|data)\s*=\s*["']?([^"'\s>]+)""", page)
@@ -149,6 +266,9 @@ def copy_of(root, folder):
 MISTAKES = {
     "unknown key": ("train", ["training.max_step=3"], "did you mean training.max_steps?"),
     "bad value": ("train", ["training.max_steps=0"], "training.max_steps must be"),
+    "unknown head": ("train", ["provenance.index_head=softmax"], "provenance.index_head must be"),
+    "too many stages": ("train", ["provenance.shared_stages=9"], "provenance.shared_stages must be"),
+    "too small a coverage": ("train", ["provenance.coverage=0.001"], "provenance.coverage"),
     "no file": ("train", ["--config", "absent.yaml"], "absent.yaml"),
     "no run": ("generate_and_attribute", ["--run", "absent"], "absent"),
     "no run to analyze": ("analyze", ["--run", "absent"], "absent"),
@@ -196,7 +316,15 @@ def test_impossible_requests_keep_the_samples_there_are(
 
 @pytest.mark.parametrize(
     "change",
-    ["training.learning_rate=1e-4", "training.seed=1", "provenance.gradient=stop", "generator.size=small"],
+    [
+        "training.learning_rate=1e-4",
+        "training.seed=1",
+        "provenance.gradient=stop",
+        "provenance.coverage=0.5",
+        "provenance.index_head=two_stage",
+        "generator.size=small",
+        "generator.kind=vae",
+    ],
 )
 def test_resuming_with_other_settings_is_refused(change, trained_root, tiny_overrides, run_recipe, capsys):
     before = (trained_root / "config.yaml").read_bytes()
@@ -276,8 +404,9 @@ def assert_same_weights(first, second, *, tolerance):
 
 
 @pytest.mark.launch
-def test_a_killed_run_ends_like_one_that_was_never_killed(tmp_path, repository, tiny_overrides):
-    sizes = ["training.max_steps=80", "training.checkpoint_every=20"]
+@pytest.mark.parametrize("kind", ["diffusion", "vae"])
+def test_a_killed_run_ends_like_one_that_was_never_killed(kind, tmp_path, repository, tiny_overrides):
+    sizes = ["training.max_steps=80", "training.checkpoint_every=20", f"generator.kind={kind}"]
     command = [sys.executable, repository / "recipes" / "train.py", *tiny_overrides, *sizes]
     whole = run([*command, f"output_dir={tmp_path / 'whole'}"], tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -312,7 +441,24 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(tmp_path, repository, 
 
 
 @pytest.mark.launch
-def test_two_processes_train_the_weights_of_one(tmp_path, repository, tiny_overrides):
+@pytest.mark.parametrize(
+    ("network", "chosen"),
+    [
+        ("denoiser", ()),
+        (
+            "denoiser",
+            ("provenance.shared_stages=2", "provenance.index_head=two_stage", "provenance.coverage=0.5"),
+        ),
+        ("vae", ("generator.kind=vae",)),
+        ("classifier", ("generator.kind=none", "provenance.index_head=class_conditional")),
+        ("classifier", ("generator.kind=none", "provenance.gradient=stop")),
+        (
+            "classifier",
+            ("generator.kind=none", "provenance.class_loss_weight=0", "provenance.shared_stages=2"),
+        ),
+    ],
+)
+def test_two_processes_train_the_weights_of_one(network, chosen, tmp_path, repository, tiny_overrides):
     driver = tmp_path / "in_float64.py"
     driver.write_text(
         "import runpy, sys, torch\n"
@@ -321,7 +467,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path, repository, tiny_overr
         'runpy.run_path(sys.argv[0], run_name="__main__")\n',
         encoding="utf-8",
     )
-    recipe = [driver, repository / "recipes" / "train.py", *tiny_overrides]
+    recipe = [driver, repository / "recipes" / "train.py", *tiny_overrides, *chosen]
     one = run([sys.executable, *recipe, f"output_dir={tmp_path / 'one'}"], tmp_path)
     assert one.returncode == 0, one.stderr
     several = launch(
@@ -335,7 +481,8 @@ def test_two_processes_train_the_weights_of_one(tmp_path, repository, tiny_overr
     two = run(several, tmp_path)
     assert two.returncode == 0, two.stderr
     final = [tmp_path / name / "checkpoints" / "step-000020" for name in ("one", "two")]
-    assert load_file(final[0] / "denoiser.safetensors")["conv_in.weight"].dtype == torch.float64
+    weights = load_file(final[0] / f"{network}.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float64}
     assert_same_weights(*final, tolerance=1e-6)
     losses = [read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-9), "the same global batch"

@@ -23,6 +23,7 @@ def attribution_of(count, *, first=0, k=3) -> Attribution:
         posterior=posterior,
         weight=posterior / 2,
         mass_not_shown=1 - posterior.sum(1),
+        mass_unreachable=rows / (10 * k),
         entropy=rows / 10,
         commitment_step=torch.where(rows % 2 == 0, rows, -1),
         step_entropy=rows[:, None] + torch.tensor([2.0, 1.0]),
@@ -32,8 +33,10 @@ def attribution_of(count, *, first=0, k=3) -> Attribution:
 
 @pytest.fixture
 def manifest(random_images):
+    """Twelve training images, of which the index head covers all but number 4."""
     images = random_images(14)
-    return Manifest.of(images.select(torch.arange(12)), images.select(torch.arange(12, 14)))
+    whole = Manifest.of(images.select(torch.arange(12)), images.select(torch.arange(12, 14)))
+    return whole.with_reachable(torch.tensor([i for i in range(12) if i != 4]))
 
 
 @pytest.fixture
@@ -70,8 +73,16 @@ def test_traces_come_back_as_they_were_written_by_sample_and_rank(generate, fold
     assert [(row["sample"], row["rank"]) for row in rows] == [(s, r) for s in range(11) for r in range(3)]
     for row in rows:
         posterior = [0.5, 0.25, 0.125][row["rank"]]
-        expected = {"posterior": posterior, "weight": posterior / 2}
-        assert row == {**row, **expected, "example_index": (row["sample"] + row["rank"]) % 12}
+        index = (row["sample"] + row["rank"]) % 12
+        expected = {"posterior": posterior, "weight": posterior / 2, "reachable": index != 4}
+        assert row == {**row, **expected, "example_index": index}
+
+
+def test_traces_by_the_closed_form_tell_what_the_network_cannot_name(generate, folder):
+    generate(5, 1, has_closed_form=True)
+    rows = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
+    unreachable = [(row["sample"], row["rank"]) for row in rows if not row["reachable"]]
+    assert unreachable == [(3, 1), (4, 0)]
 
 
 def test_samples_come_back_with_their_evidence(generate, folder):
@@ -91,6 +102,7 @@ def test_samples_come_back_with_their_evidence(generate, folder):
         "closed_form_entropy": pytest.approx(0.3),
         "closed_form_commitment_step": None,
         "closed_form_step_entropy": [5.0, 4.0],
+        "closed_form_mass_unreachable": pytest.approx(0.15),
     }
     assert rows[4]["commitment_step"] == rows[4]["closed_form_commitment_step"] == 4
     assert len(exports.read_parts(folder.closed_form_traces, ["sample"])) == 10
@@ -100,7 +112,7 @@ def test_without_a_closed_form_its_columns_are_null_and_its_folder_is_not_there(
     generate(3, 1)
     for row in exports.read_parts(folder.samples, ["sample"]):
         assert row["closed_form_entropy"] is row["closed_form_commitment_step"] is None
-        assert row["closed_form_step_entropy"] is None
+        assert row["closed_form_step_entropy"] is row["closed_form_mass_unreachable"] is None
     assert not folder.closed_form_traces.exists()
 
 
@@ -114,7 +126,7 @@ def test_files_have_the_schema_and_its_version_even_without_rows(kind, schema, g
     for part in parts:
         stored = pq.ParquetFile(part).schema_arrow
         assert stored.equals(schema)
-        assert stored.metadata[b"schema_version"] == b"1"
+        assert stored.metadata[b"schema_version"] == b"2"
     assert (
         schema.names[:5]
         == {
@@ -163,15 +175,25 @@ def test_pngs_hold_their_pixels_and_name_their_sources(generate, folder, manifes
     assert [source["path"] for source in sources] == ["003.png", "004.png", "005.png"]
     assert [source["posterior"] for source in sources] == [0.5, 0.25, 0.125]
     assert [source["weight"] for source in sources] == [0.25, 0.125, 0.0625]
+    assert [source["reachable"] for source in sources] == [True, False, True]
     assert sources[0]["class_name"] == "a"
+    assert text["provgen:schema_version"] == "2"
 
 
 def test_reading_what_is_not_there_says_what_to_run(folder, message_of):
     assert "provgen generate" in message_of(exports.read_parts, folder.traces, ["sample"])
 
 
-def test_traces_are_grouped_by_sample_in_their_order():
-    rows = exports.trace_rows(attribution_of(3, first=4), [4, 5, 6])
+def test_mass_out_of_reach_is_joined_query_by_query_and_cannot_be_forgotten():
+    joined = Attribution.concatenate([attribution_of(2), attribution_of(1, first=7)])
+    assert joined.mass_unreachable.tolist() == pytest.approx([0, 1 / 30, 7 / 30])
+    fields = {name: value for name, value in vars(joined).items() if name != "mass_unreachable"}
+    with pytest.raises(TypeError, match="mass_unreachable"):
+        Attribution(**fields)
+
+
+def test_traces_are_grouped_by_sample_in_their_order(manifest):
+    rows = exports.trace_rows(attribution_of(3, first=4), [4, 5, 6], manifest)
     groups = exports.group_traces(rows)
     assert list(groups) == [4, 5, 6]
     assert [row["rank"] for row in groups[5]] == [0, 1, 2]

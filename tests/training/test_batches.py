@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.training.batches import BatchStream, seeded_generator
+from provgen.training.batches import BatchStream, fixed_batches, seeded_generator
 
 
 @pytest.fixture
@@ -96,6 +96,55 @@ def test_noise_is_standard_normal_and_new_for_every_row(make_stream):
     assert float(noise.mean()) == pytest.approx(0, abs=4 / noise.numel() ** 0.5)
     assert float(noise.var()) == pytest.approx(1, abs=4 * (2 / noise.numel()) ** 0.5)
     assert len({tuple(row.flatten().tolist()) for row in noise}) == 300
+
+
+def test_noise_has_the_shape_asked_for_and_changes_nothing_else(make_stream):
+    image, latent = make_stream().batch(5), make_stream(noise_shape=(4, 2, 2)).batch(5)
+    assert image.noise.shape == (4, 1, 8, 8)
+    assert latent.noise.shape == (4, 4, 2, 2)
+    assert torch.equal(latent.indices, image.indices)
+    assert torch.equal(latent.clean_images, image.clean_images)
+
+
+def test_rows_are_selected_in_the_order_given(make_stream):
+    batch = make_stream(batch_size=8).batch(0)
+    rows = torch.tensor([5, 0, 7])
+    for name, value in vars(batch.select(rows)).items():
+        assert torch.equal(value, torch.stack([getattr(batch, name)[row] for row in (5, 0, 7)]))
+
+
+@pytest.fixture
+def fixed(random_images):
+    """Make batches of three images at two timesteps."""
+
+    def make(seed=0, rows=(4, 0, 2)):
+        rows = torch.tensor(rows)
+        return fixed_batches(random_images(6), rows, [7, 30], noise_shape=(1, 8, 8), seed=seed)
+
+    return make
+
+
+def test_fixed_batches_show_the_same_images_and_noise_at_every_timestep(fixed, random_images):
+    images = random_images(6)
+    first, second = fixed()
+    assert first.timesteps.tolist() == [7, 7, 7]
+    assert second.timesteps.tolist() == [30, 30, 30]
+    for name in ("indices", "clean_images", "noise", "labels", "clean_labels"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.indices.tolist() == [4, 0, 2]
+    assert torch.equal(first.labels, images.labels[first.indices])
+    pixels = images.images[first.indices].float()
+    torch.testing.assert_close((first.clean_images + 1) * 127.5, pixels, rtol=0, atol=1e-3)
+    assert not torch.equal(first.noise[0], first.noise[1])
+
+
+def test_fixed_batches_depend_on_their_seed_and_on_nothing_global(fixed):
+    torch.manual_seed(0)
+    first = fixed()
+    torch.manual_seed(1)
+    for batch, again in zip(first, fixed(), strict=True):
+        assert_equal(batch, again)
+    assert not torch.equal(first[0].noise, fixed(seed=1)[0].noise)
 
 
 def test_seeded_generators_depend_on_all_their_numbers_and_on_the_order():

@@ -8,20 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from provgen import build
+from provgen import build, runs
+from provgen.attribution.refreshed import REFRESH_EVERY
+from provgen.run_folder import RunFolder
 from provgen.training.checkpoint import KEPT, list_checkpoints, resume_latest, save_checkpoint
 
 FINGERPRINT = "f" * 64
 
 
 @pytest.fixture
-def start(accelerator, tiny_settings, tiny_data):
+def start(accelerator, tiny_settings, tiny_data, tmp_path):
     """Make a fresh trainer and its batches."""
 
     def call(*overrides):
         settings = tiny_settings(*overrides)
-        trainer = build.make_trainer(settings, tiny_data, accelerator)
-        return trainer, build.make_batches(settings, tiny_data.train, accelerator)
+        data = tiny_data
+        if settings.provenance.coverage < 1:
+            data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+        trainer = build.make_trainer(settings, data, accelerator)
+        return trainer, build.make_batches(settings, data.train, accelerator)
 
     return call
 
@@ -51,7 +56,21 @@ def assert_same(first, second):
     assert any(".exp_avg_sq" in key for key in first)
 
 
-@pytest.mark.parametrize("overrides", [(), ("provenance.index_head=none",), ("provenance.gradient=stop",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("provenance.index_head=none",),
+        ("provenance.gradient=stop",),
+        ("provenance.shared_stages=0",),
+        ("provenance.index_head=class_conditional",),
+        ("provenance.index_head=two_stage", "provenance.label_mixing=0.3", "provenance.mixing=neighbors"),
+        ("generator.kind=vae", "provenance.targets=one_hot"),
+        ("generator.kind=none",),
+        ("generator.kind=none", "provenance.class_loss_weight=0"),
+        ("generator.kind=none", "provenance.class_loss_weight=0", "provenance.gradient=stop"),
+    ],
+)
 def test_resuming_is_bit_identical_to_never_stopping(overrides, start, tmp_path):
     whole, batches = start(*overrides)
     train(whole, batches, 0, 8)
@@ -66,6 +85,35 @@ def test_resuming_is_bit_identical_to_never_stopping(overrides, start, tmp_path)
     _, batches = start(*overrides)
     train(resumed, batches, 4, 8)
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("head", ["class_independent", "two_stage"])
+def test_an_autoencoder_resumes_exactly_where_its_closed_form_is_made_anew(head, start, tmp_path):
+    chosen = ("generator.kind=vae", f"provenance.index_head={head}")
+    whole, batches = start(*chosen)
+    train(whole, batches, 0, REFRESH_EVERY)
+    save_checkpoint(whole, tmp_path, REFRESH_EVERY, FINGERPRINT)
+    train(whole, batches, REFRESH_EVERY, REFRESH_EVERY + 3)
+
+    resumed, batches = start("training.seed=9", *chosen)
+    assert resume_latest(resumed, tmp_path, FINGERPRINT) == REFRESH_EVERY
+    _, batches = start(*chosen)
+    train(resumed, batches, REFRESH_EVERY, REFRESH_EVERY + 3)
+    assert_same(resumed, whole)
+
+
+def test_a_checkpoint_holds_which_examples_are_covered(start, tmp_path):
+    chosen = ("provenance.coverage=0.5", "provenance.index_head=two_stage")
+    saved, batches = start(*chosen)
+    train(saved, batches, 0, 1)
+    save_checkpoint(saved, tmp_path, 1, FINGERPRINT)
+    resumed, _ = start(*chosen)
+    network = resumed.networks["provenance"]
+    network.covered.zero_()
+    resume_latest(resumed, tmp_path, FINGERPRINT)
+    assert torch.equal(network.covered, saved.networks["provenance"].covered)
+    assert len(network.covered) == 20
+    assert_same(resumed, saved)
 
 
 def test_without_a_checkpoint_training_starts_at_zero(start, tmp_path):
@@ -125,7 +173,13 @@ def test_a_missing_part_is_refused_in_one_line(saved, tmp_path, message_of):
 
 
 @pytest.mark.parametrize(
-    "override", ["generator.size=small", "provenance.width=8", "provenance.shared_stages=2"]
+    "override",
+    [
+        "generator.size=small",
+        "provenance.width=8",
+        "provenance.shared_stages=2",
+        "provenance.index_head=two_stage",
+    ],
 )
 def test_a_checkpoint_of_other_networks_is_refused_in_one_line(override, saved, start, tmp_path, message_of):
     other, _ = start(override)

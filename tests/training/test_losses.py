@@ -1,13 +1,14 @@
-"""Losses against plain means, their floors, and the batch in which no label was dropped."""
+"""Losses against plain means and their floors, and batches of which no row counts."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 
 from provgen.attribution.scores import entropy
-from provgen.training.losses import class_loss, denoising_loss, index_loss
+from provgen.training.losses import class_loss, denoising_loss, index_loss, vae_loss
 
 
 @pytest.fixture
@@ -20,26 +21,30 @@ def targets(generator):
     return torch.randn(8, 5, generator=generator, dtype=torch.float64).softmax(dim=1)
 
 
+def full_index_loss(logits, targets):
+    return index_loss(logits, targets, torch.ones(len(logits), dtype=torch.bool), 1.0)
+
+
 def test_index_loss_of_one_hot_targets_is_the_cross_entropy(logits):
     indices = torch.tensor([0, 4, 2, 1, 3, 3, 0, 2])
     expected = F.cross_entropy(logits, indices)
-    torch.testing.assert_close(index_loss(logits, F.one_hot(indices, 5).double()), expected)
+    torch.testing.assert_close(full_index_loss(logits, F.one_hot(indices, 5).double()), expected)
 
 
 def test_index_loss_of_the_exact_targets_is_their_entropy(targets):
     # Logits are free up to a constant per row.
     shifted = targets.log() + torch.arange(8.0, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(index_loss(shifted, targets), entropy(targets).mean())
+    torch.testing.assert_close(full_index_loss(shifted, targets), entropy(targets).mean())
 
 
 def test_index_loss_is_least_at_the_targets(targets):
     exact = targets.log().requires_grad_()
-    (gradient,) = torch.autograd.grad(index_loss(exact, targets), exact)
+    (gradient,) = torch.autograd.grad(full_index_loss(exact, targets), exact)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
     for row in range(8):
         moved = targets.log()
         moved[row, 0] += 0.1
-        assert index_loss(moved, targets) > index_loss(exact, targets)
+        assert full_index_loss(moved, targets) > full_index_loss(exact, targets)
 
 
 def test_ruled_out_examples_cost_nothing_and_get_no_gradient(logits, targets):
@@ -47,12 +52,53 @@ def test_ruled_out_examples_cost_nothing_and_get_no_gradient(logits, targets):
     masked_targets = targets.clone()
     masked_targets[:, :2] = 0
     free = logits.clone().requires_grad_()
-    loss = index_loss(free.masked_fill(torch.arange(5) < 2, lowest), masked_targets)
+    loss = full_index_loss(free.masked_fill(torch.arange(5) < 2, lowest), masked_targets)
     loss.backward()
     expected = -(masked_targets[:, 2:] * logits[:, 2:].log_softmax(dim=1)).sum(1).mean()
     torch.testing.assert_close(loss.detach(), expected)
     assert not free.grad[:, :2].any()
     assert free.grad.isfinite().all()
+
+
+IS_COVERED = torch.tensor([True, False, True, True, False, False, True, False])
+
+
+def test_with_full_coverage_the_index_loss_is_the_plain_mean(logits, targets):
+    plain = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    assert torch.equal(full_index_loss(logits, targets), plain)
+
+
+def test_only_rows_of_covered_examples_have_an_index_loss(logits, targets):
+    per_row = torch.stack([full_index_loss(logits[i : i + 1], targets[i : i + 1]) for i in range(8)])
+    # Four of eight rows, over eight times a coverage of a quarter.
+    expected = (per_row[0] + per_row[2] + per_row[3] + per_row[6]) / 2
+    torch.testing.assert_close(index_loss(logits, targets, IS_COVERED, 0.25), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_covered", [IS_COVERED, torch.zeros(8, dtype=torch.bool)])
+def test_rows_of_uncovered_examples_leave_no_gradient(is_covered, dtype, logits):
+    indices = torch.where(is_covered, 3, 0)
+    targets = F.one_hot(indices, 5).to(dtype)
+    free = logits.clone().to(dtype).requires_grad_()
+    # Their own example is not among the columns that the head can name.
+    masked = free.masked_fill(torch.arange(5) < 2, torch.finfo(dtype).min)
+    loss = index_loss(masked, targets, is_covered, 0.5)
+    loss.backward()
+    assert torch.equal(free.grad.abs().sum(1) > 0, is_covered)
+    expected = F.cross_entropy(logits[:, 2:], torch.ones(8, dtype=torch.int64), reduction="none")
+    assert float(loss.detach()) == pytest.approx(float((expected * is_covered).sum()) / 4, rel=1e-5)
+
+
+def test_the_index_loss_over_drawn_rows_is_on_average_the_mean_over_covered_examples(
+    logits, targets, generator
+):
+    # Eight examples, half of them covered; each batch draws five of them with replacement.
+    draws = torch.randint(8, (4000, 5), generator=generator)
+    losses = torch.stack([index_loss(logits[r], targets[r], IS_COVERED[r], 0.5) for r in draws])
+    expected = full_index_loss(logits[IS_COVERED], targets[IS_COVERED])
+    error = 4 * float(losses.std()) / len(draws) ** 0.5
+    assert float(losses.mean()) == pytest.approx(float(expected), abs=error)
 
 
 def test_class_loss_without_null_rows_is_zero_with_a_gradient_of_zeros(logits):
@@ -91,24 +137,44 @@ def test_class_loss_of_a_kept_label_leaves_no_gradient(logits):
 
 def test_the_mean_over_two_processes_is_the_loss_of_the_whole_batch(logits, targets):
     labels, is_null = torch.arange(8) % 5, torch.tensor([True, True, True, False, False, True, False, False])
-    for whole, first, second in (
-        (index_loss(logits, targets), *[index_loss(logits[r], targets[r]) for r in halves()]),
-        (
-            class_loss(logits, labels, is_null, 0.4),
-            *[class_loss(logits[r], labels[r], is_null[r], 0.4) for r in halves()],
-        ),
-        (denoising_loss(logits, targets), *[denoising_loss(logits[r], targets[r]) for r in halves()]),
+    for loss in (
+        lambda r: index_loss(logits[r], targets[r], IS_COVERED[r], 0.4),
+        lambda r: class_loss(logits[r], labels[r], is_null[r], 0.4),
     ):
-        torch.testing.assert_close((first + second) / 2, whole)
+        torch.testing.assert_close((loss(slice(0, 4)) + loss(slice(4, 8))) / 2, loss(slice(0, 8)))
 
 
-def halves():
-    return slice(0, 4), slice(4, 8)
+def test_denoising_loss_is_the_mean_squared_error_of_each_row(generator):
+    predicted, noise = (torch.randn(3, 2, 2, 2, generator=generator) for _ in range(2))
+    losses = denoising_loss(predicted, noise)
+    assert losses.shape == (3,)
+    for row in range(3):
+        pairs = zip(predicted[row].flatten().tolist(), noise[row].flatten().tolist(), strict=True)
+        expected = sum((a - b) ** 2 for a, b in pairs) / 8
+        assert float(losses[row]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_denoising_loss_is_the_mean_squared_error(generator):
-    predicted, noise = (torch.randn(3, 1, 2, 2, generator=generator) for _ in range(2))
-    expected = sum(
-        (a - b) ** 2 for a, b in zip(predicted.flatten().tolist(), noise.flatten().tolist(), strict=True)
-    )
-    assert float(denoising_loss(predicted, noise)) == pytest.approx(expected / 12, rel=1e-5)
+def test_vae_loss_by_hand():
+    images = torch.zeros(2, 1, 2, 2)
+    reconstruction = torch.stack([torch.full((1, 2, 2), 0.5), torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])])
+    mean, log_variance = torch.tensor([[0.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    errors, divergence = vae_loss(reconstruction, images, mean, log_variance)
+    torch.testing.assert_close(errors, torch.tensor([0.25, 1.0]))
+    # Means 2 and 1: (4 + 1) / 2; log variance 1: (e - 1 - 1) / 2. Over four pixels.
+    torch.testing.assert_close(divergence, torch.tensor([0.0, (5 + math.e - 2) / 8]))
+
+
+def test_the_divergence_of_a_vae_is_that_of_its_gaussians(generator):
+    images, reconstruction = (torch.rand(4, 3, 6, 6, generator=generator) for _ in range(2))
+    mean, log_variance = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
+    latent = Normal(mean, (log_variance / 2).exp())
+    expected = kl_divergence(latent, Normal(0.0, 1.0)).sum((1, 2, 3)) / (3 * 6 * 6)
+    torch.testing.assert_close(vae_loss(reconstruction, images, mean, log_variance)[1], expected)
+
+
+def test_both_parts_of_the_vae_loss_are_the_same_at_twice_the_resolution(generator):
+    images, reconstruction = (torch.rand(4, 3, 6, 6, generator=generator) for _ in range(2))
+    mean, log_variance = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
+    plain = vae_loss(reconstruction, images, mean, log_variance)
+    doubled = vae_loss(*(t.repeat(1, 1, 2, 2) for t in (reconstruction, images, mean, log_variance)))
+    torch.testing.assert_close(doubled, plain)

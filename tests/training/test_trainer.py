@@ -1,4 +1,4 @@
-"""The denoiser under a stopped provenance loss is the denoiser alone, to the last bit; losses fall; clipping."""
+"""The generator under a stopped provenance loss is the generator alone, to the last bit; losses fall; clipping."""
 
 import copy
 
@@ -6,27 +6,46 @@ import pytest
 import torch
 from torch import nn
 
-from provgen import build
+from provgen import build, evaluation, runs
+from provgen.data.manifest import Manifest
+from provgen.run_folder import RunFolder
 from provgen.training.batches import BatchStream
 from provgen.training.trainer import MAX_GRADIENT_NORM
 
+LOSSES = {
+    "diffusion": {"denoising_loss"},
+    "vae": {"reconstruction_loss", "latent_divergence"},
+    "none": {"class_loss"},
+}
+"""What each kind of generator logs of its own loss."""
+
+NETWORKS = {"diffusion": "denoiser", "vae": "vae", "none": "classifier"}
+
+HEADS = ("class_independent", "class_conditional", "two_stage")
+
+BF16 = "training.mixed_precision=bf16"
+
 
 @pytest.fixture
-def train(new_accelerator, tiny_settings, tiny_data):
+def train(new_accelerator, tiny_settings, tiny_data, tmp_path):
     """Train `steps` steps with overrides; return the trainer and the losses of every step."""
 
     def call(steps, *overrides):
         settings = tiny_settings(*overrides)
         accelerator = new_accelerator(settings.training.mixed_precision)
-        trainer = build.make_trainer(settings, tiny_data, accelerator)
-        batches = build.make_batches(settings, tiny_data.train, accelerator)
+        data = tiny_data
+        if settings.provenance.coverage < 1:
+            data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+        trainer = build.make_trainer(settings, data, accelerator)
+        batches = build.make_batches(settings, data.train, accelerator)
         return trainer, [trainer.step(batches.batch(step), step) for step in range(steps)]
 
     return call
 
 
-def weights(trainer, name="denoiser"):
-    return {key: value.clone() for key, value in trainer.networks[name].state_dict().items()}
+def weights(trainer, name=None):
+    network = trainer.networks[name or trainer.observer.name]
+    return {key: value.clone() for key, value in network.state_dict().items()}
 
 
 def is_same(first, second) -> bool:
@@ -34,66 +53,127 @@ def is_same(first, second) -> bool:
     return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize("precision", [(), ("training.mixed_precision=bf16",)])
-def test_a_stopped_gradient_leaves_the_denoiser_bit_identical_to_one_trained_alone(precision, train):
-    alone, alone_losses = train(5, "provenance.index_head=none", *precision)
-    stopped, stopped_losses = train(
-        5,
-        "provenance.gradient=stop",
-        "provenance.loss_weight=10",
-        "provenance.class_loss_weight=10",
-        *precision,
-    )
+@pytest.mark.parametrize("precision", [(), (BF16,)])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_stopped_gradient_leaves_the_generator_bit_identical_to_one_trained_alone(kind, precision, train):
+    chosen = (f"generator.kind={kind}", *precision)
+    alone, alone_losses = train(5, "provenance.index_head=none", *chosen)
+    # The class loss of a classifier is its own.
+    strong = "provenance.loss_weight=10", f"provenance.class_loss_weight={0.01 if kind == 'none' else 10}"
+    stopped, stopped_losses = train(5, "provenance.gradient=stop", *strong, *chosen)
+    name = NETWORKS[kind]
     assert is_same(weights(alone), weights(stopped))
-    assert is_same(alone.averaged("denoiser"), stopped.averaged("denoiser"))
+    assert is_same(alone.averaged(name), stopped.averaged(name))
     for before, after in zip(alone_losses, stopped_losses, strict=True):
-        assert torch.equal(before["denoising_loss"], after["denoising_loss"])
-    assert set(stopped.networks) == {"denoiser", "provenance"}
-    assert set(alone.networks) == {"denoiser"}
+        assert all(torch.equal(before[loss], after[loss]) for loss in LOSSES[kind])
+    assert set(stopped.networks) == {name, "provenance"}
+    assert set(alone.networks) == {name}
 
 
-@pytest.mark.parametrize("precision", [(), ("training.mixed_precision=bf16",)])
-def test_a_joint_gradient_reaches_the_denoiser(precision, train):
-    alone, _ = train(5, "provenance.index_head=none", *precision)
-    joint, _ = train(5, "provenance.gradient=joint", *precision)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shared_stages", ["0", "2"])
+def test_no_head_reaches_the_generator_past_a_stopped_gradient(head, shared_stages, train):
+    for kind in NETWORKS:
+        chosen = (f"generator.kind={kind}", f"provenance.shared_stages={shared_stages}")
+        alone, _ = train(2, "provenance.index_head=none", *chosen)
+        stopped, _ = train(
+            2,
+            "provenance.gradient=stop",
+            "provenance.loss_weight=10",
+            f"provenance.index_head={head}",
+            *chosen,
+        )
+        assert is_same(weights(alone), weights(stopped)), kind
+
+
+@pytest.mark.parametrize("precision", [(), (BF16,)])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_joint_gradient_reaches_the_generator(kind, precision, train):
+    chosen = (f"generator.kind={kind}", *precision)
+    alone, _ = train(5, "provenance.index_head=none", *chosen)
+    joint, _ = train(5, "provenance.gradient=joint", *chosen)
     assert not is_same(weights(alone), weights(joint))
 
 
-def test_a_stopped_provenance_network_learns_all_the_same(train):
-    trainer, _ = train(0, "provenance.gradient=stop")
-    before = weights(trainer, "provenance")
-    trainer, _ = train(5, "provenance.gradient=stop")
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_sharing_nothing_leaves_the_generator_as_it_is_alone(kind, train):
+    # Its own encoder reads the image: nothing of a denoiser or a classifier; of an autoencoder what it decodes.
+    chosen = (f"generator.kind={kind}", "provenance.shared_stages=0")
+    alone, _ = train(3, "provenance.index_head=none", *chosen)
+    joint, _ = train(3, "provenance.gradient=joint", "provenance.loss_weight=10", *chosen)
+    assert is_same(weights(alone), weights(joint)) == (kind != "vae")
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_stopped_provenance_network_learns_all_the_same(kind, train):
+    chosen = (f"generator.kind={kind}", "provenance.gradient=stop")
+    before = weights(train(0, *chosen)[0], "provenance")
+    trainer, _ = train(5, *chosen)
     moved = {
         key for key, value in weights(trainer, "provenance").items() if not torch.equal(value, before[key])
     }
     assert moved == {key for key, _ in trainer.networks["provenance"].named_parameters()}
 
 
+@pytest.mark.parametrize("shared_stages", ["0", "2", "null"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_head_trains_however_much_is_shared(kind, head, shared_stages, train):
+    trainer, losses = train(
+        3,
+        f"generator.kind={kind}",
+        f"provenance.index_head={head}",
+        f"provenance.shared_stages={shared_stages}",
+        "generator.label_dropout=0.5",
+    )
+    assert all(loss.isfinite() for step in losses for loss in step.values())
+    assert {"index_loss", "provenance_gradient_norm"} | LOSSES[kind] <= set(losses[0])
+    # Embeddings start at zero, so what lies before them has no gradient in the first step.
+    assert without_gradient(trainer) == []
+
+
+def without_gradient(trainer) -> list[str]:
+    """Name the parameters whose gradient was zero, or not there, in every step so far."""
+    return [
+        f"{name}.{key}"
+        for name, network in trainer.networks.items()
+        for key, parameter in network.named_parameters()
+        if parameter.grad is None or not trainer.optimizer.state[parameter]["exp_avg_sq"].any()
+    ]
+
+
 def test_mixed_precision_is_used_and_keeps_float32_weights(train):
     exact, _ = train(3)
-    mixed, _ = train(3, "training.mixed_precision=bf16")
+    mixed, _ = train(3, BF16)
     assert not is_same(weights(exact), weights(mixed))
     assert {value.dtype for value in weights(mixed).values()} == {torch.float32}
 
 
-def test_training_is_a_function_of_its_settings(train):
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_training_is_a_function_of_its_settings(kind, train):
+    chosen = f"generator.kind={kind}"
     torch.manual_seed(1)
-    first, _ = train(3)
+    first, _ = train(3, chosen)
     torch.manual_seed(2)
-    second, _ = train(3)
-    other, _ = train(3, "training.seed=1")
-    for name in ("denoiser", "provenance"):
+    second, _ = train(3, chosen)
+    other, _ = train(3, chosen, "training.seed=1")
+    for name in first.networks:
         assert is_same(weights(first, name), weights(second, name))
     assert not is_same(weights(first), weights(other))
 
 
-def test_losses_fall_on_sixteen_images(new_accelerator, tiny_settings, tiny_data):
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_fall_on_sixteen_images(head, new_accelerator, tiny_settings, tiny_data):
     settings = tiny_settings(
-        "provenance.loss_weight=0.1", "provenance.class_loss_weight=0.1", "generator.label_dropout=0.5"
+        f"provenance.index_head={head}",
+        "provenance.loss_weight=0.1",
+        "provenance.class_loss_weight=0.1",
+        "generator.label_dropout=0.5",
     )
     few = tiny_data.train.select(torch.arange(16))
     data = copy.copy(tiny_data)
     object.__setattr__(data, "train", few)
+    object.__setattr__(data, "manifest", Manifest.of(few, tiny_data.holdout))
     trainer = build.make_trainer(settings, data, new_accelerator())
     stream = BatchStream(few, batch_size=32, num_train_timesteps=1000, label_dropout=0.5, seed=0)
     losses = [trainer.step(stream.batch(step), step) for step in range(60)]
@@ -131,7 +211,7 @@ def test_averaged_weights_lag_behind_and_without_averaging_they_are_the_weights(
 def test_averaging_leaves_the_trained_weights_alone(train):
     trainer, _ = train(2)
     before = weights(trainer)
-    networks = build.averaged_networks(trainer)
+    networks = evaluation.averaged_networks(trainer)
     assert is_same(before, weights(trainer))
     assert is_same(dict(networks["denoiser"].state_dict()), trainer.averaged("denoiser"))
     assert not any(p.requires_grad for network in networks.values() for p in network.parameters())
@@ -154,13 +234,53 @@ def test_a_class_head_that_is_not_trained_is_not_built(override, has_class_loss,
 
 
 @pytest.mark.parametrize("targets", ["one_hot", "posterior"])
-@pytest.mark.parametrize("label_mixing", [0.0, 0.3])
-def test_every_kind_of_target_trains(targets, label_mixing, train):
-    _, losses = train(2, f"provenance.targets={targets}", f"provenance.label_mixing={label_mixing}")
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        (),
+        ("provenance.label_mixing=0.3",),
+        ("provenance.label_mixing=0.3", "provenance.mixing=neighbors", "provenance.num_neighbors=3"),
+        ("provenance.label_mixing=1", "provenance.mixing=neighbors"),
+    ],
+)
+def test_every_kind_of_target_trains(targets, mixing, train):
+    losses = {
+        kind: train(2, f"provenance.targets={targets}", f"generator.kind={kind}", *mixing)[1]
+        for kind in NETWORKS
+    }
+    assert all(loss.isfinite() for steps in losses.values() for step in steps for loss in step.values())
+
+
+@pytest.mark.parametrize("rule", ["stratified", "k_center", "entropy"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_that_covers_a_third_trains_and_has_no_more_prototypes(kind, rule, train):
+    chosen = ("provenance.coverage=0.3", f"provenance.coverage_rule={rule}", f"generator.kind={kind}")
+    trainer, losses = train(3, *chosen)
     assert all(loss.isfinite() for step in losses for loss in step.values())
+    assert any(step["index_loss"] > 0 for step in losses)
+    assert without_gradient(trainer) == []
+    network = trainer.networks["provenance"]
+    assert network.index_head.prototypes.shape == (12, 16)
+    assert len(network.example_labels) == 40
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_posterior_goes_to_what_is_not_covered(head, train):
+    trainer, _ = train(2, "provenance.coverage=0.3", f"provenance.index_head={head}")
+    network = trainer.networks["provenance"]
+    stages = [torch.randn(3, c, size, size) for c, size in network.config.stages]
+    with torch.no_grad():
+        logits = network(stages, torch.full((3,), 0.5), torch.full((3,), 10)).index_logits
+    is_covered = torch.isin(torch.arange(40), network.covered)
+    assert int(is_covered.sum()) == 12
+    assert (logits[:, ~is_covered] == torch.finfo(torch.float32).min).all()
+    assert (logits[:, is_covered] > torch.finfo(torch.float32).min).all()
 
 
 def test_more_stages_than_the_denoiser_has_are_refused(train, message_of):
-    assert "provenance.shared_stages" in message_of(train, 0, "provenance.shared_stages=5")
+    message = message_of(train, 0, "provenance.shared_stages=5")
+    assert "provenance.shared_stages must be null or 0 to 4" in message
     trainer, _ = train(0, "provenance.shared_stages=4")
-    assert len(trainer.networks["provenance"].config.stages) == 4
+    assert trainer.networks["provenance"].config.shared_stages == 4
+    everything, _ = train(0)
+    assert everything.networks["provenance"].config.shared_stages == 4

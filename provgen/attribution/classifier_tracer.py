@@ -1,0 +1,47 @@
+"""Tracing images through a classifier: the paper's own system, which generates nothing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from provgen.attribution.posterior import Oracle
+from provgen.attribution.tracer import ALL_LEVELS, Generated, Request, network_probs
+from provgen.attribution.trajectory import TrajectoryTrace
+from provgen.errors import InputError
+from provgen.models.classifier import CLEAN_SIGNAL, ImageClassifier
+from provgen.models.provenance import ProvenanceNetwork
+
+
+class ClassifierTracer:
+    """Traces read the classifier's stages on the clean image."""
+
+    def __init__(self, classifier: ImageClassifier, provenance: ProvenanceNetwork | None) -> None:
+        self.classifier = classifier
+        self.provenance = provenance
+
+    def generate(self, request: Request) -> Generated:
+        """Refuse: there is no generator."""
+        raise InputError(
+            f"cannot generate {len(request.class_labels)} images: this run has generator.kind=none; "
+            "trace images with `provgen attribute`, or train with generator.kind=diffusion"
+        )
+
+    def trace(
+        self,
+        clean_images: Tensor,
+        class_labels: Tensor,
+        *,
+        closed_form: Oracle | None,
+        num_inference_steps: int,  # noqa: ARG002 - Tracer
+        seed: int,  # noqa: ARG002 - Tracer
+    ) -> TrajectoryTrace:
+        """Trace the images as they are; see `Tracer`."""
+        trace = TrajectoryTrace(window=ALL_LEVELS)
+        signal = clean_images.new_full((len(clean_images),), CLEAN_SIGNAL)
+        if closed_form is not None:
+            trace.add(closed_form.probs(clean_images, signal, class_labels), CLEAN_SIGNAL)
+        else:
+            output = self.classifier(clean_images)
+            probs = network_probs(self.provenance, output.stages, signal, class_labels, output.class_logits)
+            trace.add(probs, CLEAN_SIGNAL)
+        return trace

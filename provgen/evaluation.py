@@ -1,0 +1,198 @@
+"""Trained networks to what is looked at: their averaged weights, the pipeline, and index metrics on fixed queries."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from provgen.analysis.class_quality import ClassQuality, class_quality
+from provgen.analysis.generator_loss import generator_losses
+from provgen.analysis.index_quality import LEVELS, IndexProbe, mean_kl_gap
+from provgen.analysis.statistics import Estimate
+from provgen.attribution.network import NetworkPosterior
+from provgen.attribution.posterior import Oracle
+from provgen.build import make_mixing
+from provgen.data.dataset import ImageSet
+from provgen.kinds import DiffusionKind, make_kind
+from provgen.models.diffusion import make_sampling_scheduler
+from provgen.pipeline import ProvenancePipeline, ProvenancePipelineOutput
+from provgen.run_folder import RunFolder, atomic_path
+from provgen.runs import RunData, TrainedRun
+from provgen.settings import Settings
+from provgen.training.batches import Batch, fixed_batches, seeded_generator
+from provgen.training.trainer import CoTrainer
+
+LOSS_DRAWS = 20
+"""Noise levels at which the generator's loss on an image is measured."""
+
+RECALLED = 10
+"""Sources of the exhaustive answer that a beam should find."""
+
+CLASS_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Signal levels at which class metrics are measured."""
+
+
+def averaged_networks(trainer: CoTrainer) -> dict[str, Any]:
+    """Copy the networks with their averaged weights, ready for evaluation."""
+    copies = {}
+    for name, network in trainer.networks.items():
+        copies[name] = deepcopy(network).requires_grad_(requires_grad=False).eval()
+        copies[name].load_state_dict(trainer.averaged(name))
+    return copies
+
+
+def averaged_posterior(trainer: CoTrainer) -> NetworkPosterior:
+    """Make the posterior of the averaged provenance network, for evaluation during training."""
+    networks = averaged_networks(trainer)
+    return NetworkPosterior(trainer.observer, networks[trainer.observer.name], networks["provenance"])
+
+
+def posterior_of(trained: TrainedRun) -> NetworkPosterior:
+    """Make the posterior of a finished run."""
+    pipeline = trained.pipeline
+    observer = make_kind(trained.settings, trained.data.train).make_observer(pipeline.device)
+    return NetworkPosterior(observer, pipeline.network, pipeline.provenance)
+
+
+def losses(network: ModelMixin, settings: Settings, images: ImageSet) -> Tensor:
+    """Measure the generator's own loss on each image with fixed noise, (query,)."""
+    kind = make_kind(settings, images)
+    return generator_losses(
+        kind.make_observer(network.device),
+        network,
+        images,
+        noise_shape=kind.noise_shape(),
+        draws=LOSS_DRAWS,
+        seed=0,
+    )
+
+
+def make_pipeline(trainer: CoTrainer, settings: Settings, data: RunData) -> ProvenancePipeline:
+    """Make the pipeline of the averaged weights, which traces if there is a provenance network."""
+    networks = averaged_networks(trainer)
+    kind = make_kind(settings, data.train)
+    parts = {trainer.observer.component: networks[trainer.observer.name]}
+    if isinstance(kind, DiffusionKind):
+        parts["scheduler"] = make_sampling_scheduler(kind.noise_scheduler)
+    return ProvenancePipeline(networks.get("provenance"), **parts).with_manifest(data.manifest)
+
+
+def save_pipeline(trainer: CoTrainer, settings: Settings, data: RunData, folder: RunFolder) -> None:
+    """Write the pipeline of the averaged weights, whole or not at all.
+
+    A generator trained without a provenance network has no pipeline; its weights are in the checkpoints.
+    """
+    if "provenance" in trainer.networks:
+        with atomic_path(folder.pipeline) as partial:
+            make_pipeline(trainer, settings, data).save_pretrained(partial)
+
+
+def sample(trainer: CoTrainer, settings: Settings, data: RunData, *, count: int) -> ProvenancePipelineOutput:
+    """Generate images of all classes in turn with seeds 0, 1, ...; traced if there is a provenance network."""
+    pipeline = make_pipeline(trainer, settings, data)
+    pipeline.set_progress_bar_config(disable=True)
+    classes: list[int | None] = [*range(data.train.num_classes if pipeline.is_told_classes else 0)] or [None]
+    is_traced = "provenance" in trainer.networks
+    device, kind = pipeline.device, make_kind(settings, data.train)
+    closed_form = kind.closed_form(pipeline.network, data.train, dtype=torch.float32, device=device)
+    return pipeline(
+        [classes[number % len(classes)] for number in range(count)],
+        generator=[torch.Generator().manual_seed(number) for number in range(count)],
+        top_k=8 if is_traced else None,
+        closed_form=closed_form if is_traced else None,
+        output_type="pt",
+    )
+
+
+def make_probe(settings: Settings, data: RunData, num_queries: int = 256) -> IndexProbe:
+    """Make the fixed queries on which the index metrics are measured."""
+    kind = make_kind(settings, data.train)
+    covered = data.covered.nonzero().flatten()
+    seed = settings.training.seed
+    order = torch.randperm(len(covered), generator=seeded_generator(seed, 6))
+    rows = covered[order[:num_queries]]
+    return IndexProbe(
+        fixed_batches(data.train, rows, kind.timesteps(LEVELS), noise_shape=kind.noise_shape(), seed=seed),
+        null_label=data.train.num_classes,
+        told=isinstance(kind, DiffusionKind),
+        mixing=make_mixing(settings.provenance, data, torch.float64, torch.device("cpu")),
+    )
+
+
+def make_ceiling(settings: Settings, data: RunData, network: Any) -> Oracle:
+    """Make the closed form over the covered examples, exactly: in float64 on the CPU."""
+    kind, cpu = make_kind(settings, data.train), torch.device("cpu")
+    covered = None if data.covered.all() else data.covered
+    return kind.closed_form(network, data.train, dtype=torch.float64, device=cpu, covered=covered)
+
+
+def class_qualities(
+    network: NetworkPosterior, settings: Settings, train: ImageSet, images: ImageSet
+) -> dict[float, ClassQuality]:
+    """Measure what the sources and the class head say about the class of images the network is told nothing of.
+
+    Args:
+        network: Generator and provenance network.
+        settings: Of the run.
+        train: The training images.
+        images: The queries: held-out images, or training images, which may name themselves.
+
+    Returns:
+        One result for each signal level of `CLASS_LEVELS`; a generator without noise levels has one level.
+    """
+    kind = make_kind(settings, train)
+    cpu = torch.device("cpu")
+    closed_form = kind.closed_form(network.network, train, dtype=torch.float64, device=cpu)
+    batches = fixed_batches(
+        images,
+        torch.arange(len(images)),
+        kind.timesteps(CLASS_LEVELS),
+        noise_shape=kind.noise_shape(),
+        seed=settings.training.seed,
+    )
+    return dict(_class_quality(network, closed_form, train, batch) for batch in batches)
+
+
+def _class_quality(
+    network: NetworkPosterior, closed_form: Oracle, train: ImageSet, batch: Batch
+) -> tuple[float, ClassQuality]:
+    told_nothing = replace(batch, labels=torch.full_like(batch.labels, train.num_classes))
+    observation, output = network.observe(told_nothing)
+    signal = observation.signal.cpu()
+    posterior = list(closed_form.chunks(observation.query.cpu(), signal, told_nothing.labels))
+    quality = class_quality(
+        output.index_logits.cpu().double().log_softmax(dim=1),
+        torch.cat(posterior),
+        train_labels=train.labels,
+        query_labels=batch.clean_labels,
+        class_logits=None if output.class_logits is None else output.class_logits.cpu(),
+        num_classes=train.num_classes,
+    )
+    return float(signal[0]), quality
+
+
+def evaluate(probe: IndexProbe, trainer: CoTrainer, settings: Settings, data: RunData) -> dict[str, Any]:
+    """Measure the index metrics of the averaged weights, as they are logged.
+
+    Returns:
+        `index_quality`, a list of rows; the mean KL gaps with their intervals, in nats; for a two-stage head, how
+        much of its own answer it finds with the beam it traces with.
+    """
+    network = averaged_posterior(trainer)
+    qualities = probe.measure(network, make_ceiling(settings, data, network.network))
+    measured: dict[str, Any] = {"index_quality": [quality.as_row() for quality in qualities]}
+    for rows in sorted({quality.rows for quality in qualities}):
+        measured |= _named(f"kl_gap_{rows}", mean_kl_gap(qualities, rows))
+    beam = network.provenance.config.beam
+    if beam is not None:
+        measured |= _named(f"beam_recall{RECALLED}", probe.beam_recall(network, beam, RECALLED))
+    return measured
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -1,0 +1,303 @@
+"""Experiments: YAML files that list variants of one run and what they are expected to show."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from provgen.errors import InputError
+from provgen.experiment_file import Description, read_description
+from provgen.report.findings import Claim
+from provgen.report.variant_report import text_of
+from provgen.run_folder import RunFolder, atomic_path
+from provgen.settings import Settings
+from provgen.settings_file import load_settings
+
+MEASURED_VERSION = 1
+"""Version of `measured.json`; grows when a metric changes its meaning, and then finished runs are measured again."""
+
+OF_THE_DRIVER = ("output_dir", "training.seed")
+"""Settings that every run gets a value of its own of."""
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of an experiment's table."""
+
+    name: str
+    """Safe in file names, unique within its experiment."""
+    overrides: tuple[str, ...]
+    """Everything on top of the shipped settings, as `key=value`."""
+    settings: Settings
+    """What it is trained with, but for the seed and the folder."""
+    values: Values
+    """Those of its settings that vary in the experiment, by dotted key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Variants of one run, and which of their metrics are shown."""
+
+    name: str
+    """Of its file and of its folder."""
+    config: Path
+    """The shipped settings that all variants start from."""
+    description: Description
+    """What its file says."""
+    variants: tuple[Variant, ...]
+    """In the order of the table."""
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Dotted keys in which the variants differ."""
+        return tuple(self.variants[0].values)
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What the paper found."""
+        return self.description.claims
+
+    def runs(self) -> list[VariantRun]:
+        """List every seed of every variant."""
+        seeds = range(self.description.seeds)
+        return [VariantRun(experiment=self, variant=v, seed=seed) for v in self.variants for seed in seeds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantRun:
+    """One training run: a variant with a seed."""
+
+    experiment: Experiment
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Folder of the run below the output folder."""
+        return f"{self.experiment.name}/{self.variant.name}-seed{self.seed}"
+
+    def overrides(self, output: Path) -> list[str]:
+        """Give the arguments of the training recipe."""
+        return [*self.variant.overrides, f"training.seed={self.seed}", f"output_dir={output / self.name}"]
+
+    def settings(self, output: Path) -> Settings:
+        """Give the settings it is trained with, those that `overrides` make."""
+        shared = self.variant.settings
+        training = replace(shared.training, seed=self.seed)
+        return replace(shared, training=training, output_dir=str(output / self.name))
+
+    def row(self, measured: Mapping[str, Any]) -> Values:
+        """Make a row of the experiment's table: what the run is, then every metric."""
+        head = {"experiment": self.experiment.name, "variant": self.variant.name, "seed": self.seed}
+        return {**head, **self.variant.values, **measured}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the runs: `number` of `count`, from 1."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read `1/2`.
+
+        Raises:
+            InputError: Not two numbers, or not one of the parts.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise InputError(f"--part must be a number of how many, such as 1/2, got {text}")
+        return cls(int(match[1]), int(match[2]))
+
+    def share(self, runs: Sequence[VariantRun]) -> list[VariantRun]:
+        """Take every `count`-th run, so that parts are about equally long."""
+        return list(runs[self.number - 1 :: self.count])
+
+
+def load_experiment(
+    path: Path, configs: Path, *, quick: bool = False, overrides: Sequence[str] = ()
+) -> Experiment:
+    """Read an experiment and check the settings of every variant.
+
+    Args:
+        path: Its YAML file.
+        configs: Folder of the shipped settings.
+        quick: Take the small version.
+        overrides: `key=value` of the command line, for every variant.
+
+    Raises:
+        InputError: Anything unknown, missing or impossible in the file or in the settings; the one-line message
+            names the file.
+    """
+    description = read_description(path, quick=quick)
+    config = configs / f"{description.config}.yaml"
+    chosen = _combinations(description)
+    varied = tuple(dict.fromkeys(key for _, values in chosen for key in values))
+    _refuse_varied(path, varied, description, overrides)
+    _require_varied(path, varied, description)
+    common = [*_pairs(description.settings), *overrides]
+    base = _load(path, config, common)
+    variants = []
+    for name, own in chosen:
+        settings = _changed(path, name, base, own)
+        flat = _flat(settings)
+        values = {key: flat[key] for key in varied}
+        given = (*common, *_pairs(own))
+        variants.append(Variant(name=name, overrides=given, settings=settings, values=values))
+    _require_distinct(path, variants)
+    if not quick:
+        _require_matches(path, variants, description)
+    return Experiment(name=path.stem, config=config, description=description, variants=tuple(variants))
+
+
+def read_measured(folder: Path, settings: Settings) -> Values | None:
+    """Read the metrics of a run; None if it was not measured by this version, or with other settings."""
+    try:
+        content = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    wanted = {"schema_version": MEASURED_VERSION, "settings": _kept_settings(settings)}
+    if any(content.get(key) != value for key, value in wanted.items()):
+        return None
+    measured: Values = content["metrics"]
+    return measured
+
+
+def write_measured(folder: Path, settings: Settings, metrics: Mapping[str, Any]) -> None:
+    """Write the metrics of a run, whole or not at all; numbers that are not finite become null."""
+    content = {
+        "schema_version": MEASURED_VERSION,
+        "settings": _kept_settings(settings),
+        "metrics": {name: _finite(value) for name, value in metrics.items()},
+    }
+    with atomic_path(folder / "measured.json") as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def is_trained(folder: RunFolder, settings: Settings, last_step: int) -> bool:
+    """Whether a run has reached `last_step`, its last checkpoint, with these very settings."""
+    if last_step != settings.training.max_steps or not folder.config.is_file():
+        return False
+    return _kept_settings(load_settings(folder.config, [])) == _kept_settings(settings)
+
+
+def _combinations(description: Description) -> list[tuple[str, Values]]:
+    """Name every variant: the named ones, each with every combination of the varied values."""
+    keys = list(description.vary)
+    found = []
+    for name, values in (description.variants or {"": {}}).items():
+        for combination in product(*description.vary.values()):
+            varied = dict(zip(keys, combination, strict=True))
+            parts = [name] * bool(name) + [f"{key.split('.')[-1]}={text_of(v)}" for key, v in varied.items()]
+            found.append((re.sub(r"[^\w.,=+-]", "_", ",".join(parts), flags=re.ASCII), values | varied))
+    return found
+
+
+def _refuse_varied(
+    path: Path, varied: Sequence[str], description: Description, overrides: Sequence[str]
+) -> None:
+    """Refuse settings that would make variants alike, and those that the driver sets."""
+    given = [override.partition("=")[0] for override in overrides]
+    for key in OF_THE_DRIVER:
+        if key in {*varied, *description.settings, *given}:
+            raise InputError(
+                f"{path.name}: {key} is different in every run, and cannot be set for all of them"
+            )
+    for key in varied:
+        if key in given:
+            raise InputError(f"{path.name}: {key} is what varies here, so it cannot be set for all variants")
+
+
+def _require_varied(path: Path, varied: Sequence[str], description: Description) -> None:
+    """Refuse an x axis, lines and claims over what does not vary, and lines that would mix variants."""
+    axes = [*([] if description.x is None else [description.x]), *description.lines]
+    for key in axes + [key for claim in description.claims for key in (claim.along, *claim.where)]:
+        if key not in varied:
+            raise InputError(
+                f"{path.name}: {key} does not vary; x, lines and claims name {', '.join(varied)}"
+            )
+    mixed = [key for key in varied if key not in axes]
+    if description.x is not None and mixed:
+        raise InputError(f"{path.name}: {mixed[0]} varies and is neither x nor in lines; add it to lines")
+
+
+def _require_matches(path: Path, variants: Sequence[Variant], description: Description) -> None:
+    """Refuse claims about variants that there are not."""
+    for claim in description.claims:
+        about = [variant.values for variant in variants if claim.is_about(variant.values)]
+        if len({values[claim.along] for values in about}) < 2:
+            raise InputError(
+                f"{path.name}: where of the claim on {claim.metric} leaves fewer than two values of {claim.along}; "
+                "compare it with the values of the variants"
+            )
+
+
+def _require_distinct(path: Path, variants: Sequence[Variant]) -> None:
+    seen: set[str] = set()
+    for variant in variants:
+        name = variant.name.casefold()  # some file systems do not tell capitals apart
+        if name in seen:
+            raise InputError(f"{path.name}: two variants are named {variant.name}; rename one of them")
+        seen.add(name)
+
+
+def _load(path: Path, config: Path, overrides: Sequence[str]) -> Settings:
+    try:
+        return load_settings(config, list(overrides))
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
+
+
+def _changed(path: Path, name: str, base: Settings, own: Values) -> Settings:
+    """Change some settings; the same as loading all of them again, in a fraction of the time."""
+    try:
+        for key, override in zip(own, _pairs(own), strict=True):
+            section, _, field = key.partition(".")
+            base = replace(
+                base, **{section: replace(getattr(base, section), **{field: _typed(key, override)})}
+            )
+    except InputError as error:
+        raise InputError(f"{path.name}, variant {name}: {error}") from error
+    return base
+
+
+@cache
+def _typed(key: str, override: str) -> Any:
+    """Read one `key=value`; variants have many of them in common."""
+    return _flat(load_settings(None, [override]))[key]
+
+
+def _pairs(values: Values) -> list[str]:
+    return [f"{key}={_text(value)}" for key, value in values.items()]
+
+
+def _text(value: object) -> str:
+    """Write a YAML value as it stands on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(settings: Settings) -> Values:
+    flat: Values = {}
+    for name, value in asdict(settings).items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
+    return flat
+
+
+def _kept_settings(settings: Settings) -> Values:
+    """Give the settings that a measurement depends on: not where files are."""
+    return _flat(replace(settings, data=replace(settings.data, path=None), output_dir=""))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

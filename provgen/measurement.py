@@ -1,0 +1,219 @@
+"""Everything that the tables of variants say about one run, as a flat row of numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from provgen import build, evaluation, runs
+from provgen.analysis.linear_probe import linear_probe
+from provgen.analysis.memorization import distance_ratio, nearest, share_memorized
+from provgen.attribution.trajectory import WINDOW
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+from provgen.kinds import make_kind
+from provgen.run_folder import RunFolder
+from provgen.settings import Settings
+from provgen.settings_file import load_settings
+from provgen.training.batches import fixed_batches
+from provgen.training.checkpoint import resume_latest
+from provgen.training.tracking import read_metrics
+from provgen.training.trainer import CoTrainer
+
+SAMPLES = 200
+"""Images generated to look for copies."""
+
+HALF_A_NAT = 0.5
+"""The gap whose first step is reported."""
+
+PROBE_SIGNAL = 0.9
+"""Signal level at which features of a denoiser are probed."""
+
+MAX_PROBED = 4000
+"""Images of either set whose features are probed."""
+
+TIMED_STEPS = 10
+"""Steps timed with and without the provenance network, in turn."""
+
+Row = dict[str, float | int | str | None]
+
+
+def measure_run(folder: RunFolder) -> Row:
+    """Measure a finished run.
+
+    Returns:
+        Metrics by name, None where one does not apply; a bound has the metric's name with `_ceiling` or
+        `_closed_form`, guessing with `_null`. docs/metrics.md defines them.
+    """
+    settings = load_settings(folder.config, [])
+    accelerator = build.make_accelerator(settings)
+    data = runs.open_data(settings, folder)
+    trainer = build.make_trainer(settings, data, accelerator)
+    resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
+    networks = evaluation.averaged_networks(trainer)
+    network = networks[trainer.observer.name]
+    row: Row = {"coverage": float(data.covered.double().mean())}
+    row |= _costs(trainer) | _step_times(settings, data)
+    for name, images in (("train_loss", data.train), ("holdout_loss", data.holdout)):
+        row[name] = float(evaluation.losses(network, settings, images).mean())
+    if "provenance" in networks:
+        row |= _index_metrics(read_metrics(folder.metrics))
+        row |= _class_metrics(trainer, settings, data)
+    if settings.generator.kind != "none":
+        row |= _sample_metrics(trainer, settings, data)
+    return row | _probe_metrics(trainer, settings, data)
+
+
+def _costs(trainer: CoTrainer) -> Row:
+    parameters = {name: _count(net) for name, net in trainer.networks.items()}
+    index_head = trainer.networks["provenance"].index_head if "provenance" in parameters else None
+    # Weights, gradients, the two moments of AdamW and the running average, four bytes each.
+    return {
+        "generator_parameters": parameters[trainer.observer.name],
+        "provenance_parameters": parameters.get("provenance", 0),
+        "index_head_parameters": 0 if index_head is None else _count(index_head),
+        "training_megabytes": 5 * 4 * sum(parameters.values()) / 1e6,
+    }
+
+
+def _count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _step_times(settings: Settings, data: runs.RunData) -> Row:
+    """Time optimiser steps with and without the provenance network, in turn, on fresh trainers."""
+    if settings.provenance.index_head == "none":
+        return {}
+    alone = replace(settings, provenance=replace(settings.provenance, index_head="none"))
+    steppers = [_stepper(chosen, data) for chosen in (settings, alone)]
+    times: list[list[float]] = [[], []]
+    for number in range(TIMED_STEPS + 2):
+        for which, stepper in enumerate(steppers):
+            start = time.perf_counter()
+            stepper(number)
+            times[which].append(time.perf_counter() - start)
+    # The first two steps warm up.
+    together, by_itself = (1e3 * median(seconds[2:]) for seconds in times)
+    return {"step_ms": together, "step_ms_alone": by_itself}
+
+
+def _stepper(settings: Settings, data: runs.RunData) -> Callable[[int], None]:
+    accelerator = build.make_accelerator(settings)
+    trainer = build.make_trainer(settings, data, accelerator)
+    batches = build.make_batches(settings, data.train, accelerator)
+    batch = batches.batch(0).to(accelerator.device)
+
+    def step(number: int) -> None:
+        losses = trainer.step(batch, number)
+        float(sum(losses.values(), torch.tensor(0.0)))  # waits for an asynchronous device
+
+    return step
+
+
+def _index_metrics(logged: list[dict[str, Any]]) -> Row:
+    """Average the last evaluation over the levels inside the trace window, null rows."""
+    evaluations = [line for line in logged if "index_quality" in line]
+    last = evaluations[-1]
+    rows = [quality for quality in last["index_quality"] if quality["rows"] == "null"]
+    inside = [quality for quality in rows if WINDOW[0] < quality["signal"] < WINDOW[1]] or rows
+    names = ("top1", "top1_ceiling", "top5", "top5_ceiling")
+    row: Row = {f"index_{name}": _mean(inside, name) for name in names}
+    row |= {name: _mean(inside, name) for name in ("cross_entropy", "cross_entropy_ceiling")}
+    reached = [line["step"] for line in evaluations if line["kl_gap_null"] < HALF_A_NAT]
+    return row | {
+        "kl_gap": last["kl_gap_null"],
+        "kl_gap_labelled": last.get("kl_gap_labelled"),
+        "steps_to_gap_half": min(reached, default=None),
+        "beam_recall10": last.get("beam_recall10"),
+    }
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return fmean(row[name] for row in rows)
+
+
+def _class_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
+    """Average the class metrics on held-out images over the levels."""
+    if not len(data.holdout) or not data.train.num_classes:
+        return {}
+    network = evaluation.averaged_posterior(trainer)
+    measured = evaluation.class_qualities(network, settings, data.train, data.holdout)
+    rows = [quality.as_row() for quality in measured.values()]
+    names = [
+        name
+        for name, value in rows[0].items()
+        if isinstance(value, float) and not name.endswith(("_low", "_high"))
+    ]
+    return {name: _mean(rows, name) for name in names}
+
+
+def _sample_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
+    """Generate, look for copies, and compare how sure the sources are with how real the samples look."""
+    sampled = evaluation.sample(trainer, settings, data, count=SAMPLES)
+    train, holdout, generated = (
+        to_unit_range(images).flatten(1)
+        for images in (data.train.images, data.holdout.images, sampled.images)
+    )
+    row: Row = {
+        "share_memorized": share_memorized(distance_ratio(generated, train)).value,
+        "nearest_distance": float(nearest(generated, train, 1).distances.mean()),
+    }
+    if len(holdout):
+        row["share_memorized_null"] = share_memorized(distance_ratio(holdout, train)).value
+        row["nearest_distance_null"] = float(nearest(holdout, train, 1).distances.mean())
+    if sampled.attribution is None or not len(holdout):
+        return row
+    realism = -nearest(generated, holdout, 1).distances[:, 0]
+    for name, attribution in (("", sampled.attribution), ("_closed_form", sampled.closed_form)):
+        confidence = -attribution.entropy.double()
+        row[f"confidence_realism{name}"] = float(spearmanr(confidence, realism).statistic)
+    return row
+
+
+def _probe_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
+    """Probe the last encoder stage of the generator, and that of the provenance network, for the class."""
+    train, holdout = _some_labelled(data.train), _some_labelled(data.holdout)
+    if not len(holdout) or not data.train.num_classes:
+        return {}
+    seen, unseen = (_features(trainer, settings, images) for images in (train, holdout))
+    row: Row = {}
+    for name in seen:
+        result = linear_probe(seen[name], train.labels, unseen[name], holdout.labels, seed=0)
+        row[f"linear_probe_{name}"] = result.accuracy.value
+        row["linear_probe_null"] = result.null
+    return row
+
+
+def _some_labelled(images: ImageSet) -> ImageSet:
+    rows = (images.labels < images.num_classes).nonzero().flatten()
+    return images.select(rows[:MAX_PROBED])
+
+
+@torch.no_grad()
+def _features(trainer: CoTrainer, settings: Settings, images: ImageSet) -> dict[str, Tensor]:
+    """Flatten the last stage of both encoders, told no class: (query, feature) each."""
+    kind = make_kind(settings, images)
+    networks: dict[str, ModelMixin] = evaluation.averaged_networks(trainer)
+    rows = torch.arange(len(images))
+    (batch,) = fixed_batches(
+        images, rows, kind.timesteps([PROBE_SIGNAL]), noise_shape=kind.noise_shape(), seed=0
+    )
+    batch = replace(batch, labels=torch.full_like(batch.labels, images.num_classes))
+    parts: dict[str, list[Tensor]] = {}
+    for some in rows.split(256):
+        observation = trainer.observer.observe(
+            networks[trainer.observer.name], batch.select(some).to(trainer.accelerator.device)
+        )
+        parts.setdefault("accuracy", []).append(observation.stages[-1].flatten(1).cpu())
+        if "provenance" in networks:
+            own = networks["provenance"].last_stage(observation.stages, observation.signal)
+            parts.setdefault("own_accuracy", []).append(own.flatten(1).cpu())
+    return {name: torch.cat(some) for name, some in parts.items()}

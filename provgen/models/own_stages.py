@@ -1,0 +1,71 @@
+"""Encoder stages of the provenance network's own, from where it leaves the generator's encoder."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+GROUPS = 4
+"""Of group normalisation; all channel counts in use are multiples of it."""
+
+LEVEL_CHANNELS = 32
+"""Of the noise-level embedding."""
+
+
+class OwnStages(nn.Module):
+    """Stages `shared` + 1 to the last, each a convolution or a residual block on the stage before it.
+
+    They have the shapes of the generator's stages, so that sharing more or less changes what is trained
+    together and not what the heads read. With `shared` = 0 they start from the image, and nothing is shared.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]], *, shared: int, reads_level: bool = True) -> None:
+        """Build the blocks.
+
+        Args:
+            shapes: `(channels, height)` of the image and of every stage.
+            shared: Stages taken from the generator, 0 to all.
+            reads_level: Whether the blocks are told the noise level.
+        """
+        super().__init__()
+        assert 0 <= shared < len(shapes)
+        self.shapes = shapes
+        self.shared = shared
+        pairs = list(pairwise(shapes))[shared:]
+        has_level = reads_level and len(pairs) > (shared == 0)
+        level_channels = LEVEL_CHANNELS if has_level else None
+        self.level_embedding = _level_embedding() if has_level else None
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1)
+            if number == shared == 0
+            else ResnetBlock2D(
+                in_channels=before, out_channels=after, temb_channels=level_channels, groups=GROUPS
+            )
+            for number, ((before, _), (after, _)) in enumerate(pairs, start=shared)
+        )
+
+    def forward(self, stages: list[Tensor], signal: Tensor) -> list[Tensor]:
+        """Give all stages but the image.
+
+        Args:
+            stages: The image and the generator's stages, (batch, channel, height, width) each; those
+                after the shared ones are ignored.
+            signal: a_t (batch,).
+        """
+        level = None if self.level_embedding is None else self.level_embedding(1000 * signal)
+        made = stages[: self.shared + 1]
+        for (_, height), block in zip(self.shapes[self.shared + 1 :], self.blocks, strict=True):
+            before = made[-1] if made[-1].shape[-1] == height else F.adaptive_avg_pool2d(made[-1], height)
+            made.append(block(before) if isinstance(block, nn.Conv2d) else block(before, level))
+        return made[1:]
+
+
+def _level_embedding() -> nn.Module:
+    return nn.Sequential(
+        Timesteps(LEVEL_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0),
+        TimestepEmbedding(LEVEL_CHANNELS, LEVEL_CHANNELS),
+    )

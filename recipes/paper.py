@@ -1,0 +1,195 @@
+"""Regenerate the paper's findings: run the variants of recipes/paper/*.yaml and write their tables and figures.
+
+provgen paper --quick
+provgen paper --experiment alpha --experiment sharing
+provgen paper --experiment fashion_alpha data.path=FOLDER
+
+On two cores two processes of one thread each are faster than one of two:
+
+OMP_NUM_THREADS=1 provgen paper --part 1/2 & OMP_NUM_THREADS=1 provgen paper --part 2/2; wait
+
+The same command goes on where it was stopped; a run that was stopped starts again from its last checkpoint.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from provgen import cli, measurement
+from provgen.errors import InputError
+from provgen.experiment_file import read_description
+from provgen.experiments import (
+    Experiment,
+    Part,
+    VariantRun,
+    is_trained,
+    load_experiment,
+    read_measured,
+    write_measured,
+)
+from provgen.report.findings import findings_page, judge, overview
+from provgen.report.variant_figure import plot_variants
+from provgen.report.variant_report import METRICS, markdown_table, with_ratios, write_parquet
+from provgen.run_folder import RunFolder
+from provgen.training.checkpoint import list_checkpoints
+
+EMBEDDED = "digits"
+"""Settings whose images need no download: what runs if no experiment is named."""
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of all variants as key=value.")
+    ] = None,
+    experiment: Annotated[
+        list[str] | None, typer.Option(help="Shipped name or YAML file; repeatable. Default: all on digits.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small versions, into OUTPUT/quick.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of runs, tables and figures.")] = Path("runs/paper"),
+    part: Annotated[str, typer.Option(help="Which share of the runs: 1/2 takes every other one.")] = "1/1",
+) -> None:
+    """Train and measure every variant that is not measured yet; write tables, figures and findings."""
+    share, root = Part.parse(part), output / "quick" if quick else output
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "paper runs in one process; start it without accelerate launch, once for each --part"
+        )
+    experiments = [
+        load_experiment(path, cli.recipes_folder(), quick=quick, overrides=overrides or [])
+        for path in experiment_files(experiment or [])
+    ]
+    mine = share.share([run for chosen in experiments for run in chosen.runs()])
+    waiting = [run for run in mine if measured(run, root) is None]
+    seconds = {e.name: [row["seconds"] for row in measured_rows(e, root)] for e in experiments}
+    print(f"{len(mine)} runs into {root}, {len(mine) - len(waiting)} of them measured before")
+    done = 0
+    for chosen in experiments:
+        for run in [run for run in waiting if run.experiment is chosen]:
+            row = train_and_measure(run, root)
+            done += 1
+            seconds[chosen.name].append(row["seconds"])
+            left = minutes_left(waiting[done:], seconds)
+            print(f"[{done}/{len(waiting)}] {run.name}: {summary(row, chosen)}; {left}", flush=True)
+        write_tables(chosen, root)
+    write_overview(root)
+
+
+def experiment_files(names: Sequence[str]) -> list[Path]:
+    """Find the YAML files: those named, or all whose images are embedded.
+
+    Raises:
+        InputError: Two of the same name, which would share a folder.
+    """
+    shipped = cli.recipes_folder() / "paper"
+    if not names:
+        files = sorted(shipped.glob("*.yaml"))
+        return [path for path in files if read_description(path, quick=False).config == EMBEDDED]
+    paths = [
+        Path(name) if Path(name).is_file() else shipped / f"{name}.yaml" for name in dict.fromkeys(names)
+    ]
+    stems = [path.stem for path in paths]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise InputError(f"two experiments are named {stem}; rename one of the files")
+    return paths
+
+
+def train_and_measure(run: VariantRun, root: Path) -> dict[str, Any]:
+    """Train a run unless it has finished, and measure it.
+
+    Raises:
+        InputError: The run in its folder has other settings, or was trained for longer.
+    """
+    start = time.perf_counter()
+    folder, settings = RunFolder(root / run.name), run.settings(root)
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        if last_step(folder) > settings.training.max_steps:
+            raise InputError(
+                f"{folder.root} was trained for {last_step(folder)} steps, not {settings.training.max_steps}; "
+                "use another --output"
+            )
+        if not is_trained(folder, settings, last_step(folder)):
+            cli.load_recipe("train")(config=run.experiment.config, overrides=run.overrides(root))
+        row = with_ratios(measurement.measure_run(folder)) | {"seconds": time.perf_counter() - start}
+    write_measured(folder.root, settings, row)
+    return row
+
+
+def last_step(folder: RunFolder) -> int:
+    """Give the step of the last checkpoint; 0 if there is none."""
+    saved = list_checkpoints(folder.checkpoints)
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+
+
+def measured(run: VariantRun, root: Path) -> dict[str, Any] | None:
+    """Read what was measured of a run."""
+    return read_measured(root / run.name, run.settings(root))
+
+
+def measured_rows(experiment: Experiment, root: Path) -> list[dict[str, Any]]:
+    """Make the rows of all runs of an experiment that are measured so far, by whatever process."""
+    pairs = [(run, measured(run, root)) for run in experiment.runs()]
+    return [run.row(metrics) for run, metrics in pairs if metrics is not None]
+
+
+def summary(row: dict[str, Any], experiment: Experiment) -> str:
+    """Say what was found of a run in a few words."""
+    shown = [name for name in experiment.description.figure if row.get(name) is not None][:3]
+    numbers = [f"{METRICS[name].title} {row[name]:{METRICS[name].format}}" for name in shown]
+    return ", ".join([f"{row['seconds']:.0f} s", *numbers])
+
+
+def minutes_left(waiting: Sequence[VariantRun], seconds: dict[str, list[float]]) -> str:
+    """Estimate from the runs of the same experiment; from all if it has none yet."""
+    every = [second for some in seconds.values() for second in some]
+    known = {name: some or every for name, some in seconds.items()}
+    means = [sum(known[run.experiment.name]) / len(known[run.experiment.name]) for run in waiting]
+    return f"about {sum(means) / 60:.0f} min left"
+
+
+def write_tables(experiment: Experiment, root: Path) -> None:
+    """Write table, figure and findings of an experiment from all of its runs that are measured."""
+    said, folder = experiment.description, root / experiment.name
+    total, planned = len(experiment.runs()), [variant.values for variant in experiment.variants]
+    rows: list[dict[str, Any]] = []
+    # Another process may finish a run meanwhile, and must not be left out by whoever writes last.
+    while len(newer := measured_rows(experiment, root)) > len(rows):
+        rows = newer
+        findings = [finding for claim in said.claims for finding in judge(rows, claim, planned)]
+        facts = (
+            f"{len(rows)} of {total} runs measured, {said.seeds} seed(s) a variant, settings `{said.config}`"
+        )
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tables-") as name:
+            new = Path(name)
+            write_parquet(new / "table.parquet", rows)
+            (new / "table.md").write_text(markdown_table(rows, said.table), encoding="utf-8")
+            plot_variants(rows, said.figure, x=said.x, lines=said.lines).savefig(new / "figure.png", dpi=130)
+            page = findings_page(said.title, said.question, facts, said.claims, findings)
+            (new / "findings.md").write_text(page, encoding="utf-8")
+            for path in new.iterdir():
+                path.replace(folder / path.name)
+    print(f"{experiment.name}: {len(rows)} of {total} runs measured; tables in {folder}")
+
+
+def write_overview(root: Path) -> None:
+    """Collect all experiments that have tables on one page."""
+    folders = sorted(path.parent for path in root.glob("*/findings.md"))
+    parts = {
+        folder.name: [(folder / name).read_text(encoding="utf-8") for name in ("findings.md", "table.md")]
+        for folder in folders
+    }
+    if parts:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".tables-") as name:
+            (Path(name) / "README.md").write_text(overview(parts), encoding="utf-8")
+            (Path(name) / "README.md").replace(root / "README.md")
+        print(f"all together in {root / 'README.md'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

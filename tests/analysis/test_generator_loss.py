@@ -1,0 +1,147 @@
+"""Losses of generators with a known answer, and the same noise for every generator."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from provgen.analysis.generator_loss import generator_losses
+from provgen.kinds import make_kind
+from provgen.models.diffusion import make_denoiser, make_training_scheduler
+from provgen.training.observers import DiffusionObserver
+
+
+@pytest.fixture
+def observer():
+    return DiffusionObserver(make_training_scheduler("linear"), torch.device("cpu"))
+
+
+@pytest.fixture
+def denoiser():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make_denoiser("tiny", image_size=8, image_channels=1, num_classes=3).eval()
+
+
+@pytest.fixture
+def silent(denoiser):
+    """A denoiser that always predicts no noise."""
+    for parameter in denoiser.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    return denoiser
+
+
+@pytest.fixture
+def images(random_images):
+    return random_images(50)
+
+
+def measure(observer, network, images, **changed):
+    shape = tuple(images.images.shape[1:])
+    return generator_losses(
+        observer, network, images, **{"noise_shape": shape, "draws": 4, "seed": 0, **changed}
+    )
+
+
+def test_predicting_no_noise_costs_one(observer, silent, images):
+    losses = measure(observer, silent, images, draws=20)
+    assert losses.shape == (50,)
+    # Means of 20 x 64 squared normal numbers, of variance 2 each.
+    assert float(losses.mean()) == pytest.approx(1, abs=4 * math.sqrt(2 / (50 * 20 * 64)))
+    assert (losses - 1).abs().max() < 5 * math.sqrt(2 / (20 * 64))
+    assert losses.std() > 0.01, "every image has noise of its own"
+
+
+def test_equal_seeds_give_two_denoisers_the_same_noise(observer, images):
+    # A constant prediction c costs mean((c - noise)^2), so two of them give the noise's mean away: it must agree.
+    losses = {}
+    for constant in (0.0, 1.0, -1.0):
+        network = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=3)
+        for parameter in network.conv_out.parameters():
+            torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(network.conv_out.bias, constant)
+        losses[constant] = measure(observer, network, images)
+    torch.testing.assert_close(losses[1.0] + losses[-1.0] - 2 * losses[0.0], torch.full((50,), 2.0))
+    assert not torch.allclose(losses[1.0], losses[-1.0])
+
+
+def test_losses_depend_on_the_seed_and_on_nothing_global(observer, denoiser, images):
+    torch.manual_seed(0)
+    first = measure(observer, denoiser, images)
+    torch.manual_seed(1)
+    assert torch.equal(measure(observer, denoiser, images), first)
+    assert not torch.equal(measure(observer, denoiser, images, seed=1), first)
+
+
+def test_labels_reach_the_denoiser(observer, denoiser, images):
+    labels = images.labels
+    first = measure(observer, denoiser, images)
+    changed = replace(images, labels=torch.where(labels == 0, 3, labels))
+    assert torch.equal(first != measure(observer, denoiser, changed), labels == 0)
+
+
+def test_more_images_than_fit_at_once_are_all_measured(observer, silent, random_images):
+    losses = measure(observer, silent, random_images(300), draws=1)
+    assert losses.shape == (300,)
+    assert (losses > 0.3).all()
+    assert (losses < 2.5).all()
+
+
+def test_draws_are_spread_over_the_whole_schedule(observer, images):
+    # Random weights tell noise levels apart; each draw's part of the schedule is met by some image.
+    seen = []
+    network = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=3)
+    network.register_forward_pre_hook(lambda _module, given: seen.append(given[1]))
+    measure(observer, network, images, draws=5)
+    for draw, timesteps in enumerate(seen):
+        assert timesteps.min() >= 200 * draw
+        assert timesteps.max() < 200 * (draw + 1)
+        assert timesteps.max() - timesteps.min() > 100
+    assert len(seen) == 5
+
+
+@pytest.fixture
+def of_kind(tiny_settings, images):
+    """Make the observer and a random network of a kind, and the shape of its noise."""
+
+    def call(name):
+        kind = make_kind(tiny_settings(f"generator.kind={name}"), images)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = kind.make_network().eval()
+        return kind.make_observer(torch.device("cpu")), network, kind.noise_shape()
+
+    return call
+
+
+def test_the_loss_of_an_autoencoder_is_the_mean_over_its_latents(of_kind, images):
+    observer, network, shape = of_kind("vae")
+    one, four = (
+        measure(observer, network, images, noise_shape=shape, draws=draws).double() for draws in (1, 4)
+    )
+    first_of_four = measure(observer, network, images, noise_shape=shape, draws=1, seed=0).double()
+    assert torch.equal(one, first_of_four)
+    assert not torch.equal(one, four)
+    with torch.no_grad():
+        pixels = images.images.float() / 127.5 - 1
+        mean = network(pixels, torch.zeros(50, *shape), with_stages=False).mean
+        far = network.decode(mean).sample
+    # No latent reconstructs better than the best image there is: squared errors of random weights are about those
+    # of the mean latent.
+    errors = (far - pixels).square().flatten(1).mean(1)
+    assert float(four.mean()) == pytest.approx(float(errors.mean()), rel=0.5)
+
+
+def test_the_loss_of_a_classifier_is_its_cross_entropy_without_any_noise(of_kind, images):
+    observer, network, shape = of_kind("none")
+    first, second = (
+        measure(observer, network, images, noise_shape=shape, draws=draws, seed=seed)
+        for draws, seed in ((1, 0), (3, 7))
+    )
+    torch.testing.assert_close(first, second)
+    with torch.no_grad():
+        logits = network(images.images.float() / 127.5 - 1).class_logits
+    expected = 0.01 * F.cross_entropy(logits, images.labels, reduction="none")
+    torch.testing.assert_close(first, expected)

@@ -1,0 +1,117 @@
+"""Stages of the network's own: shapes as announced, whatever is shared, and nothing read that is not shared."""
+
+import pytest
+import torch
+
+from provgen.models.diffusion import encoder_shapes
+from provgen.models.own_stages import OwnStages
+
+TINY = encoder_shapes("tiny", 8, 1)
+ALL = range(len(TINY))
+
+
+def make(shapes=TINY, *, shared, reads_level=True) -> OwnStages:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return OwnStages(shapes, shared=shared, reads_level=reads_level)
+
+
+@pytest.fixture
+def random_stages(generator):
+    """Make the image and the stages of a generator, random."""
+
+    def call(shapes=TINY, count=3):
+        return [torch.randn(count, width, size, size, generator=generator) for width, size in shapes]
+
+    return call
+
+
+@pytest.fixture
+def signal():
+    return torch.tensor([0.02, 0.5, 0.97])
+
+
+@pytest.mark.parametrize(("size", "image_size", "channels"), [("tiny", 8, 1), ("medium", 28, 3)])
+def test_stages_have_the_announced_shapes_however_many_are_shared(
+    size, image_size, channels, random_stages, signal
+):
+    shapes = encoder_shapes(size, image_size, channels)
+    given = random_stages(shapes)
+    for shared in range(len(shapes)):
+        with torch.no_grad():
+            made = make(shapes, shared=shared)(given, signal)
+        assert [tuple(stage.shape[1:]) for stage in made] == [(c, s, s) for c, s in shapes[1:]]
+        assert all(stage.isfinite().all() for stage in made)
+
+
+@pytest.mark.parametrize("shared", ALL)
+def test_shared_stages_are_the_generators_and_the_others_its_own(shared, random_stages, signal):
+    given = random_stages()
+    made = make(shared=shared)(given, signal)
+    is_given = [stage is theirs for stage, theirs in zip(made, given[1:], strict=True)]
+    assert is_given == [number < shared for number in range(len(made))]
+
+
+def test_sharing_all_has_no_parameters():
+    assert list(make(shared=len(TINY) - 1).parameters()) == []
+    counts = [sum(p.numel() for p in make(shared=shared).parameters()) for shared in ALL]
+    assert counts == sorted(set(counts), reverse=True), "each stage that is shared saves its parameters"
+
+
+@pytest.mark.parametrize("shared", ALL)
+def test_stages_after_the_shared_ones_are_ignored(shared, random_stages, signal):
+    given, stages = random_stages(), make(shared=shared)
+    before = stages(given, signal)
+    cut = stages(given[: shared + 1], signal)
+    changed = stages([*given[: shared + 1], *[stage + 1 for stage in given[shared + 1 :]]], signal)
+    for expected, short, other in zip(before, cut, changed, strict=True):
+        assert torch.equal(short, expected)
+        assert torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("shared", ALL[:-1])
+def test_own_stages_follow_the_last_shared_one_alone(shared, random_stages, signal):
+    given, stages = random_stages(), make(shared=shared)
+    before = stages(given, signal)[shared:]
+    for number in range(shared + 1):
+        changed = [stage + (place == number) for place, stage in enumerate(given)]
+        is_same = [torch.equal(a, b) for a, b in zip(stages(changed, signal)[shared:], before, strict=True)]
+        assert is_same == [number != shared] * len(before)
+
+
+@pytest.mark.parametrize("shared", ALL[:-1])
+def test_every_parameter_gets_a_gradient(shared, random_stages, signal):
+    stages = make(shared=shared)
+    made = stages(random_stages(), signal)
+    sum(stage.square().mean() for stage in made[shared:]).backward()
+    for name, parameter in stages.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("shared", ALL[:-1])
+def test_the_noise_level_reaches_the_residual_blocks_unless_it_shall_not(shared, random_stages, signal):
+    given = random_stages()
+    for reads_level in (True, False):
+        stages = make(shared=shared, reads_level=reads_level)
+        before, after = (stages(given, level)[-1] for level in (signal, signal.flip(0)))
+        differs = (before != after).flatten(1).any(dim=1)
+        assert differs.tolist() == [reads_level, False, reads_level], "the middle level is the same"
+
+
+def test_a_stem_alone_has_no_noise_level(random_stages, signal):
+    stages = make(TINY[:2], shared=0)
+    assert {name for name, _ in stages.named_parameters()} == {"blocks.0.weight", "blocks.0.bias"}
+    given = random_stages(TINY[:2])
+    expected = torch.nn.functional.conv2d(given[0], stages.blocks[0].weight, stages.blocks[0].bias, padding=1)
+    torch.testing.assert_close(stages(given, signal), [expected])
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_a_row_does_not_depend_on_its_batch(shared, random_stages, signal):
+    given, stages = random_stages(), make(shared=shared)
+    whole = stages(given, signal)
+    alone = stages([stage[1:2] for stage in given], signal[1:2])
+    for row, expected in zip(alone, whole, strict=True):
+        torch.testing.assert_close(row, expected[1:2], rtol=1e-5, atol=1e-5)

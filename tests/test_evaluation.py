@@ -1,0 +1,180 @@
+"""From trained networks to what is looked at: averaged weights, fixed queries, class metrics with known answers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from provgen import build, evaluation, runs
+from provgen.analysis.index_quality import LEVELS
+from provgen.run_folder import RunFolder
+from provgen.training.tracking import JsonLinesTracker, read_metrics
+
+KINDS = ("diffusion", "vae", "none")
+
+
+@pytest.fixture
+def trainer_of(accelerator, tiny_settings, tiny_data, tmp_path):
+    """Train two steps; give the trainer, its settings and its data."""
+
+    def call(*overrides):
+        settings = tiny_settings(*overrides)
+        data = tiny_data
+        if settings.provenance.coverage < 1:
+            data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+        trainer = build.make_trainer(settings, data, accelerator)
+        batches = build.make_batches(settings, data.train, accelerator)
+        for step in range(2):
+            trainer.step(batches.batch(step), step)
+        return trainer, settings, data
+
+    return call
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_averaged_networks_are_copies_that_do_not_train(kind, trainer_of):
+    trainer, _, _ = trainer_of(f"generator.kind={kind}")
+    networks = evaluation.averaged_networks(trainer)
+    assert networks.keys() == trainer.networks.keys()
+    for name, network in networks.items():
+        expected = trainer.averaged(name)
+        assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+        assert network is not trainer.networks[name]
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert all(parameter.requires_grad for parameter in trainer.networks[name].parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_probe_asks_covered_examples_alone_at_the_levels_of_the_kind(kind, tiny_settings, tmp_path):
+    settings = tiny_settings(f"generator.kind={kind}", "provenance.coverage=0.3")
+    data = runs.open_data(settings, RunFolder(tmp_path))
+    probe, again = (evaluation.make_probe(settings, data) for _ in range(2))
+    assert len(probe.batches) == (len(LEVELS) if kind == "diffusion" else 1)
+    for batch, other in zip(probe.batches, again.batches, strict=True):
+        assert torch.equal(batch.indices.sort().values, data.covered.nonzero().flatten())
+        assert torch.equal(batch.noise, other.noise)
+        assert torch.equal(batch.indices, other.indices)
+    few = evaluation.make_probe(settings, data, num_queries=5)
+    assert torch.equal(few.batches[0].indices, probe.batches[0].indices[:5])
+    assert probe.told == (kind == "diffusion")
+
+
+@pytest.mark.parametrize("coverage", [1.0, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_index_metrics_stay_below_their_ceilings_for_every_kind(kind, coverage, trainer_of):
+    trainer, settings, data = trainer_of(f"generator.kind={kind}", f"provenance.coverage={coverage}")
+    network = evaluation.averaged_posterior(trainer)
+    ceiling = evaluation.make_ceiling(settings, data, network.network)
+    qualities = evaluation.make_probe(settings, data).measure(network, ceiling)
+    assert {quality.rows for quality in qualities} == (
+        {"labelled", "null"} if kind == "diffusion" else {"null"}
+    )
+    for quality in qualities:
+        assert 0 <= quality.kl_gap.value < 100
+        assert quality.top1.value <= quality.top1_ceiling + 1e-9
+        assert quality.kl_gap.n == (40 if coverage == 1 else 12) or quality.rows == "labelled"
+    if kind == "none":
+        assert qualities[0].top1_ceiling == pytest.approx(1)
+        assert qualities[0].cross_entropy_ceiling == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mixing", ["class", "neighbors"])
+def test_the_ceiling_of_mixed_targets_is_raised(mixing, trainer_of):
+    trainer, settings, data = trainer_of(
+        "generator.kind=none", "provenance.label_mixing=0.5", f"provenance.mixing={mixing}"
+    )
+    network = evaluation.averaged_posterior(trainer)
+    ceiling = evaluation.make_ceiling(settings, data, network.network)
+    (quality,) = evaluation.make_probe(settings, data).measure(network, ceiling)
+    # The parent is certain, so that the floor is the entropy of a row of the mixing itself.
+    mixed = build.make_mixing(settings.provenance, data, torch.float64, torch.device("cpu"))
+    rows = mixed(torch.eye(40, dtype=torch.float64))
+    expected = float(torch.special.entr(rows).sum(1).mean())
+    assert quality.cross_entropy_ceiling == pytest.approx(expected, abs=1e-6)
+    assert expected > 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_metrics_are_measured_for_every_kind(kind, trained_of):
+    trained = trained_of(kind)
+    holdout, train = trained.data.holdout, trained.data.train
+    qualities = evaluation.class_qualities(evaluation.posterior_of(trained), trained.settings, train, holdout)
+    levels = evaluation.CLASS_LEVELS if kind == "diffusion" else [0.9999]
+    assert list(qualities) == pytest.approx(list(levels), abs=0.01)
+    for quality in qualities.values():
+        row = quality.as_row()
+        assert row["n"] == len(holdout)
+        assert all(0 <= value <= 1 for name, value in row.items() if name != "n")
+        assert quality.class_accuracy is not None
+        assert quality.consistency_top1_null == pytest.approx(0.1, abs=0.02), "ten classes, evenly"
+
+
+def test_a_training_image_names_itself_in_the_closed_form_of_a_classifier(trained_of):
+    trained = trained_of("none")
+    network, train = evaluation.posterior_of(trained), trained.data.train
+    (quality,) = evaluation.class_qualities(network, trained.settings, train, train).values()
+    assert quality.consistency_top1_closed_form == 1
+    assert quality.exemplar_accuracy_closed_form == 1
+    with torch.no_grad():
+        logits = trained.pipeline.classifier(train.images.float() / 127.5 - 1).class_logits
+    expected = float((logits.argmax(1) == train.labels).double().mean())
+    assert quality.class_accuracy.value == pytest.approx(expected)
+
+
+def test_class_metrics_are_of_images_the_network_is_told_nothing_of(trained_of):
+    trained = trained_of("diffusion")
+    network, train = evaluation.posterior_of(trained), trained.data.train
+    quality = next(iter(evaluation.class_qualities(network, trained.settings, train, train).values()))
+    # At the noisiest level a network of twenty steps cannot know the class; told it, it would always.
+    assert quality.consistency_top1.value < 0.9
+    assert quality.consistency_top1_closed_form < 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_the_generator_are_those_of_every_image(kind, trained_of):
+    trained = trained_of(kind)
+    network, images = trained.pipeline.network, trained.data.holdout
+    losses = evaluation.losses(network, trained.settings, images)
+    assert losses.shape == (len(images),)
+    assert losses.isfinite().all()
+    assert torch.equal(losses, evaluation.losses(network, trained.settings, images))
+    if kind == "none":
+        logits = network(images.images.float() / 127.5 - 1).class_logits
+        expected = 0.01 * F.cross_entropy(logits, images.labels, reduction="none")
+        torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("head", ["class_independent", "none"])
+@pytest.mark.parametrize("kind", ["diffusion", "vae"])
+def test_samples_are_those_of_the_pipeline(kind, head, trainer_of):
+    trainer, settings, data = trainer_of(f"generator.kind={kind}", f"provenance.index_head={head}")
+    sampled = evaluation.sample(trainer, settings, data, count=3)
+    pipe = evaluation.make_pipeline(trainer, settings, data)
+    pipe.set_progress_bar_config(disable=True)
+    labels = [0, 1, 2] if kind == "diffusion" else None
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    expected = pipe(labels, batch_size=3, generator=generators, top_k=None, output_type="pt")
+    assert torch.equal(sampled.images, expected.images)
+    assert (sampled.attribution is None) == (sampled.closed_form is None) == (head == "none")
+
+
+def test_a_generator_without_provenance_network_saves_no_pipeline(trainer_of, tmp_path):
+    for head in ("none", "class_independent"):
+        folder = RunFolder(tmp_path / head)
+        evaluation.save_pipeline(*trainer_of(f"provenance.index_head={head}"), folder)
+        assert folder.pipeline.is_dir() == (head != "none")
+
+
+def test_quality_is_logged_level_by_level_and_as_gaps(accelerator, trainer_of, tmp_path):
+    trainer, settings, data = trainer_of()
+    network = evaluation.averaged_posterior(trainer)
+    ceiling = evaluation.make_ceiling(settings, data, network.network)
+    qualities = evaluation.make_probe(settings, data).measure(network, ceiling)
+    accelerator.log_with = [JsonLinesTracker(tmp_path / "metrics.jsonl", start_step=0)]
+    accelerator.init_trackers("provgen")
+    evaluation.log_quality(accelerator, qualities, 7)
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["step"] == 7
+    assert row["index_quality"] == [quality.as_row() for quality in qualities]
+    for rows in ("labelled", "null"):
+        assert row[f"kl_gap_{rows}_low"] <= row[f"kl_gap_{rows}"] <= row[f"kl_gap_{rows}_high"]

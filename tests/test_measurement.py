@@ -1,0 +1,161 @@
+"""The row of numbers of a finished run: every promised name, finite, and equal to what is counted by hand."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from provgen import measurement, runs
+from provgen.measurement import measure_run
+from provgen.report.variant_report import METRICS
+from provgen.run_folder import RunFolder
+from provgen.training.tracking import read_metrics
+
+COSTS = {
+    "coverage", "generator_parameters", "provenance_parameters", "index_head_parameters", "training_megabytes",
+    "step_ms", "step_ms_alone", "train_loss", "holdout_loss",
+}  # fmt: skip
+INDEX = {
+    "index_top1", "index_top1_ceiling", "index_top5", "index_top5_ceiling", "cross_entropy",
+    "cross_entropy_ceiling", "kl_gap", "kl_gap_labelled", "steps_to_gap_half", "beam_recall10",
+}  # fmt: skip
+CLASS = {
+    f"{name}{ending}"
+    for name in ("consistency_top1", "consistency_top5", "exemplar_accuracy", "class_accuracy")
+    for ending in ("", "_closed_form", "_null")
+}
+SAMPLES = {
+    "share_memorized", "share_memorized_null", "nearest_distance", "nearest_distance_null",
+    "confidence_realism", "confidence_realism_closed_form",
+}  # fmt: skip
+PROBES = {"linear_probe_accuracy", "linear_probe_own_accuracy", "linear_probe_null"}
+
+MAY_BE_NONE = {
+    "diffusion": {"steps_to_gap_half", "beam_recall10"},
+    "vae": {"steps_to_gap_half", "beam_recall10", "kl_gap_labelled"},
+    "none": {"steps_to_gap_half", "beam_recall10", "kl_gap_labelled"},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(root_of):
+    """Measure a tiny run of a kind once, with twelve samples."""
+    rows = {}
+
+    def call(kind):
+        if kind not in rows:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(measurement, "SAMPLES", 12)
+                patch.setattr(measurement, "TIMED_STEPS", 2)
+                rows[kind] = measure_run(RunFolder(root_of(kind)))
+        return rows[kind]
+
+    return call
+
+
+@pytest.mark.parametrize("kind", MAY_BE_NONE)
+def test_every_promised_number_is_there_and_finite(kind, measured):
+    row = measured(kind)
+    promised = COSTS | INDEX | CLASS | PROBES | (set() if kind == "none" else SAMPLES)
+    assert promised <= set(row)
+    assert not (SAMPLES & set(row)) or kind != "none"
+    for name, value in row.items():
+        if value is None:
+            assert name in MAY_BE_NONE[kind], name
+        else:
+            assert isinstance(value, int | float), name
+            assert math.isfinite(value), name
+    ceilings = [name for name in row if name.endswith("_ceiling") and name != "cross_entropy_ceiling"]
+    assert all(row[name.removesuffix("_ceiling")] <= row[name] + 1e-9 for name in ceilings)
+    assert row["cross_entropy"] >= row["cross_entropy_ceiling"] - 1e-9
+
+
+def test_everything_that_experiments_may_show_is_measured(measured):
+    derived = {"step_ratio"}  # of the two step times, when the table is made
+    assert set(METRICS) - derived <= set(measured("diffusion"))
+
+
+@pytest.mark.parametrize("kind", MAY_BE_NONE)
+def test_costs_are_those_of_the_networks_that_were_saved(kind, measured, trained_of):
+    row, pipe = measured(kind), trained_of(kind).pipeline
+    count = [sum(p.numel() for p in net.parameters()) for net in (pipe.network, pipe.provenance)]
+    assert [row["generator_parameters"], row["provenance_parameters"]] == count
+    head = sum(p.numel() for p in pipe.provenance.index_head.parameters())
+    assert row["index_head_parameters"] == head < count[1]
+    assert row["training_megabytes"] == pytest.approx(20 * sum(count) / 1e6)
+    assert row["coverage"] == 1
+    assert row["step_ms"] > 0
+    assert row["step_ms_alone"] > 0
+
+
+def test_index_metrics_are_the_mean_over_the_window_of_the_last_evaluation(measured, root_of):
+    row = measured("diffusion")
+    last = [
+        line for line in read_metrics(RunFolder(root_of("diffusion")).metrics) if "index_quality" in line
+    ][-1]
+    inside = [q for q in last["index_quality"] if q["rows"] == "null" and 0.05 < q["signal"] < 0.9]
+    assert len(inside) >= 5
+    assert row["index_top1"] == pytest.approx(sum(q["top1"] for q in inside) / len(inside))
+    assert row["kl_gap"] == pytest.approx(row["cross_entropy"] - row["cross_entropy_ceiling"], abs=1e-6)
+    assert row["kl_gap_labelled"] == last["kl_gap_labelled"]
+
+
+@pytest.mark.parametrize("kind", ["vae", "none"])
+def test_measuring_twice_gives_the_same_numbers_but_times(kind, measured, root_of, monkeypatch):
+    monkeypatch.setattr(measurement, "SAMPLES", 12)
+    monkeypatch.setattr(measurement, "TIMED_STEPS", 1)
+    torch.manual_seed(5)
+    again, first = measure_run(RunFolder(root_of(kind))), measured(kind)
+    times = {"step_ms", "step_ms_alone"}
+    assert {name: again[name] for name in again if name not in times} == {
+        name: first[name] for name in first if name not in times
+    }
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
+def test_a_generator_alone_has_no_index_metrics(kind, run_recipe, tiny_overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(measurement, "SAMPLES", 12)
+    root = tmp_path / "alone"
+    chosen = (f"generator.kind={kind}", "provenance.index_head=none", "training.max_steps=2")
+    assert run_recipe("train", *tiny_overrides, *chosen, f"output_dir={root}") == 0
+    row = measure_run(RunFolder(root))
+    assert row["provenance_parameters"] == row["index_head_parameters"] == 0
+    assert not (INDEX | {"confidence_realism", "linear_probe_own_accuracy"}) & set(row)
+    wanted = {"holdout_loss", "linear_probe_accuracy"} | (set() if kind == "none" else {"share_memorized"})
+    assert wanted <= set(row)
+    assert all(math.isfinite(value) for value in row.values() if value is not None)
+
+
+def test_a_run_without_held_out_images_leaves_out_what_needs_them(
+    run_recipe, tiny_overrides, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measurement, "SAMPLES", 12)
+    root = tmp_path / "all"
+    chosen = ("data.holdout_fraction=0", "generator.kind=vae", "training.max_steps=2", f"output_dir={root}")
+    assert run_recipe("train", *tiny_overrides, *chosen) == 0
+    row = measure_run(RunFolder(root))
+    assert row["share_memorized"] >= 0
+    assert not (CLASS | PROBES | {"share_memorized_null", "confidence_realism"}) & set(row)
+    assert "holdout_loss" not in row or row["holdout_loss"] is None
+    assert math.isfinite(row["train_loss"])
+
+
+def test_measuring_changes_nothing_in_the_run(root_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(measurement, "SAMPLES", 12)
+    monkeypatch.setattr(measurement, "TIMED_STEPS", 1)
+    root = shutil.copytree(root_of("none"), tmp_path / "run")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    measure_run(RunFolder(root))
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_coverage_is_the_share_that_is_covered(run_recipe, tiny_overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(measurement, "TIMED_STEPS", 1)
+    root = tmp_path / "some"
+    chosen = ("generator.kind=none", "provenance.coverage=0.3", "training.max_steps=2", f"output_dir={root}")
+    assert run_recipe("train", *tiny_overrides, *chosen) == 0
+    row = measure_run(RunFolder(root))
+    assert row["coverage"] == pytest.approx(0.3)
+    assert runs.open_trained_run(root, torch.device("cpu")).data.covered.sum() == 12
+    assert 0 <= row["kl_gap"] < 100, "over what is covered"
