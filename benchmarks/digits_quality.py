@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from provgen.analysis.denoising import denoising_losses
 from scipy import stats
 from torch import Tensor
 
 from provgen import build, cli, runs
-from provgen.analysis.denoising import denoising_losses
 from provgen.data.images import to_unit_range
 from provgen.run_folder import RunFolder
 from provgen.settings_file import load_settings

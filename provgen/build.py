@@ -36,9 +36,11 @@ HEADS: dict[str, Callable[[ProvenanceSettings, Tensor, int], dict[str, Any]]] = 
         "kind": "ClassConditionalHead",
         "num_classes": num_classes,
         "num_slots": int(labels.bincount().max()),
+        "has_unlabelled": bool((labels == num_classes).any()),
     },
-    "two_stage": lambda chosen, labels, _num_classes: {
+    "two_stage": lambda chosen, labels, num_classes: {
         "kind": "TwoStageHead",
+        "num_classes": num_classes,
         "cells": chosen.cells,
         "num_cells": _num_cells(chosen, labels),
     },
@@ -66,7 +68,12 @@ def make_accelerator(settings: Settings | None = None) -> Accelerator:
 
 def make_trainer(settings: Settings, data: RunData, accelerator: Accelerator) -> CoTrainer:
     """Build both networks, seeded apart so that the denoiser does not depend on the provenance network."""
-    kind, training = make_kind(settings, data.train), settings.training
+    kind, training, chosen = make_kind(settings, data.train), settings.training, settings.provenance
+    if settings.generator.kind == chosen.index_head == "none" and chosen.class_loss_weight == 0:
+        raise InputError(
+            "generator.kind=none with provenance.index_head=none and provenance.class_loss_weight=0 has nothing to "
+            "learn; choose an index head, or a positive provenance.class_loss_weight"
+        )
     network = _seeded(training.seed, kind.make_network)
     has_provenance = settings.provenance.index_head != "none"
     return CoTrainer(

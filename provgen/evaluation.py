@@ -164,10 +164,9 @@ def _class_quality(
     told_nothing = replace(batch, labels=torch.full_like(batch.labels, train.num_classes))
     observation, output = network.observe(told_nothing)
     signal = observation.signal.cpu()
-    posterior = list(closed_form.chunks(observation.query.cpu(), signal, told_nothing.labels))
     quality = class_quality(
         output.index_logits.cpu().double().log_softmax(dim=1),
-        torch.cat(posterior),
+        closed_form.logits(observation.query.cpu(), signal, told_nothing.labels),
         train_labels=train.labels,
         query_labels=batch.clean_labels,
         class_logits=None if output.class_logits is None else output.class_logits.cpu(),

@@ -155,9 +155,11 @@ class ClassifierKind(Kind):
         chosen = self.settings.provenance
         # The two-branch head needs p(y) even where no class loss is wanted.
         has_classes = chosen.class_loss_weight > 0 or chosen.index_head == "class_conditional"
-        return ImageClassifier(
-            stages=[list(shape) for shape in self.shapes()], num_classes=self.num_classes * has_classes
+        shapes = [list(shape) for shape in self.shapes()]
+        classifier: ImageClassifier = ImageClassifier(
+            stages=shapes, num_classes=self.num_classes * has_classes
         )
+        return classifier
 
     def make_observer(self, device: torch.device) -> Observer:  # noqa: ARG002 - Kind
         """Make the forward pass on clean images."""

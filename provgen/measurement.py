@@ -90,10 +90,12 @@ def _count(network: torch.nn.Module) -> int:
 
 def _step_times(settings: Settings, data: runs.RunData) -> Row:
     """Time optimiser steps with and without the provenance network, in turn, on fresh trainers."""
-    if settings.provenance.index_head == "none":
+    chosen = settings.provenance
+    is_nothing_else = settings.generator.kind == "none" and chosen.class_loss_weight == 0
+    if chosen.index_head == "none" or is_nothing_else:
         return {}
-    alone = replace(settings, provenance=replace(settings.provenance, index_head="none"))
-    steppers = [_stepper(chosen, data) for chosen in (settings, alone)]
+    alone = replace(settings, provenance=replace(chosen, index_head="none"))
+    steppers = [_stepper(variant, data) for variant in (settings, alone)]
     times: list[list[float]] = [[], []]
     for number in range(TIMED_STEPS + 2):
         for which, stepper in enumerate(steppers):

@@ -74,8 +74,7 @@ class ProvenanceSettings:
     """The provenance network trained beside the generator."""
 
     index_head: str = "class_independent"
-    """`class_independent` (one softmax over all), `class_conditional` (class, then a slot that the classes
-    share), `two_stage` (cell, then example in the cell), or `none`: no provenance network at all."""
+    """`class_independent`, `class_conditional` or `two_stage`, or `none`: no provenance network at all."""
     cells: Literal["kmeans", "classes"] = "kmeans"
     """Two-stage head: what its cells are."""
     num_cells: int | None = None

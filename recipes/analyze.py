@@ -24,6 +24,7 @@ from provgen.training.tracking import read_metrics
 
 GRID_SAMPLES = 32
 MAX_IMAGES = 2000
+MAX_TRACED = 500  # (query, train) matrices in float64
 
 
 def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) -> None:
@@ -45,7 +46,7 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
         parts.append(sections.index_section(evaluations[-1], len(train), train.num_classes))
     if train.num_classes and len(holdout):
         network = evaluation.posterior_of(trained)
-        some = some_of(holdout, MAX_IMAGES)
+        some = some_of(holdout, MAX_TRACED)
         parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
     if len(holdout):
         losses = [

@@ -25,7 +25,9 @@ def test_processes_that_do_not_know_of_one_another_are_refused(accelerator, monk
 @pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
 def test_both_networks_depend_on_the_seed_and_on_nothing_global(kind, accelerator, tiny_settings, tiny_data):
     def weights(seed):
-        settings = tiny_settings(f"generator.kind={kind}", f"training.seed={seed}")
+        # Two own stages, so that some weights of either network are random.
+        chosen = (f"generator.kind={kind}", "provenance.shared_stages=2", f"training.seed={seed}")
+        settings = tiny_settings(*chosen)
         trainer = build.make_trainer(settings, tiny_data, accelerator)
         build.make_batches(settings, tiny_data.train, accelerator).batch(0)
         return [network.state_dict() for network in trainer.networks.values()]
@@ -75,7 +77,7 @@ def test_the_provenance_network_knows_its_training_set(accelerator, tiny_setting
     assert torch.equal(network.example_labels, tiny_data.train.labels)
     assert network.config.fingerprint == tiny_data.manifest.fingerprint
     assert network.config.num_examples == len(tiny_data.train) == 40
-    coordinates = network.index_head.prototypes.detach().double()
+    coordinates = network.index_head.prototypes.points.detach().double()
     pixels = (tiny_data.train.images.double() / 127.5 - 1).flatten(1)
     expected = torch.linalg.svdvals(pixels - pixels.mean(0))[:16]
     torch.testing.assert_close(torch.linalg.svdvals(coordinates), expected, rtol=1e-4, atol=1e-4)
@@ -92,7 +94,7 @@ def test_a_network_of_a_third_knows_the_third_alone(accelerator, tiny_settings, 
     assert torch.equal(network.example_labels, data.train.labels)
     # As many coordinates as there are covered examples, about their own mean.
     pixels = (data.train.images[covered].double() / 127.5 - 1).flatten(1)
-    found = torch.linalg.svdvals(network.index_head.prototypes.detach().double())
+    found = torch.linalg.svdvals(network.index_head.prototypes.points.detach().double())
     torch.testing.assert_close(found, torch.linalg.svdvals(pixels - pixels.mean(0)), rtol=1e-4, atol=1e-4)
 
 
@@ -168,12 +170,18 @@ def test_more_cells_than_examples_are_refused(accelerator, tiny_settings, tiny_d
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("provenance.index_head=class_conditional",), {"num_classes": 10, "num_slots": 4}),
-        (("provenance.index_head=two_stage",), {"cells": "kmeans", "num_cells": 6}),
-        (("provenance.index_head=two_stage", "provenance.num_cells=9"), {"cells": "kmeans", "num_cells": 9}),
+        (
+            ("provenance.index_head=class_conditional",),
+            {"num_classes": 10, "num_slots": 4, "has_unlabelled": False},
+        ),
+        (("provenance.index_head=two_stage",), {"num_classes": 10, "cells": "kmeans", "num_cells": 6}),
+        (
+            ("provenance.index_head=two_stage", "provenance.num_cells=9"),
+            {"num_classes": 10, "cells": "kmeans", "num_cells": 9},
+        ),
         (
             ("provenance.index_head=two_stage", "provenance.cells=classes"),
-            {"cells": "classes", "num_cells": 10},
+            {"num_classes": 10, "cells": "classes", "num_cells": 10},
         ),
     ],
 )

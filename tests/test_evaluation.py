@@ -1,13 +1,14 @@
 """From trained networks to what is looked at: averaged weights, fixed queries, class metrics with known answers."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from provgen import build, evaluation, runs
-from provgen.analysis.index_quality import LEVELS
+from provgen.analysis.index_quality import LEVELS, mean_kl_gap
 from provgen.run_folder import RunFolder
-from provgen.training.tracking import JsonLinesTracker, read_metrics
 
 KINDS = ("diffusion", "vae", "none")
 
@@ -144,8 +145,9 @@ def test_losses_of_the_generator_are_those_of_every_image(kind, trained_of):
         torch.testing.assert_close(losses, expected)
 
 
-@pytest.mark.parametrize("head", ["class_independent", "none"])
-@pytest.mark.parametrize("kind", ["diffusion", "vae"])
+@pytest.mark.parametrize(
+    ("kind", "head"), [("diffusion", "none"), ("vae", "none"), ("vae", "class_independent")]
+)
 def test_samples_are_those_of_the_pipeline(kind, head, trainer_of):
     trainer, settings, data = trainer_of(f"generator.kind={kind}", f"provenance.index_head={head}")
     sampled = evaluation.sample(trainer, settings, data, count=3)
@@ -165,16 +167,19 @@ def test_a_generator_without_provenance_network_saves_no_pipeline(trainer_of, tm
         assert folder.pipeline.is_dir() == (head != "none")
 
 
-def test_quality_is_logged_level_by_level_and_as_gaps(accelerator, trainer_of, tmp_path):
-    trainer, settings, data = trainer_of()
+@pytest.mark.parametrize("head", ["class_independent", "two_stage"])
+def test_an_evaluation_holds_every_level_the_gaps_and_the_recall_of_a_beam(head, trainer_of):
+    trainer, settings, data = trainer_of(f"provenance.index_head={head}", "provenance.beam=2")
+    probe = evaluation.make_probe(settings, data)
+    measured = evaluation.evaluate(probe, trainer, settings, data)
     network = evaluation.averaged_posterior(trainer)
-    ceiling = evaluation.make_ceiling(settings, data, network.network)
-    qualities = evaluation.make_probe(settings, data).measure(network, ceiling)
-    accelerator.log_with = [JsonLinesTracker(tmp_path / "metrics.jsonl", start_step=0)]
-    accelerator.init_trackers("provgen")
-    evaluation.log_quality(accelerator, qualities, 7)
-    (row,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert row["step"] == 7
-    assert row["index_quality"] == [quality.as_row() for quality in qualities]
+    qualities = probe.measure(network, evaluation.make_ceiling(settings, data, network.network))
+    assert measured["index_quality"] == [quality.as_row() for quality in qualities]
     for rows in ("labelled", "null"):
-        assert row[f"kl_gap_{rows}_low"] <= row[f"kl_gap_{rows}"] <= row[f"kl_gap_{rows}_high"]
+        assert measured[f"kl_gap_{rows}"] == mean_kl_gap(qualities, rows).value
+        assert measured[f"kl_gap_{rows}_low"] <= measured[f"kl_gap_{rows}"] <= measured[f"kl_gap_{rows}_high"]
+    assert ("beam_recall10" in measured) == (head == "two_stage")
+    if head == "two_stage":
+        assert measured["beam_recall10"] == probe.beam_recall(network, 2, 10).value
+        assert 0 < measured["beam_recall10_low"] <= measured["beam_recall10_high"] <= 1
+    json.dumps(measured, allow_nan=False)

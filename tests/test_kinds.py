@@ -152,13 +152,12 @@ def test_without_noise_the_closed_form_names_the_copy_and_nothing_else(dtype, ki
 
 def test_the_closed_form_of_an_autoencoder_compares_the_gaussians_of_all_examples(kind_of, images):
     kind = kind_of("vae")
-    network = network_of(kind).double()
+    network = network_of(kind)
     oracle = kind.closed_form(network, images, dtype=torch.float64, device=CPU)
-    zeros = torch.zeros(9, *kind.noise_shape(), dtype=torch.float64)
-    output = network(pixels_of(images), zeros, with_stages=False)
+    output = network(pixels_of(images).float(), torch.zeros(9, *kind.noise_shape()), with_stages=False)
+    gaussians = torch.distributions.Normal(output.mean.double(), (output.log_variance.double() / 2).exp())
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(5, *kind.noise_shape(), generator=generator, dtype=torch.float64)
-    gaussians = torch.distributions.Normal(output.mean, (output.log_variance / 2).exp())
     densities = gaussians.log_prob(latents[:, None]).flatten(2).sum(2)
     labels, signal = torch.tensor([3, 0, 3, 2, 3]), torch.full((5,), CLEAN_SIGNAL)
     ruled_out = (labels[:, None] != 3) & (labels[:, None] != images.labels)

@@ -82,7 +82,7 @@ def test_costs_are_those_of_the_networks_that_were_saved(kind, measured, trained
     count = [sum(p.numel() for p in net.parameters()) for net in (pipe.network, pipe.provenance)]
     assert [row["generator_parameters"], row["provenance_parameters"]] == count
     head = sum(p.numel() for p in pipe.provenance.index_head.parameters())
-    assert row["index_head_parameters"] == head < count[1]
+    assert row["index_head_parameters"] == head
     assert row["training_megabytes"] == pytest.approx(20 * sum(count) / 1e6)
     assert row["coverage"] == 1
     assert row["step_ms"] > 0
@@ -101,19 +101,23 @@ def test_index_metrics_are_the_mean_over_the_window_of_the_last_evaluation(measu
     assert row["kl_gap_labelled"] == last["kl_gap_labelled"]
 
 
-@pytest.mark.parametrize("kind", ["vae", "none"])
-def test_measuring_twice_gives_the_same_numbers_but_times(kind, measured, root_of, monkeypatch):
+def test_measuring_again_gives_the_same_numbers_but_times_and_changes_nothing(
+    measured, root_of, tmp_path, monkeypatch
+):
     monkeypatch.setattr(measurement, "SAMPLES", 12)
     monkeypatch.setattr(measurement, "TIMED_STEPS", 1)
+    root = shutil.copytree(root_of("vae"), tmp_path / "run")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     torch.manual_seed(5)
-    again, first = measure_run(RunFolder(root_of(kind))), measured(kind)
+    again, first = measure_run(RunFolder(root)), measured("vae")
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
     times = {"step_ms", "step_ms_alone"}
     assert {name: again[name] for name in again if name not in times} == {
         name: first[name] for name in first if name not in times
     }
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
+@pytest.mark.parametrize("kind", ["vae", "none"])
 def test_a_generator_alone_has_no_index_metrics(kind, run_recipe, tiny_overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(measurement, "SAMPLES", 12)
     root = tmp_path / "alone"
@@ -139,15 +143,6 @@ def test_a_run_without_held_out_images_leaves_out_what_needs_them(
     assert not (CLASS | PROBES | {"share_memorized_null", "confidence_realism"}) & set(row)
     assert "holdout_loss" not in row or row["holdout_loss"] is None
     assert math.isfinite(row["train_loss"])
-
-
-def test_measuring_changes_nothing_in_the_run(root_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(measurement, "SAMPLES", 12)
-    monkeypatch.setattr(measurement, "TIMED_STEPS", 1)
-    root = shutil.copytree(root_of("none"), tmp_path / "run")
-    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    measure_run(RunFolder(root))
-    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 def test_coverage_is_the_share_that_is_covered(run_recipe, tiny_overrides, tmp_path, monkeypatch):

@@ -80,8 +80,8 @@ def class_quality(
 
     Args:
         log_probs: Index log-probabilities of the network, (query, train).
-        closed_form: The closed-form posterior of the same queries, (query, train). Where its probabilities
-            underflow to zero their order is lost, and the rest of its five sources count as drawn at random.
+        closed_form: Closed-form logits of the same queries, (query, train); not probabilities, whose order is lost
+            where they underflow.
         train_labels: int64 (train,).
         query_labels: int64 (query,).
         class_logits: Of the class head, (query, class); None without one.
@@ -99,7 +99,8 @@ def class_quality(
     network = _measure(log_probs, log_probs.exp(), labels, train_labels, num_classes)
     if class_logits is not None:
         network["class_accuracy"] = _hits(class_logits[rows], _one_hot(labels, num_classes), 1)[0]
-    reference = _measure(closed_form[rows], closed_form[rows], labels, train_labels, num_classes)
+    exact = closed_form[rows]
+    reference = _measure(exact, exact.softmax(dim=1), labels, train_labels, num_classes)
     reference["class_accuracy"] = reference["exemplar_accuracy"]
     guess = _retrieval(torch.zeros_like(log_probs), labels[:, None] == train_labels)
     guess["exemplar_accuracy"] = guess["class_accuracy"] = (labels == labels.mode().values).double()

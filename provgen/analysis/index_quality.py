@@ -87,15 +87,20 @@ class IndexProbe:
         ]
 
     def beam_recall(self, network: NetworkPosterior, beam: int, k: int) -> Estimate:
-        """Share of the `k` best of the exhaustive answer that are also found in the best `beam` cells, null rows."""
-        shares = []
+        """Share of the `k` best of the exhaustive answer that are also found in the best `beam` cells, null rows.
+
+        Both answers are averaged over the trace window first, as traces are.
+        """
+        whole, searched = [], []
         for batch in self.batches:
-            observation, output = network.observe(dict(self.parts(batch))["null"])
-            found = network.index_logits(observation, beam).topk(k, dim=1).indices
-            wanted = output.index_logits.topk(k, dim=1).indices
-            shares.append((wanted[:, :, None] == found[:, None, :]).any(dim=2).double().mean(dim=1).cpu())
-        # One observation per query, whose levels are not independent.
-        return mean_estimate(torch.stack(shares).mean(dim=0), seed=0)
+            observation, _ = network.observe(dict(self.parts(batch))["null"])
+            if len(self.batches) == 1 or WINDOW[0] < float(observation.signal[0]) < WINDOW[1]:
+                whole.append(network.index_logits(observation).softmax(dim=1))
+                searched.append(network.index_logits(observation, beam).softmax(dim=1))
+        wanted, found = (torch.stack(probs).mean(dim=0).topk(k, dim=1).indices for probs in (whole, searched))
+        return mean_estimate(
+            (wanted[:, :, None] == found[:, None, :]).any(dim=2).double().mean(dim=1), seed=0
+        )
 
     def parts(self, batch: Batch) -> list[tuple[str, Batch]]:
         """Split a batch into `labelled` rows, told their class, and `null` rows, told nothing."""

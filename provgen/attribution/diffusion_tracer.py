@@ -77,14 +77,16 @@ class DiffusionTracer:
         level = self.scheduler.alphas_cumprod[timestep].to(clean)
         generator = seeded_generator(seed, 4, timestep)
         noise = randn_tensor(clean.shape[1:], generator=generator, device=clean.device, dtype=clean.dtype)
-        return level.sqrt() * clean + (1 - level).sqrt() * noise
+        noisy: Tensor = level.sqrt() * clean + (1 - level).sqrt() * noise
+        return noisy
 
     def _guided(self, noise: Tensor, images: Tensor, timestep: Tensor, request: Request) -> Tensor:
         if request.guidance_scale == 1:
             return noise
         null = torch.full_like(request.class_labels, self.unet.config.num_class_embeds - 1)
         unlabelled: Tensor = self.unet(images, timestep, class_labels=null).sample
-        return torch.lerp(unlabelled, noise, request.guidance_scale)
+        guided: Tensor = torch.lerp(unlabelled, noise, request.guidance_scale)
+        return guided
 
     def _initial_noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         config = self.unet.config

@@ -1,4 +1,4 @@
-"""The closed form of an autoencoder: which training image does a latent come from?"""
+"""The closed-form posterior of an autoencoder: which training image was this latent drawn from?"""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from provgen.attribution.posterior import MAX_CHUNK_BYTES, impossible
+from provgen.attribution import posterior
 from provgen.models.vae import ImageVae
 
-ENCODE_BATCH = 256
-"""Images encoded at a time."""
+ENCODED_AT_ONCE = 500
+"""Images."""
 
 
 class LatentPosterior:
-    """p(i | z) = q(z | x_i) / sum_j q(z | x_j), exactly, for a latent drawn from q(z | x_i) of a random i."""
+    """p(i | z, y) of an autoencoder's encoder, exactly.
+
+    With z drawn from q(z | x_i) = N(mean_i, variance_i), diagonal, and every example equally likely before,
+    p(i | z) = q(z | x_i) / sum_j q(z | x_j), over the examples of class y when a label is given and over all
+    examples for the null label. The mean of these over the examples is the aggregate posterior (Tomczak and
+    Welling 2018, arXiv 1705.07120, eq. 5).
+    """
 
     def __init__(
         self,
@@ -26,19 +32,20 @@ class LatentPosterior:
         null_label: int,
         covered: Tensor | None = None,
     ) -> None:
-        """Keep the Gaussians in the dtype that the posterior shall be computed in.
+        """Keep the encoded training set in the dtype that the posterior shall be computed in.
 
         Args:
-            means: (train, feature).
-            log_variances: (train, feature), in nats.
+            means: Floating (train, feature...), in units of the prior's standard deviation.
+            log_variances: Same shape, in nats.
             labels: int64 (train,).
             null_label: The label that stands for no label.
             covered: bool (train,), examples that may be the parent; None for all.
         """
-        precision = (-log_variances).exp()
-        # log N(z; m, v) = -z^2/2v + z m/v - (m^2/v + log v)/2 + const: two matrix products.
-        self.factors = torch.cat([-precision / 2, means * precision], dim=1)
-        self.offsets = -(means.square() * precision + log_variances).sum(dim=1) / 2
+        rows, log_variances = means.flatten(1), log_variances.flatten(1)
+        # -2 log q(z | x_i) = z^2 . precision_i - 2 z . pull_i + offset_i + constant: two matrix products.
+        self.precisions = (-log_variances).exp()
+        self.pulls = rows * self.precisions
+        self.offsets = (rows * self.pulls + log_variances).sum(1)
         self.labels = labels
         self.null_label = null_label
         self.covered = covered
@@ -56,34 +63,51 @@ class LatentPosterior:
         device: torch.device,
         covered: Tensor | None = None,
     ) -> LatentPosterior:
-        """Encode the training images, (train, channel, height, width) in [-1, 1]; other arguments as above."""
-        parts = [vae.encode(some.to(vae.device)).latent_dist for some in images.split(ENCODE_BATCH)]
-        means, log_variances = (
-            torch.cat([getattr(part, name).flatten(1) for part in parts]).to(device, dtype)
-            for name in ("mean", "logvar")
-        )
-        mask = None if covered is None else covered.to(device)
-        return cls(means, log_variances, labels.to(device), null_label=null_label, covered=mask)
+        """Encode the training set with the encoder as it stands.
 
-    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Oracle
+        Args:
+            vae: On any device; the images are moved to it in batches.
+            images: In [-1, 1], (train, channel, height, width).
+            labels: int64 (train,).
+            null_label: The label that stands for no label.
+            dtype: That the posterior shall be computed in.
+            device: Where it shall be computed.
+            covered: bool (train,), examples that may be the parent; None for all.
+        """
+        parts = [
+            vae.encode(some.to(vae.device, vae.dtype)).latent_dist for some in images.split(ENCODED_AT_ONCE)
+        ]
+        return cls(
+            torch.cat([part.mean for part in parts]).to(device, dtype),
+            torch.cat([part.logvar for part in parts]).to(device, dtype),
+            labels.to(device),
+            null_label=null_label,
+            covered=None if covered is None else covered.to(device),
+        )
+
+    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
         """Compute p(i | z, y).
 
         Args:
-            queries: Latents, (query, ...).
-            signal: Not used; there are no noise levels.
+            queries: Latents z, (query, feature...), any floating dtype.
+            signal: Ignored: a latent has one level of noise, its variance.
             class_labels: int64 (query,).
 
         Returns:
-            (query, train) in the dtype of the Gaussians; rows sum to 1, ruled-out examples get 0.
+            (query, train) in the dtype of the means; rows sum to 1, ruled-out examples get 0.
         """
-        latents = queries.flatten(1).to(self.factors)
-        logits = torch.cat([latents.square(), latents], dim=1) @ self.factors.T + self.offsets
-        ruled_out = impossible(class_labels, self.labels, self.null_label, self.covered)
-        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min).softmax(dim=1)
+        return self.logits(queries, signal, class_labels).softmax(dim=1)
+
+    def logits(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Oracle
+        """Give log p up to a constant of all examples; ruled-out examples get the lowest finite value."""
+        rows = queries.flatten(1).to(self.pulls)
+        logits = rows @ self.pulls.T - (rows.square() @ self.precisions.T + self.offsets) / 2
+        ruled_out = posterior.impossible(class_labels, self.labels, self.null_label, self.covered)
+        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
 
     def chunks(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
-        """Yield `probs` in slices of queries that stay under MAX_CHUNK_BYTES each."""
-        size = max(1, MAX_CHUNK_BYTES // (len(self.labels) * self.factors.element_size()))
+        """Yield `probs` in slices of queries that stay under `posterior.MAX_CHUNK_BYTES` each."""
+        size = max(1, posterior.MAX_CHUNK_BYTES // (len(self.pulls) * self.pulls.element_size()))
         parts = zip(queries.split(size), signal.split(size), class_labels.split(size), strict=True)
         for some, levels, labels in parts:
             yield self.probs(some, levels, labels)

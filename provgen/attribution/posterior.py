@@ -19,6 +19,10 @@ class Oracle(Protocol):
         """Compute p(i | query, y), (query, train), for what the generator produced at signal levels (query,)."""
         ...
 
+    def logits(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+        """Give log p up to a constant of each query, (query, train); it ranks where probabilities underflow."""
+        ...
+
     def chunks(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
         """Yield `probs` in slices of queries that bound memory."""
         ...
@@ -60,13 +64,17 @@ class ClosedFormPosterior:
         Returns:
             (query, train) in the dtype of the training images; rows sum to 1, ruled-out examples get 0.
         """
+        # Never exp(log_softmax): exp is ten times slower than softmax where nearly everything underflows.
+        return self.logits(queries, signal, class_labels).softmax(dim=1)
+
+    def logits(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+        """Give log p up to a constant of each query; ruled-out examples get the lowest finite value."""
         a = signal.to(self.rows)[:, None]
         # |x_t|^2 is the same for every example and drops out of the softmax.
         products = queries.flatten(1).to(self.rows) @ self.rows.T
         logits = (a.sqrt() * products - a * self.half_norms) / (1 - a)
         ruled_out = impossible(class_labels, self.labels, self.null_label, self.covered)
-        # Never exp(log_softmax): exp is ten times slower than softmax where nearly everything underflows.
-        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min).softmax(dim=1)
+        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
 
     def chunks(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
         """Yield `probs` in slices of queries that stay under MAX_CHUNK_BYTES each."""

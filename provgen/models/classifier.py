@@ -21,7 +21,7 @@ class ClassifierOutput(BaseOutput):
 
     stages: list[Tensor]
     """The image, then every stage, (batch, channel, height, width) each."""
-    class_logits: Tensor | None
+    class_logits: Tensor | None = None
     """(batch, class); None without a class head."""
 
 

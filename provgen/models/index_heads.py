@@ -6,56 +6,31 @@ Every head is called as `head(stages, signal, class_labels, class_logits)` and s
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-MAX_GRID = 8
-"""Stages wider than this are average-pooled to it, so that heads do not grow with the image."""
+from provgen.models import cells as cell_rules
+from provgen.models.prototypes import Prototypes, principal_coordinates, sharpen, starting_log_cap
+from provgen.models.slots import assign_slots, factorise, group_means
+from provgen.models.stage_embedding import silent_embedding
 
-CLEAR_CALL = 40.0
-"""Nats between an example and its nearest neighbour at which the learned cap of the inverse temperature starts:
-beyond it a sharper posterior says nothing more, and the cleanest images would dominate the loss."""
-
-NEIGHBOR_SAMPLE = 2000
-"""Training examples among which the typical nearest-neighbour distance is measured."""
-
-
-class StageEmbedding(nn.Module):
-    """One linear map of all encoder stages, each pooled to at most MAX_GRID x MAX_GRID."""
-
-    def __init__(self, stages: list[tuple[int, int]], width: int) -> None:
-        super().__init__()
-        features = sum(channels * min(size, MAX_GRID) ** 2 for channels, size in stages)
-        self.projection = nn.Linear(features, width)
-
-    def forward(self, stages: list[Tensor]) -> Tensor:
-        """Embed stages (batch, channel, height, width) into (batch, width)."""
-        pooled: Tensor = self.projection(torch.cat([_pool(stage).flatten(1) for stage in stages], dim=1))
-        return pooled
+ANCHORS = 8
+"""Anchors of the two-stage head, in square roots of the number of examples."""
 
 
 class ClassIndependentHead(nn.Module):
-    """One softmax over all training examples.
-
-    The Bayes posterior of the forward process has logits sqrt(a)/(1-a) (<x_t, x_i> - sqrt(a) |x_i|^2 / 2)
-    (`attribution/posterior.py`), from any origin. The head has the same form with a learned embedding
-    e(x_t, t, y) in place of x_t, a learned prototype for every x_i and a learned bias for |x_i|^2 / 2. The
-    inverse temperature is known from the noise level, up to a learned cap.
-    """
+    """One softmax over all training examples, each with a prototype."""
 
     reads_class_logits = False
 
     def __init__(self, shapes: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
+        """Build the head; `shapes` lists `(channels, height)` of the stages read."""
         super().__init__()
-        self.embedding = StageEmbedding(shapes, width)
-        for parameter in self.embedding.parameters():
-            nn.init.zeros_(parameter)
-        self.prototypes = nn.Parameter(torch.randn(num_examples, width) / math.sqrt(width))
-        self.bias = nn.Parameter(torch.zeros(num_examples))
-        self.log_cap = nn.Parameter(torch.tensor(math.log(CLEAR_CALL)))
+        self.embedding = silent_embedding(shapes, width)
+        self.prototypes = Prototypes(num_examples, width)
 
     def forward(
         self,
@@ -65,12 +40,9 @@ class ClassIndependentHead(nn.Module):
         class_logits: Tensor | None,  # noqa: ARG002
     ) -> Tensor:
         """Give index logits (batch, train) from stages and the signal level a_t in (0, 1], (batch,)."""
-        sharpness = _capped_inverse_temperature(signal, self.log_cap.exp())
-        # At least float32: a softmax over thousands of examples needs the digits, even of half-precision weights.
-        similarity = F.linear(self.embedding(stages), self.prototypes).to(signal.dtype)
-        return sharpness[:, None] * (similarity - signal.sqrt()[:, None] * self.bias)
+        logits: Tensor = self.prototypes(self.embedding(stages), signal)
+        return logits
 
-    @torch.no_grad()
     def start(self, images: Tensor, labels: Tensor) -> None:  # noqa: ARG002 - the call that all heads share
         """Start the prototypes at the principal coordinates of the training images.
 
@@ -79,21 +51,19 @@ class ClassIndependentHead(nn.Module):
 
         Args:
             images: (train, channel, height, width), in [-1, 1].
-            labels: int64 (train,); this head has no use for them.
+            labels: int64 (train,).
         """
-        rows = images.flatten(1).double().cpu().numpy()
-        width = min(self.prototypes.shape[1], *rows.shape)
-        coordinates = torch.from_numpy(PCA(width, random_state=0).fit_transform(rows))
-        self.prototypes.zero_()
-        self.prototypes[:, :width] = coordinates.to(self.prototypes)
-        self.bias.copy_(coordinates.square().sum(1) / 2)
-        distance = _typical_squared_distance(coordinates)
-        if distance > 0:  # else the images are all the same, and any cap will do
-            self.log_cap.copy_((2 * CLEAR_CALL / distance).log())
+        coordinates = principal_coordinates(images, self.prototypes.points.shape[1])
+        self.prototypes.start(coordinates, starting_log_cap(coordinates))
 
 
 class ClassConditionalHead(nn.Module):
-    """A class, then one of M slots shared by all classes."""
+    """A class, then one of M slots that all classes share: p(i) = p(y_i) p(slot_i | y_i) (arXiv 2510.03361).
+
+    The slots are points as in the class-independent head; every class has a map of its own from the embedding to
+    their space. So the head grows with the largest class and not with the training set, a scalar per example
+    apart. Examples without a class, if there are any, are one class more.
+    """
 
     reads_class_logits = True
 
@@ -105,13 +75,114 @@ class ClassConditionalHead(nn.Module):
         width: int,
         num_classes: int,
         num_slots: int,
+        has_unlabelled: bool = False,
     ) -> None:
+        """Build the head.
+
+        Args:
+            shapes: `(channels, height)` of the stages read.
+            num_examples: N.
+            width: Embedding channels.
+            num_classes: Classes without the null label.
+            num_slots: M, examples of the largest class, or of those without a class if they are more.
+            has_unlabelled: Whether some examples carry the null label, `num_classes`.
+        """
         super().__init__()
-        raise NotImplementedError
+        self.num_groups = num_classes + has_unlabelled
+        # At this rank the products keep 99 % of the variance of digits and 91 % of Fashion-MNIST's.
+        rank = min(num_slots, 2 * width)
+        self.embedding = silent_embedding(shapes, width)
+        self.unlabelled = nn.Linear(width, 1) if has_unlabelled else None
+        self.maps = nn.Parameter(torch.randn(self.num_groups, rank, width) / math.sqrt(width))
+        self.slots = nn.Parameter(torch.randn(num_slots, rank) / math.sqrt(rank))
+        self.bias = nn.Parameter(torch.zeros(num_examples))
+        self.log_cap = nn.Parameter(torch.zeros(()))
+        self.example_groups: Tensor
+        self.register_buffer("example_groups", torch.zeros(num_examples, dtype=torch.int64))
+        self.example_slots: Tensor
+        self.register_buffer("example_slots", torch.zeros(num_examples, dtype=torch.int64))
+        self.class_sizes: Tensor
+        self.register_buffer("class_sizes", torch.ones(num_classes))
+
+    def forward(
+        self,
+        stages: list[Tensor],
+        signal: Tensor,
+        class_labels: Tensor,  # noqa: ARG002 - the call that all heads share
+        class_logits: Tensor | None,
+    ) -> Tensor:
+        """Give index logits (batch, train), normalised if every class has examples.
+
+        Args:
+            stages: (batch, channel, height, width) each.
+            signal: a_t in (0, 1], (batch,).
+            class_labels: int64 (batch,).
+            class_logits: (batch, class); None for the shares of the classes in the training set.
+        """
+        embedding = self.embedding(stages)
+        views = torch.einsum("bw,crw->bcr", embedding, self.maps)
+        similarity = F.linear(views, self.slots).to(signal.dtype).flatten(1)[:, self._places()]
+        logits = sharpen(similarity, self.bias, signal, self.log_cap)
+        within = cell_rules.log_softmax_within(logits, self.example_groups, self.num_groups)
+        return within + self._log_groups(embedding, class_logits, signal.dtype)[:, self.example_groups]
+
+    @torch.no_grad()
+    def start(self, images: Tensor, labels: Tensor) -> None:
+        """Give the examples their slots, and start at the nearest products to their principal coordinates.
+
+        Matching the classes' examples takes the gap to the closed form on digits from 0.54 to 0.47 nats at rank
+        64 (rank 128: 0.28 to 0.26), after 800 steps.
+
+        Args:
+            images: (train, channel, height, width), in [-1, 1].
+            labels: int64 (train,).
+        """
+        labels = labels.cpu()
+        num_slots, rank = self.slots.shape
+        coordinates = principal_coordinates(images, self.maps.shape[2])
+        # From the mean of the class: within a class, what its examples have in common cancels.
+        centres = group_means(coordinates, labels, self.num_groups)[labels]
+        slots = assign_slots(coordinates - centres, labels, num_slots)
+        self.example_groups.copy_(labels)
+        self.example_slots.copy_(slots)
+        place = labels * num_slots + slots
+        started, maps = factorise(coordinates - centres, place, (self.num_groups, num_slots), rank)
+        self.slots.copy_(started)
+        self.maps.copy_(maps)
+        near = (started @ maps).flatten(0, 1)[place]
+        self.bias.copy_(near.square().sum(1) / 2 + (near * centres).sum(1))
+        self.log_cap.copy_(starting_log_cap(coordinates))
+        self._start_classes(labels)
+
+    def _start_classes(self, labels: Tensor) -> None:
+        sizes = labels.bincount(minlength=self.num_groups).double()
+        self.class_sizes.copy_(sizes[: len(self.class_sizes)])
+        if self.unlabelled is not None:
+            nn.init.zeros_(self.unlabelled.weight)
+            self.unlabelled.bias.fill_(float(torch.logit(sizes[-1] / sizes.sum(), eps=1e-6)))
+
+    def _places(self) -> Tensor:
+        return self.example_groups * len(self.slots) + self.example_slots
+
+    def _log_groups(self, embedding: Tensor, class_logits: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Log probabilities of the classes, and of having none last: (batch, group)."""
+        if class_logits is None:
+            class_logits = self.class_sizes.clamp_min(0.5).log().expand(len(embedding), -1)
+        classes = class_logits.to(dtype).log_softmax(dim=1)
+        if self.unlabelled is None:
+            return classes
+        # A class head is never shown what no class looks like, so its logits cannot say.
+        odds = self.unlabelled(embedding).to(dtype)
+        return torch.cat([classes + F.logsigmoid(-odds), F.logsigmoid(odds)], dim=1)
 
 
 class TwoStageHead(nn.Module):
-    """A cell of alike examples, then one of its examples."""
+    """A cell of alike examples, then one of its examples: p(i) = p(cell_i) p(i | cell_i).
+
+    Within a cell this is the class-independent head. The probability of a cell is the sum of the closed form
+    over its members; here the sum runs over a few anchors with weights, which is what makes a search of the best
+    cells alone cheaper than all examples.
+    """
 
     reads_class_logits = False
 
@@ -122,25 +193,102 @@ class TwoStageHead(nn.Module):
         num_examples: int,
         width: int,
         num_cells: int,
-        cells: str = "kmeans",
+        num_classes: int,
+        cells: Literal["kmeans", "classes"] = "kmeans",
     ) -> None:
+        """Build the head.
+
+        Args:
+            shapes: `(channels, height)` of the stages read.
+            num_examples: N.
+            width: Embedding channels.
+            num_cells: Cells; with `cells` = "classes" as many as there are different labels.
+            num_classes: Classes without the null label.
+            cells: What a cell is: a k-means cluster of principal coordinates, or a class.
+        """
         super().__init__()
-        raise NotImplementedError
+        self.cells = cells
+        anchors = math.ceil(ANCHORS * math.sqrt(num_examples) / num_cells)
+        self.embedding = silent_embedding(shapes, width)
+        self.prototypes = Prototypes(num_examples, width)
+        self.anchors = Prototypes(num_cells * anchors, width)
+        self.anchor_weights = nn.Parameter(torch.zeros(num_cells * anchors))
+        self.example_cells: Tensor
+        self.register_buffer("example_cells", torch.arange(num_examples) % num_cells)
+        self.log_class_shares: Tensor
+        self.register_buffer("log_class_shares", torch.zeros(num_classes + 1, num_cells))
 
+    def forward(
+        self,
+        stages: list[Tensor],
+        signal: Tensor,
+        class_labels: Tensor,
+        class_logits: Tensor | None,  # noqa: ARG002 - the call that all heads share
+        beam: int | None = None,
+    ) -> Tensor:
+        """Give index logits (batch, train), normalised if every cell has examples.
 
-def _capped_inverse_temperature(signal: Tensor, cap: Tensor) -> Tensor:
-    """Give sqrt(a)/(1-a), of the forward process, softly capped; the cap itself at a = 1."""
-    root = signal.sqrt()
-    return root * cap / (root + (1 - signal) * cap)
+        Args:
+            stages: (batch, channel, height, width) each.
+            signal: a_t in (0, 1], (batch,).
+            class_labels: int64 (batch,); only a search reads them.
+            class_logits: Not used.
+            beam: Score only the examples of this many cells of each row, the most probable ones that hold
+                examples of the row's class; others get the lowest finite value. None scores all.
+        """
+        embedding = self.embedding(stages)
+        log_cells = self.log_cells(embedding, signal)
+        if beam is not None:
+            return self._search(embedding, signal, log_cells, self._best(log_cells, class_labels, beam))
+        logits = self.prototypes(embedding, signal)
+        within = cell_rules.log_softmax_within(logits, self.example_cells, log_cells.shape[1])
+        return within + log_cells[:, self.example_cells]
 
+    def log_cells(self, embedding: Tensor, signal: Tensor) -> Tensor:
+        """Give log probabilities of the cells, (batch, cell), from an embedding (batch, width)."""
+        anchors: Tensor = self.anchors(embedding, signal) + self.anchor_weights
+        num_cells = self.log_class_shares.shape[1]
+        log_cells: Tensor = anchors.unflatten(1, (num_cells, -1)).logsumexp(dim=2).log_softmax(dim=1)
+        return log_cells
 
-def _typical_squared_distance(rows: Tensor) -> Tensor:
-    """Median squared distance to the nearest other row, among evenly spaced rows of (train, feature)."""
-    some = rows[:: -(-len(rows) // NEIGHBOR_SAMPLE)]
-    nearest = torch.cdist(some, some).fill_diagonal_(math.inf).min(dim=1).values
-    # Exact duplicates must not make the cap infinite.
-    return nearest.square().median().clamp_min(1e-6 * some.square().sum(1).mean())
+    @torch.no_grad()
+    def start(self, images: Tensor, labels: Tensor) -> None:
+        """Choose the cells, and start prototypes and anchors at principal coordinates of the training images.
 
+        Args:
+            images: (train, channel, height, width), in [-1, 1].
+            labels: int64 (train,).
+        """
+        labels = labels.cpu()
+        classes, num_cells = self.log_class_shares.shape
+        coordinates = principal_coordinates(images, self.prototypes.points.shape[1])
+        if self.cells == "kmeans":
+            cells = cell_rules.kmeans_cells(coordinates, num_cells)
+        else:
+            cells = cell_rules.class_cells(labels)
+        self.example_cells.copy_(cells)
+        self.log_class_shares.copy_(cell_rules.log_class_shares(cells, labels, num_cells, classes - 1))
+        log_cap = starting_log_cap(coordinates)
+        self.prototypes.start(coordinates, log_cap)
+        per_cell = len(self.anchor_weights) // num_cells
+        anchors, weights = cell_rules.place_anchors(coordinates, cells, num_cells, per_cell)
+        # An anchor stands for examples around it, which is noise on top of the noise.
+        self.anchors.start(anchors, log_cap - 1)
+        self.anchor_weights.copy_(weights)
 
-def _pool(stage: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(stage, MAX_GRID) if stage.shape[-1] > MAX_GRID else stage
+    def _best(self, log_cells: Tensor, class_labels: Tensor, beam: int) -> Tensor:
+        """Choose cells for every row: bool (batch, cell)."""
+        scores = log_cells + self.log_class_shares.to(log_cells)[class_labels]
+        best = scores.topk(min(beam, scores.shape[1]), dim=1)
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        return chosen.scatter(1, best.indices, best.values > -math.inf)
+
+    def _search(self, embedding: Tensor, signal: Tensor, log_cells: Tensor, chosen: Tensor) -> Tensor:
+        lowest = torch.finfo(signal.dtype).min
+        logits = signal.new_full((len(signal), len(self.example_cells)), lowest)
+        for cell in chosen.any(dim=0).nonzero().flatten():
+            rows = chosen[:, cell].nonzero().flatten()
+            members = (self.example_cells == cell).nonzero().flatten()
+            within = self.prototypes(embedding[rows], signal[rows], members).log_softmax(dim=1)
+            logits[rows[:, None], members] = within + log_cells[rows, cell][:, None]
+        return logits

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from provgen.models import index_heads
 from provgen.models.own_stages import OwnStages
+from provgen.models.stage_embedding import StageEmbedding
 
 
 @dataclass
@@ -75,7 +76,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         self.class_head: nn.Module | None = None
         if has_class_head:
             self.class_head = nn.Sequential(
-                index_heads.StageEmbedding(shapes[-1:], width), nn.SiLU(), nn.Linear(width, num_classes)
+                StageEmbedding(shapes[-1:], width), nn.SiLU(), nn.Linear(width, num_classes)
             )
         self.example_labels: Tensor
         self.register_buffer("example_labels", torch.full((num_examples,), num_classes))

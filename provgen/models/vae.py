@@ -1,58 +1,66 @@
-"""The autoencoder: diffusers' AutoencoderKL in small sizes, with one global latent vector per image."""
+"""The autoencoder: small variational autoencoders by size name, with the encoder stages of what they decode."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
-from diffusers import AutoencoderKL, ModelMixin  # noqa: F401 - looked up here: see models/provenance.py
-from diffusers.utils import BaseOutput
+# ModelMixin must stand in this module's own namespace: see models/provenance.py.
+from diffusers import AutoencoderKL, ModelMixin  # noqa: F401
 from torch import Tensor, nn
 
 from provgen.models.diffusion import DENOISER_SIZES, encoder_shapes
 
-LATENT_CHANNELS = 16
-"""Numbers in a latent. A latent per position reconstructs better, but its prior knows nothing of how positions
-belong together, and samples are then no images."""
+LATENT_CHANNELS = {"tiny": 8, "small": 16, "medium": 32, "large": 64}
+"""Length of a latent, by size. More than the divergence leaves in use: the others return to the prior."""
 
 
-@dataclass
-class VaeOutput(BaseOutput):
-    """One forward pass: encode, sample, decode, and encode what was decoded."""
+class VaeOutput(NamedTuple):
+    """Everything that one training step needs to know.
+
+    A tuple, because Accelerate rebuilds outputs under mixed precision, and can do so to a diffusers output only
+    if all fields but the first may be missing.
+    """
 
     mean: Tensor
-    """Of the latent's Gaussian, (batch, latent, 1, 1)."""
+    """Of q(z | image), (batch, latent channel, 1, 1)."""
     log_variance: Tensor
-    """In nats, same shape."""
+    """Of q(z | image), in nats, same shape, clamped to [-30, 20]."""
     latents: Tensor
-    """Sampled, same shape."""
+    """Drawn from q(z | image), same shape."""
     reconstruction: Tensor
-    """(batch, channel, height, width)."""
+    """Decoded from `latents`, (batch, channel, height, width), not clamped."""
     stages: list[Tensor]
-    """The reconstruction, then the encoder's stages on it, (batch, channel, height, width) each; empty if not
-    asked for."""
+    """The reconstruction, detached, and the encoder's stages on it; empty where none were wanted."""
 
 
 class ImageVae(AutoencoderKL):
-    """AutoencoderKL whose latent is a vector: the quantisation layers reach over the whole grid."""
+    """An AutoencoderKL whose latent is one vector for the whole image.
 
-    @wraps(AutoencoderKL.__init__)  # the same arguments, as the saved configuration is read by them
+    The stock latent is a grid of independent normal variables, one for each patch, and nothing makes the patches of
+    a sample from the prior fit together. Here the two 1x1 convolutions around the latent span the whole grid.
+    Arguments and config are AutoencoderKL's; its weights are not interchangeable.
+    """
+
+    # diffusers reads the names of the arguments off this signature when it loads a model.
+    @functools.wraps(AutoencoderKL.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        latent, blocks = self.config.latent_channels, len(self.config.block_out_channels)
-        grid = self.config.sample_size // 2 ** (blocks - 1)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, grid)
-        self.post_quant_conv = nn.ConvTranspose2d(latent, latent, grid)
+        channels = self.config.latent_channels
+        grid = self.config.sample_size // 2 ** (len(self.config.block_out_channels) - 1)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, grid)
+        self.post_quant_conv = nn.ConvTranspose2d(channels, channels, grid)
 
-    def forward(self, images: Tensor, noise: Tensor, *, with_stages: bool = True) -> VaeOutput:
-        """Do all that a training step needs in one call, as distributed training wants it.
+    def forward(self, images: Tensor, noise: Tensor, with_stages: bool = True) -> VaeOutput:
+        """Encode, draw a latent, decode, and encode what was decoded.
+
+        The stages see the reconstruction without its history: what is learned on them trains the encoder and never
+        teaches the decoder to hide a message in the image.
 
         Args:
             images: In [-1, 1], (batch, channel, height, width).
-            noise: Standard normal, (batch, latent, 1, 1).
-            with_stages: Whether the reconstruction is encoded again. It is detached first: a loss on the stages
-                trains the encoder, and cannot teach the decoder to hide marks in the images.
+            noise: Standard normal, (batch, *latent_shape(vae)).
+            with_stages: Whether to encode the reconstruction too.
         """
         latent = self.encode(images).latent_dist
         latents = latent.mean + latent.std * noise
@@ -66,22 +74,25 @@ class ImageVae(AutoencoderKL):
         )
 
     def stages_of(self, images: Tensor) -> list[Tensor]:
-        """Give images (batch, channel, height, width) and the encoder's stages on them, as `vae_stage_shapes` lists."""
-        encoder = self.encoder
-        stages = [images, encoder.conv_in(images)]
-        sample = stages[-1]
-        for block in encoder.down_blocks:
+        """Give the images and the encoder's stages on them, in the order of `vae_stage_shapes`.
+
+        Args:
+            images: (batch, channel, height, width), generated or from outside.
+        """
+        hidden = self.encoder.conv_in(images)
+        stages = [images, hidden]
+        for block in self.encoder.down_blocks:
+            # The last residual layer is the stage, as in a denoiser, and not what is left of it after halving.
             for layer in block.resnets:
-                sample = layer(sample, temb=None)
-            stages.append(sample)
-            for layer in block.downsamplers or []:
-                sample = layer(sample)
-        stages.append(encoder.mid_block(sample))
-        return stages
+                hidden = layer(hidden, None)
+            stages.append(hidden)
+            for halve in block.downsamplers or ():
+                hidden = halve(hidden)
+        return [*stages, self.encoder.mid_block(hidden)]
 
 
 def make_vae(size: str, *, image_size: int, image_channels: int) -> ImageVae:
-    """Make an autoencoder with the channels of the denoiser of that size.
+    """Make an autoencoder with the channels of the denoiser of the same size; convolutions only, like it.
 
     Raises:
         InputError: `image_size` cannot be halved once per down block.
@@ -89,20 +100,28 @@ def make_vae(size: str, *, image_size: int, image_channels: int) -> ImageVae:
     encoder_shapes(size, image_size, image_channels)  # refuses an impossible image size
     shape = DENOISER_SIZES[size]
     blocks = len(shape.channels)
-    return ImageVae(
+    vae: ImageVae = ImageVae(
+        sample_size=image_size,
         in_channels=image_channels,
         out_channels=image_channels,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
         block_out_channels=shape.channels,
         layers_per_block=shape.layers,
         norm_num_groups=shape.groups,
-        latent_channels=LATENT_CHANNELS,
-        sample_size=image_size,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=LATENT_CHANNELS[size],
         mid_block_add_attention=False,
     )
+    return vae
+
+
+def vae_stage_shapes(vae: ImageVae) -> list[tuple[int, int]]:
+    """List `(channels, height)` of the image and of every encoder stage: those of the denoiser of the same size."""
+    channels, size = vae.config.block_out_channels, vae.config.sample_size
+    down = [(width, size // 2**depth) for depth, width in enumerate(channels)]
+    return [(vae.config.in_channels, size), (channels[0], size), *down, down[-1]]
 
 
 def latent_shape(vae: ImageVae) -> tuple[int, int, int]:
-    """Give the shape of one latent."""
+    """Give `(channel, height, width)` of one latent."""
     return (vae.config.latent_channels, 1, 1)

@@ -218,8 +218,9 @@ def _plot_rows(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         _label(axes, "\n".join([METRICS[metric].unit, *written]), "", METRICS[metric].title)
-    seed = Line2D([], [], color=BLUE, marker="o", markersize=3, alpha=0.35, linestyle="")
-    _legend(figure, _interval_handle(rows) | {"a seed": seed} | legend)
+    seed = {"one seed": Line2D([], [], color=BLUE, marker="o", markersize=3, alpha=0.35, linestyle="")}
+    interval = _interval_handle(rows)
+    _legend(figure, (interval | seed if interval else {}) | legend)
     return figure
 
 

@@ -106,8 +106,8 @@ def test_draws_are_spread_over_the_whole_schedule(observer, images):
 def of_kind(tiny_settings, images):
     """Make the observer and a random network of a kind, and the shape of its noise."""
 
-    def call(name):
-        kind = make_kind(tiny_settings(f"generator.kind={name}"), images)
+    def call(name, *overrides):
+        kind = make_kind(tiny_settings(f"generator.kind={name}", *overrides), images)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = kind.make_network().eval()
@@ -116,22 +116,30 @@ def of_kind(tiny_settings, images):
     return call
 
 
-def test_the_loss_of_an_autoencoder_is_the_mean_over_its_latents(of_kind, images):
+def test_an_autoencoder_of_constants_costs_its_squared_error_and_its_divergence(of_kind, images):
+    observer, network, shape = of_kind("vae", "generator.kl_weight=0.5")
+    for layer in (network.decoder.conv_out, network.quant_conv):
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(network.decoder.conv_out.bias, 0.25)
+    mean, log_variance = network.quant_conv.bias.data.chunk(2)
+    mean.fill_(0.6)
+    log_variance.fill_(-1.2)
+    errors = (images.images.double() / 127.5 - 1 - 0.25).square().flatten(1).mean(dim=1)
+    divergence = math.prod(shape) * (0.6**2 + math.exp(-1.2) - 1 + 1.2) / 2 / 64
+    losses = measure(observer, network, images, noise_shape=shape)
+    torch.testing.assert_close(losses.double(), errors + 0.5 * divergence, rtol=1e-5, atol=1e-6)
+
+
+def test_an_autoencoder_is_measured_on_latents_of_its_own_for_every_image_and_draw(of_kind, images):
     observer, network, shape = of_kind("vae")
-    one, four = (
-        measure(observer, network, images, noise_shape=shape, draws=draws).double() for draws in (1, 4)
-    )
-    first_of_four = measure(observer, network, images, noise_shape=shape, draws=1, seed=0).double()
-    assert torch.equal(one, first_of_four)
-    assert not torch.equal(one, four)
-    with torch.no_grad():
-        pixels = images.images.float() / 127.5 - 1
-        mean = network(pixels, torch.zeros(50, *shape), with_stages=False).mean
-        far = network.decode(mean).sample
-    # No latent reconstructs better than the best image there is: squared errors of random weights are about those
-    # of the mean latent.
-    errors = (far - pixels).square().flatten(1).mean(1)
-    assert float(four.mean()) == pytest.approx(float(errors.mean()), rel=0.5)
+    seen = []
+    network.register_forward_pre_hook(lambda _module, given: seen.append(given[1]))
+    measure(observer, network, images, noise_shape=shape, draws=3)
+    noise = torch.stack(seen)
+    assert noise.shape == (3, 50, *shape)
+    assert len({tuple(row.tolist()) for row in noise.reshape(150, -1)}) == 150
+    assert float(noise.std()) == pytest.approx(1, abs=0.1)
 
 
 def test_the_loss_of_a_classifier_is_its_cross_entropy_without_any_noise(of_kind, images):

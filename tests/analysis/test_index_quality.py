@@ -232,3 +232,29 @@ def test_a_generator_without_noise_levels_has_the_gap_of_its_one_level(rows):
     zero = dict.fromkeys(numbers, 0.0) | dict.fromkeys(("kl_gap", "top1", "top5"), Estimate(0.0, 0.0, 0.0, 2))
     quality = IndexQuality(signal=CLEAN_SIGNAL, rows=rows, query_gaps=torch.tensor([1.0, 4.0]), **zero)
     assert mean_kl_gap([quality], rows).value == 2.5
+
+
+@pytest.mark.parametrize("beam", [1, 6])
+def test_the_recall_of_a_beam_is_the_share_of_the_exhaustive_answer_that_it_names(
+    beam, images, make_probe, tiny_posterior
+):
+    network = tiny_posterior(images, head={"kind": "TwoStageHead", "num_cells": 6, "num_classes": 3})
+    probe, shares = make_probe(images), []
+    for batch in probe.batches:
+        observation, output = network.observe(dict(probe.parts(batch))["null"])
+        searched = network.index_logits(observation, beam)
+        for whole, some in zip(output.index_logits, searched, strict=True):
+            best = sorted(range(30), key=lambda i, row=whole: -float(row[i]))[:10]
+            named = [i for i in range(30) if some[i] > torch.finfo(some.dtype).min]
+            named = sorted(named, key=lambda i, row=some: -float(row[i]))[:10]
+            shares.append(len(set(best) & set(named)) / 10)
+    recall = probe.beam_recall(network, beam, 10)
+    assert recall.value == pytest.approx(sum(shares) / len(shares))
+    assert (recall.value == 1) == (beam == 6)
+    assert recall.n == 20
+
+
+def test_a_set_smaller_than_the_answer_has_a_recall(random_images, make_probe, tiny_posterior):
+    images = random_images(6)
+    network = tiny_posterior(images, head={"kind": "TwoStageHead", "num_cells": 2, "num_classes": 3})
+    assert make_probe(images).beam_recall(network, 2, 10).value == 1

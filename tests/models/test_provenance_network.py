@@ -11,7 +11,7 @@ LOWEST = torch.finfo(torch.float32).min
 HEADS = {
     "class_independent": {"kind": "ClassIndependentHead"},
     "class_conditional": {"kind": "ClassConditionalHead", "num_classes": 3, "num_slots": 4},
-    "two_stage": {"kind": "TwoStageHead", "num_cells": 3},
+    "two_stage": {"kind": "TwoStageHead", "num_cells": 3, "num_classes": 3},
 }
 
 
@@ -72,7 +72,7 @@ def test_permuting_the_examples_permutes_the_columns(plain, queries, generator):
     order = torch.randperm(11, generator=generator)
     permuted = ProvenanceNetwork(**dict(provenance.config))
     state = provenance.state_dict()
-    for name in ("index_head.prototypes", "index_head.bias", "example_labels"):
+    for name in ("index_head.prototypes.points", "index_head.prototypes.bias", "example_labels"):
         state[name] = state[name][order]
     permuted.load_state_dict(state)
     before, after = outputs(provenance, queries), outputs(permuted, queries)
@@ -152,7 +152,7 @@ def test_only_the_shared_stages_are_read(shared_stages, images, tiny_networks, q
 @pytest.mark.parametrize("shared_stages", [0, 2, 4])
 def test_the_last_stage_is_what_the_heads_read(shared_stages, images, tiny_networks, queries):
     _, network = tiny_networks(images, shared_stages=shared_stages)
-    stages, signal, labels = queries
+    stages, signal, _ = queries
     with torch.no_grad():
         last = network.last_stage(stages, signal)
         expected = network.class_head([last])

@@ -320,8 +320,6 @@ def test_impossible_requests_keep_the_samples_there_are(
         "training.learning_rate=1e-4",
         "training.seed=1",
         "provenance.gradient=stop",
-        "provenance.coverage=0.5",
-        "provenance.index_head=two_stage",
         "generator.size=small",
         "generator.kind=vae",
     ],

@@ -1,0 +1,92 @@
+"""Logits of the closed form's shape, with learned points in place of the training images."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+CLEAR_CALL = 40.0
+"""Nats between an example and its nearest neighbour at which the learned cap of the inverse temperature starts:
+beyond it a sharper posterior says nothing more, and the cleanest images would dominate the loss."""
+
+NEIGHBOR_SAMPLE = 2000
+"""Training examples among which the typical nearest-neighbour distance is measured."""
+
+
+class Prototypes(nn.Module):
+    """A learned point and a learned bias for each of `count` outcomes.
+
+    The Bayes posterior of the forward process has logits sqrt(a)/(1-a) (<x_t, x_i> - sqrt(a) |x_i|^2 / 2)
+    (`attribution/posterior.py`), from any origin. These have the same form with an embedding of x_t in place of
+    it, a point in place of x_i and a bias in place of |x_i|^2 / 2. The inverse temperature is known from the
+    noise level, up to a learned cap.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(count, width) / math.sqrt(width))
+        self.bias = nn.Parameter(torch.zeros(count))
+        self.log_cap = nn.Parameter(torch.tensor(math.log(CLEAR_CALL)))
+
+    def forward(self, embedding: Tensor, signal: Tensor, members: Tensor | None = None) -> Tensor:
+        """Give logits (batch, outcome).
+
+        Args:
+            embedding: (batch, width).
+            signal: a_t in (0, 1], (batch,), at least float32: a softmax over thousands of outcomes needs the
+                digits, even of half-precision weights.
+            members: int64 (member,), the outcomes wanted; None for all.
+        """
+        points: Tensor = self.points if members is None else self.points[members]
+        bias: Tensor = self.bias if members is None else self.bias[members]
+        similarity = F.linear(embedding, points).to(signal.dtype)
+        return sharpen(similarity, bias, signal, self.log_cap)
+
+    @torch.no_grad()
+    def start(self, points: Tensor, log_cap: Tensor) -> None:
+        """Start at points (outcome, width), with the closed form's biases."""
+        self.points.copy_(points)
+        self.bias.copy_(points.square().sum(1) / 2)
+        self.log_cap.copy_(log_cap)
+
+
+def sharpen(similarity: Tensor, bias: Tensor, signal: Tensor, log_cap: Tensor) -> Tensor:
+    """Give the closed form's logits T (similarity - sqrt(a) bias), (batch, outcome).
+
+    T is the forward process's inverse temperature sqrt(a)/(1-a), softly capped; at a = 1 it is the cap itself.
+    """
+    root, cap = signal.sqrt(), log_cap.exp()
+    inverse_temperature = root * cap / (root + (1 - signal) * cap)
+    return inverse_temperature[:, None] * (similarity - root[:, None] * bias)
+
+
+def principal_coordinates(images: Tensor, width: int) -> Tensor:
+    """Give the `width` largest principal coordinates of images (train, channel, height, width).
+
+    Returns:
+        float64 (train, width) on the CPU; columns beyond the rank of the images are zero.
+    """
+    rows = images.flatten(1).double().cpu().numpy()
+    kept = min(width, *rows.shape)
+    coordinates = torch.from_numpy(PCA(kept, random_state=0).fit_transform(rows))
+    return F.pad(coordinates, (0, width - kept))
+
+
+def starting_log_cap(coordinates: Tensor) -> Tensor:
+    """Give the logarithm of the cap at which typical nearest neighbours of (train, width) are CLEAR_CALL apart."""
+    distance = _typical_squared_distance(coordinates)
+    if distance == 0:  # the images are all the same, and any cap will do
+        return torch.tensor(math.log(CLEAR_CALL))
+    return (2 * CLEAR_CALL / distance).log()
+
+
+def _typical_squared_distance(rows: Tensor) -> Tensor:
+    """Median squared distance to the nearest other row, among evenly spaced rows of (train, feature)."""
+    some = rows[:: -(-len(rows) // NEIGHBOR_SAMPLE)]
+    nearest = torch.cdist(some, some).fill_diagonal_(math.inf).min(dim=1).values
+    # Exact duplicates must not make the cap infinite.
+    return nearest.square().median().clamp_min(1e-6 * some.square().sum(1).mean())

@@ -1,0 +1,21 @@
+"""One linear map of all stages, large ones pooled."""
+
+import torch
+
+from provgen.models.stage_embedding import StageEmbedding, silent_embedding
+
+
+def test_stages_add_up_and_large_ones_are_pooled(generator):
+    shapes = [(2, 16), (3, 8), (4, 4)]
+    embedding = StageEmbedding(shapes, width=5).double()
+    stages = [torch.randn(7, c, s, s, generator=generator, dtype=torch.float64) for c, s in shapes]
+    pooled = stages[0].reshape(7, 2, 8, 2, 8, 2).mean(dim=(3, 5))
+    weights = embedding.projection.weight.split([2 * 64, 3 * 64, 4 * 16], dim=1)
+    parts = zip([pooled, *stages[1:]], weights, strict=True)
+    expected = sum(stage.flatten(1) @ weight.T for stage, weight in parts) + embedding.projection.bias
+    torch.testing.assert_close(embedding(stages), expected)
+
+
+def test_a_silent_embedding_says_nothing(generator):
+    said = silent_embedding([(2, 8)], width=3)([torch.randn(4, 2, 8, 8, generator=generator)])
+    assert torch.equal(said, torch.zeros(4, 3))
