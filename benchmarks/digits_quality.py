@@ -12,12 +12,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from provgen.analysis.denoising import denoising_losses
 from scipy import stats
 from torch import Tensor
 
-from provgen import build, cli, runs
-from provgen.data.images import to_unit_range
+from provgen import build, cli, evaluation, runs
+from provgen.analysis.generator_loss import generator_losses
+from provgen.kinds import make_kind
 from provgen.run_folder import RunFolder
 from provgen.settings_file import load_settings
 from provgen.training.checkpoint import list_checkpoints, resume_latest
@@ -58,9 +58,11 @@ def holdout_losses(run: RunFolder) -> Tensor:
     data = runs.open_data(settings, run)
     trainer = build.make_trainer(settings, data, accelerator)
     resume_latest(trainer, run.checkpoints, data.manifest.fingerprint)
-    denoiser = build.averaged_networks(trainer)["denoiser"]
-    images, labels = to_unit_range(data.holdout.images), data.holdout.labels
-    return denoising_losses(denoiser, trainer.noise_scheduler, images, labels, draws=DRAWS, seed=0)
+    denoiser = evaluation.averaged_networks(trainer)["denoiser"]
+    kind = make_kind(settings, data.train)
+    return generator_losses(
+        trainer.observer, denoiser, data.holdout, noise_shape=kind.noise_shape(), draws=DRAWS, seed=0
+    )
 
 
 def report_index(run: RunFolder, seed: int) -> None:

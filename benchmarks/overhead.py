@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
-from provgen import build, cli, runs
+from provgen import build, cli, evaluation, runs
 from provgen.run_folder import RunFolder
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
@@ -63,7 +63,7 @@ def sampling_turns(settings: Settings, images: int) -> tuple[Callable[[], float]
     """Make two functions that sample with and without traces and give seconds."""
     accelerator = build.make_accelerator(settings)
     data = runs.open_data(settings, RunFolder(Path("does-not-exist")))
-    pipeline = build.make_pipeline(build.make_trainer(settings, data, accelerator), data.manifest)
+    pipeline = evaluation.make_pipeline(build.make_trainer(settings, data, accelerator), settings, data)
     pipeline.set_progress_bar_config(disable=True)
     labels = [number % max(1, data.train.num_classes) for number in range(images)]
 

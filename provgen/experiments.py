@@ -14,7 +14,6 @@ from typing import Any
 
 from provgen.errors import InputError
 from provgen.experiment_file import Description, read_description
-from provgen.report.findings import Claim
 from provgen.report.variant_report import text_of
 from provgen.run_folder import RunFolder, atomic_path
 from provgen.settings import Settings
@@ -51,20 +50,12 @@ class Experiment:
     """Of its file and of its folder."""
     config: Path
     """The shipped settings that all variants start from."""
+    common: tuple[str, ...]
+    """What every variant has on top of those, as `key=value`."""
     description: Description
     """What its file says."""
     variants: tuple[Variant, ...]
     """In the order of the table."""
-
-    @property
-    def varied(self) -> tuple[str, ...]:
-        """Dotted keys in which the variants differ."""
-        return tuple(self.variants[0].values)
-
-    @property
-    def claims(self) -> tuple[Claim, ...]:
-        """What the paper found."""
-        return self.description.claims
 
     def runs(self) -> list[VariantRun]:
         """List every seed of every variant."""
@@ -146,7 +137,7 @@ def load_experiment(
     varied = tuple(dict.fromkeys(key for _, values in chosen for key in values))
     _refuse_varied(path, varied, description, overrides)
     _require_varied(path, varied, description)
-    common = [*_pairs(description.settings), *overrides]
+    common = (*_pairs(description.settings), *overrides)
     base = _load(path, config, common)
     variants = []
     for name, own in chosen:
@@ -158,7 +149,9 @@ def load_experiment(
     _require_distinct(path, variants)
     if not quick:
         _require_matches(path, variants, description)
-    return Experiment(name=path.stem, config=config, description=description, variants=tuple(variants))
+    return Experiment(
+        name=path.stem, config=config, common=common, description=description, variants=tuple(variants)
+    )
 
 
 def read_measured(folder: Path, settings: Settings) -> Values | None:
@@ -296,7 +289,7 @@ def _flat(settings: Settings) -> Values:
 
 def _kept_settings(settings: Settings) -> Values:
     """Give the settings that a measurement depends on: not where files are."""
-    return _flat(replace(settings, data=replace(settings.data, path=None), output_dir=""))
+    return {key: value for key, value in _flat(settings).items() if key != "data.path"}
 
 
 def _finite(value: Any) -> Any:

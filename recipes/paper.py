@@ -162,9 +162,9 @@ def write_tables(experiment: Experiment, root: Path) -> None:
     while len(newer := measured_rows(experiment, root)) > len(rows):
         rows = newer
         findings = [finding for claim in said.claims for finding in judge(rows, claim, planned)]
-        facts = (
-            f"{len(rows)} of {total} runs measured, {said.seeds} seed(s) a variant, settings `{said.config}`"
-        )
+        seeds = "seed 0" if said.seeds == 1 else f"seeds 0 to {said.seeds - 1}"
+        settings = ", ".join([said.config, *(pair for pair in experiment.common if "data.path" not in pair)])
+        facts = f"{len(rows)} of {total} runs measured, {seeds}; settings: {settings}"
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tables-") as name:
             new = Path(name)
             write_parquet(new / "table.parquet", rows)
@@ -174,7 +174,8 @@ def write_tables(experiment: Experiment, root: Path) -> None:
             (new / "findings.md").write_text(page, encoding="utf-8")
             for path in new.iterdir():
                 path.replace(folder / path.name)
-    print(f"{experiment.name}: {len(rows)} of {total} runs measured; tables in {folder}")
+    where = f"; tables in {folder}" if rows else ""
+    print(f"{experiment.name}: {len(rows)} of {total} runs measured{where}")
 
 
 def write_overview(root: Path) -> None:

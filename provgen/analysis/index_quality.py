@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from provgen.analysis.beam_recall import beam_recall
 from provgen.analysis.statistics import Estimate, mean_estimate
 from provgen.attribution.network import NetworkPosterior
 from provgen.attribution.posterior import Oracle
@@ -91,16 +92,17 @@ class IndexProbe:
 
         Both answers are averaged over the trace window first, as traces are.
         """
-        whole, searched = [], []
+        answers: dict[int | None, list[Tensor]] = {None: [], beam: []}
         for batch in self.batches:
             observation, _ = network.observe(dict(self.parts(batch))["null"])
             if len(self.batches) == 1 or WINDOW[0] < float(observation.signal[0]) < WINDOW[1]:
-                whole.append(network.index_logits(observation).softmax(dim=1))
-                searched.append(network.index_logits(observation, beam).softmax(dim=1))
-        wanted, found = (torch.stack(probs).mean(dim=0).topk(k, dim=1).indices for probs in (whole, searched))
-        return mean_estimate(
-            (wanted[:, :, None] == found[:, None, :]).any(dim=2).double().mean(dim=1), seed=0
+                for cells, probs in answers.items():
+                    probs.append(network.index_logits(observation, cells).softmax(dim=1))
+        lowest = torch.finfo(answers[None][0].dtype).min
+        whole, searched = (
+            torch.stack(answers[cells]).mean(dim=0).log().clamp_min(lowest) for cells in (None, beam)
         )
+        return beam_recall(searched, whole, k)
 
     def parts(self, batch: Batch) -> list[tuple[str, Batch]]:
         """Split a batch into `labelled` rows, told their class, and `null` rows, told nothing."""

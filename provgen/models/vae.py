@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from provgen.models.diffusion import DENOISER_SIZES, encoder_shapes
 
-LATENT_CHANNELS = {"tiny": 8, "small": 16, "medium": 32, "large": 64}
-"""Length of a latent, by size. More than the divergence leaves in use: the others return to the prior."""
+LATENT_CHANNELS = 16
+"""Length of a latent. More than the divergence leaves in use: the others return to the prior."""
 
 
 class VaeOutput(NamedTuple):
@@ -51,7 +51,7 @@ class ImageVae(AutoencoderKL):
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, grid)
         self.post_quant_conv = nn.ConvTranspose2d(channels, channels, grid)
 
-    def forward(self, images: Tensor, noise: Tensor, with_stages: bool = True) -> VaeOutput:
+    def forward(self, images: Tensor, noise: Tensor, *, with_stages: bool = True) -> VaeOutput:
         """Encode, draw a latent, decode, and encode what was decoded.
 
         The stages see the reconstruction without its history: what is learned on them trains the encoder and never
@@ -109,7 +109,7 @@ def make_vae(size: str, *, image_size: int, image_channels: int) -> ImageVae:
         norm_num_groups=shape.groups,
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
-        latent_channels=LATENT_CHANNELS[size],
+        latent_channels=LATENT_CHANNELS,
         mid_block_add_attention=False,
     )
     return vae

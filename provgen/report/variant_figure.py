@@ -35,7 +35,7 @@ _LOOKS = (
 )  # fmt: skip
 _PANELS_PER_ROW = 3
 # A bound farther off than this many spans of the lines is written, not drawn.
-_FAR = 1.5
+_FAR = 2.5
 # Share of the axis by which lines are moved apart.
 _SHIFT = 0.012
 _GREY = "#999999"

@@ -18,7 +18,7 @@ TRAIN, QUERIES = 9, 8
 def encoded(generator):
     """Means, log-variances and labels of nine overlapping Gaussians in six dimensions, of widely different widths."""
     means = torch.randn(TRAIN, 6, 1, 1, generator=generator, dtype=torch.float64)
-    log_variances = torch.randn(means.shape, generator=generator, dtype=torch.float64) - 0.5
+    log_variances = torch.randn(means.shape, generator=generator, dtype=torch.float64)
     return means, log_variances, torch.arange(TRAIN) % 3
 
 
