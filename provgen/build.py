@@ -30,19 +30,20 @@ from provgen.training.trainer import CoTrainer, ProvenanceObjective
 
 T = TypeVar("T")
 
-HEADS: dict[str, Callable[[ProvenanceSettings, Tensor, int], dict[str, Any]]] = {
-    "class_independent": lambda _chosen, _labels, _num_classes: {"kind": "ClassIndependentHead"},
-    "class_conditional": lambda _chosen, labels, num_classes: {
+HEADS: dict[str, Callable[[Settings, Tensor, int], dict[str, Any]]] = {
+    "class_independent": lambda _settings, _labels, _num_classes: {"kind": "ClassIndependentHead"},
+    "class_conditional": lambda settings, labels, num_classes: {
         "kind": "ClassConditionalHead",
         "num_classes": num_classes,
         "num_slots": int(labels.bincount().max()),
         "has_unlabelled": bool((labels == num_classes).any()),
+        "has_class_branch": settings.generator.kind != "none",  # that generator is the class branch
     },
-    "two_stage": lambda chosen, labels, num_classes: {
+    "two_stage": lambda settings, labels, num_classes: {
         "kind": "TwoStageHead",
         "num_classes": num_classes,
-        "cells": chosen.cells,
-        "num_cells": _num_cells(chosen, labels),
+        "cells": settings.provenance.cells,
+        "num_cells": _num_cells(settings.provenance, labels),
     },
 }
 """`provenance.index_head` to the arguments of a class in `models/index_heads.py`, given the labels of the covered
@@ -146,10 +147,11 @@ def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
             f"{settings.generator.size}, got {shared}"
         )
     covered = data.covered.nonzero().flatten()
-    head = _head_arguments(chosen, train.labels[covered], train.num_classes)
-    # A classifier has a class head itself; no other generator learns the class of what it is not told.
-    learns_classes = chosen.class_loss_weight > 0 or chosen.index_head == "class_conditional"
-    has_class_head = learns_classes and settings.generator.kind != "none" and kind.label_dropout > 0
+    head = _head_arguments(settings, train.labels[covered], train.num_classes)
+    # A classifier has a class head itself; others learn the class of what they are told nothing of.
+    has_class_head = (
+        chosen.class_loss_weight > 0 and settings.generator.kind != "none" and kind.label_dropout > 0
+    )
     network: ProvenanceNetwork = _seeded(
         settings.training.seed + 1,
         lambda: ProvenanceNetwork(
@@ -169,7 +171,8 @@ def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
     return network
 
 
-def _head_arguments(chosen: ProvenanceSettings, labels: Tensor, num_classes: int) -> dict[str, Any]:
+def _head_arguments(settings: Settings, labels: Tensor, num_classes: int) -> dict[str, Any]:
+    chosen = settings.provenance
     if chosen.index_head not in HEADS:
         known = ", ".join(HEADS)
         raise InputError(f"provenance.index_head must be {known} or none, got {chosen.index_head}")
@@ -181,7 +184,7 @@ def _head_arguments(chosen: ProvenanceSettings, labels: Tensor, num_classes: int
             f"provenance.index_head={chosen.index_head} with these cells needs class labels, and the images have "
             "none; use class_independent, or two_stage with provenance.cells=kmeans"
         )
-    return HEADS[chosen.index_head](chosen, labels, num_classes)
+    return HEADS[chosen.index_head](settings, labels, num_classes)
 
 
 def _num_cells(chosen: ProvenanceSettings, labels: Tensor) -> int:

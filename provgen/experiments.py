@@ -60,7 +60,8 @@ class Experiment:
     def runs(self) -> list[VariantRun]:
         """List every seed of every variant."""
         seeds = range(self.description.seeds)
-        return [VariantRun(experiment=self, variant=v, seed=seed) for v in self.variants for seed in seeds]
+        # All variants with the first seed come first: a table of half the runs is then a table of all variants.
+        return [VariantRun(experiment=self, variant=v, seed=seed) for seed in seeds for v in self.variants]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.models.classifier import ImageClassifier
 from provgen.models.diffusion import encoder_shapes, make_denoiser, make_training_scheduler
-from provgen.models.vae import ImageVae, latent_shape, make_vae
+from provgen.models.vae import LATENT_CHANNELS, ImageVae, make_vae
 from provgen.settings import Settings
 from provgen.training.observers import ClassifierObserver, DiffusionObserver, Observer, VaeObserver
 
@@ -118,12 +118,11 @@ class VaeKind(Kind):
 
     def make_observer(self, device: torch.device) -> Observer:  # noqa: ARG002 - Kind
         """Make the forward pass on clean images."""
-        shows_stages = self.settings.provenance.index_head != "none"
-        return VaeObserver(self.settings.generator.kl_weight, shows_stages=shows_stages)
+        return VaeObserver(self.settings.generator.kl_weight)
 
     def noise_shape(self) -> tuple[int, ...]:
         """Give the shape of a latent."""
-        return latent_shape(self.make_network())
+        return (LATENT_CHANNELS, 1, 1)
 
     def closed_form(
         self,

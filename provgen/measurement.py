@@ -62,7 +62,10 @@ def measure_run(folder: RunFolder) -> Row:
     network = networks[trainer.observer.name]
     row: Row = {"coverage": float(data.covered.double().mean())}
     row |= _costs(trainer) | _step_times(settings, data)
-    for name, images in (("train_loss", data.train), ("holdout_loss", data.holdout)):
+    sets = {"train_loss": data.train, "holdout_loss": data.holdout}
+    for name, images in sets.items():
+        if not len(images):
+            continue
         row[name] = float(evaluation.losses(network, settings, images).mean())
     if "provenance" in networks:
         row |= _index_metrics(read_metrics(folder.metrics))

@@ -14,18 +14,19 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from provgen.attribution.classifier_tracer import ClassifierTracer
+from provgen.attribution.classifier_tracer import ClassifierTracer, no_generator
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.posterior import Oracle
 from provgen.attribution.scores import Attribution, check_top_k
 from provgen.attribution.tracer import Request, Tracer
 from provgen.attribution.vae_tracer import VaeTracer
-from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
+from provgen.data.images import to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
 from provgen.models.classifier import ImageClassifier
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.vae import ImageVae
+from provgen.pipeline_inputs import read_labels, read_pixels
 
 MANIFEST_NAME = "manifest.parquet"
 
@@ -80,6 +81,15 @@ class ProvenancePipeline(DiffusionPipeline):
     def is_told_classes(self) -> bool:
         """Whether this generator can be asked for a class."""
         return self.unet is not None
+
+    def require_generator(self, count: int) -> None:
+        """Refuse to generate `count` images with what is no generator.
+
+        Raises:
+            InputError: This pipeline holds a classifier.
+        """
+        if self.classifier is not None:
+            raise no_generator(count)
 
     @property
     def tracer(self) -> Tracer:
@@ -169,10 +179,12 @@ class ProvenancePipeline(DiffusionPipeline):
             raise InputError(f"output_type must be pil or pt, got {output_type!r}")
         if not isfinite(guidance_scale):
             raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if isinstance(class_labels, int):
+            raise InputError(f"class_labels must be a list with one class per image, got {class_labels}")
         count = batch_size if class_labels is None else len(class_labels)
         if count < 1:
             raise InputError(f"the number of images must be at least 1, got {count}")
-        labels = self._labels(class_labels, count)
+        labels = read_labels(class_labels, count, self.null_label).to(self._execution_device)
         if isinstance(generator, list) and len(generator) != count:
             raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
         made = self.tracer.generate(
@@ -227,22 +239,18 @@ class ProvenancePipeline(DiffusionPipeline):
             InputError: No images, an impossible label or `top_k`, or images of another size.
         """
         self._check_traceable(top_k)
-        pixels = self._pixels(images)
-        labels = self._labels(class_labels, len(pixels))
-        tracer = self.tracer
+        pixels = read_pixels(images, channels=self.manifest.channels, size=self.manifest.image_size)
         clean = to_unit_range(pixels, self.network.dtype).to(self._execution_device)
-        traces = [
-            tracer.trace(
+        labels = read_labels(class_labels, len(pixels), self.null_label).to(clean.device)
+
+        def traced(some: Tensor, given: Tensor) -> Attribution:
+            trace = self.tracer.trace(
                 some, given, closed_form=closed_form, num_inference_steps=num_inference_steps, seed=seed
             )
-            for some, given in zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
-        ]
-        return Attribution.concatenate(
-            [
-                trace.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable)
-                for trace in traces
-            ]
-        )
+            return trace.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable)
+
+        parts = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
+        return Attribution.concatenate([traced(some, given) for some, given in parts])
 
     def _check_traceable(self, top_k: int) -> None:
         if self.provenance is None:
@@ -250,39 +258,6 @@ class ProvenancePipeline(DiffusionPipeline):
                 "this pipeline has no provenance network to trace with; give top_k=None, or train with one"
             )
         check_top_k(top_k, self.provenance.config.num_covered)
-
-    def _labels(self, class_labels: Sequence[int | None] | Tensor | None, count: int) -> Tensor:
-        if class_labels is None:
-            return torch.full((count,), self.null_label, device=self._execution_device)
-        given = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
-        if len(given) != count:
-            raise InputError(
-                f"give one class label per image, None for no class: {count} images, {len(given)} labels"
-            )
-        labels = [self.null_label if label is None else label for label in given]
-        allowed = range(self.null_label + 1)
-        if bad := [label for label in labels if not isinstance(label, int) or label not in allowed]:
-            classes = (
-                f"0 to {self.null_label - 1}, or None for no class"
-                if self.null_label
-                else "None, there are no classes"
-            )
-            raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
-        return torch.tensor(labels, device=self._execution_device)
-
-    def _pixels(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
-        if len(images) == 0:
-            raise InputError("no images to attribute; give at least one")
-        channels, size = self.manifest.channels, self.manifest.image_size
-        if isinstance(images, Tensor):
-            wanted = (channels, size, size)
-            if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted:
-                raise InputError(
-                    f"images must be uint8 of shape (query, {', '.join(map(str, wanted))}), "
-                    f"got {images.dtype} of shape {tuple(images.shape)}"
-                )
-            return images
-        return torch.stack([from_pil(image, image_size=size, channels=channels) for image in images])
 
 
 def _finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:

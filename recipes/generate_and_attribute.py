@@ -39,6 +39,7 @@ def main(
     accelerator = build.make_accelerator()
     trained = runs.open_trained_run(run, accelerator.device)
     pipeline, train, folder = trained.pipeline, trained.data.train, trained.folder
+    pipeline.require_generator(num_images)
     # None: a bar on a terminal, nothing in a log file.
     is_silent = None if accelerator.is_main_process else True
     pipeline.set_progress_bar_config(disable=is_silent, leave=False, desc="sampling")

@@ -123,9 +123,7 @@ def test_images_without_classes_have_no_class_head(tiny_settings, random_images)
     assert network_of(kind).class_head is None
 
 
-def test_an_autoencoder_shows_its_stages_to_a_provenance_network_alone(kind_of):
-    assert kind_of("vae").make_observer(CPU).shows_stages
-    assert not kind_of("vae", "provenance.index_head=none").make_observer(CPU).shows_stages
+def test_an_autoencoder_weighs_its_divergence_as_it_is_told(kind_of):
     assert kind_of("vae", "generator.kl_weight=0.2").make_observer(CPU).kl_weight == 0.2
 
 

@@ -38,17 +38,23 @@ MAY_BE_NONE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Twelve samples, and two steps timed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "SAMPLES", 12)
+        patch.setattr(measurement, "TIMED_STEPS", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def measured(root_of):
-    """Measure a tiny run of a kind once, with twelve samples."""
+    """Measure a tiny run of a kind once."""
     rows = {}
 
     def call(kind):
         if kind not in rows:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(measurement, "SAMPLES", 12)
-                patch.setattr(measurement, "TIMED_STEPS", 2)
-                rows[kind] = measure_run(RunFolder(root_of(kind)))
+            rows[kind] = measure_run(RunFolder(root_of(kind)))
         return rows[kind]
 
     return call
@@ -101,15 +107,11 @@ def test_index_metrics_are_the_mean_over_the_window_of_the_last_evaluation(measu
     assert row["kl_gap_labelled"] == last["kl_gap_labelled"]
 
 
-def test_measuring_again_gives_the_same_numbers_but_times_and_changes_nothing(
-    measured, root_of, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(measurement, "SAMPLES", 12)
-    monkeypatch.setattr(measurement, "TIMED_STEPS", 1)
-    root = shutil.copytree(root_of("vae"), tmp_path / "run")
+def test_measuring_again_gives_the_same_numbers_but_times_and_changes_nothing(measured, root_of, tmp_path):
+    root = shutil.copytree(root_of("none"), tmp_path / "run")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     torch.manual_seed(5)
-    again, first = measure_run(RunFolder(root)), measured("vae")
+    again, first = measure_run(RunFolder(root)), measured("none")
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
     times = {"step_ms", "step_ms_alone"}
     assert {name: again[name] for name in again if name not in times} == {
@@ -117,24 +119,18 @@ def test_measuring_again_gives_the_same_numbers_but_times_and_changes_nothing(
     }
 
 
-@pytest.mark.parametrize("kind", ["vae", "none"])
-def test_a_generator_alone_has_no_index_metrics(kind, run_recipe, tiny_overrides, tmp_path, monkeypatch):
-    monkeypatch.setattr(measurement, "SAMPLES", 12)
+def test_a_generator_alone_has_no_index_metrics(run_recipe, tiny_overrides, tmp_path):
     root = tmp_path / "alone"
-    chosen = (f"generator.kind={kind}", "provenance.index_head=none", "training.max_steps=2")
+    chosen = ("generator.kind=vae", "provenance.index_head=none", "training.max_steps=2")
     assert run_recipe("train", *tiny_overrides, *chosen, f"output_dir={root}") == 0
     row = measure_run(RunFolder(root))
     assert row["provenance_parameters"] == row["index_head_parameters"] == 0
     assert not (INDEX | {"confidence_realism", "linear_probe_own_accuracy"}) & set(row)
-    wanted = {"holdout_loss", "linear_probe_accuracy"} | (set() if kind == "none" else {"share_memorized"})
-    assert wanted <= set(row)
+    assert {"holdout_loss", "linear_probe_accuracy", "share_memorized"} <= set(row)
     assert all(math.isfinite(value) for value in row.values() if value is not None)
 
 
-def test_a_run_without_held_out_images_leaves_out_what_needs_them(
-    run_recipe, tiny_overrides, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(measurement, "SAMPLES", 12)
+def test_a_run_without_held_out_images_leaves_out_what_needs_them(run_recipe, tiny_overrides, tmp_path):
     root = tmp_path / "all"
     chosen = ("data.holdout_fraction=0", "generator.kind=vae", "training.max_steps=2", f"output_dir={root}")
     assert run_recipe("train", *tiny_overrides, *chosen) == 0
@@ -145,8 +141,7 @@ def test_a_run_without_held_out_images_leaves_out_what_needs_them(
     assert math.isfinite(row["train_loss"])
 
 
-def test_coverage_is_the_share_that_is_covered(run_recipe, tiny_overrides, tmp_path, monkeypatch):
-    monkeypatch.setattr(measurement, "TIMED_STEPS", 1)
+def test_coverage_is_the_share_that_is_covered(run_recipe, tiny_overrides, tmp_path):
     root = tmp_path / "some"
     chosen = ("generator.kind=none", "provenance.coverage=0.3", "training.max_steps=2", f"output_dir={root}")
     assert run_recipe("train", *tiny_overrides, *chosen) == 0

@@ -59,5 +59,5 @@ def generator_losses(
         )
         for rows in torch.arange(len(images)).split(BATCH):
             part = batch.select(rows).to(network.device)
-            total[rows] += observer.observe(network, part).loss.cpu()
+            total[rows] += observer.observe(network, part, shows_stages=False).loss.cpu()
     return total / draws

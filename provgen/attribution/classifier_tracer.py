@@ -21,10 +21,7 @@ class ClassifierTracer:
 
     def generate(self, request: Request) -> Generated:
         """Refuse: there is no generator."""
-        raise InputError(
-            f"cannot generate {len(request.class_labels)} images: this run has generator.kind=none; "
-            "trace images with `provgen attribute`, or train with generator.kind=diffusion"
-        )
+        raise no_generator(len(request.class_labels))
 
     def trace(
         self,
@@ -45,3 +42,11 @@ class ClassifierTracer:
             probs = network_probs(self.provenance, output.stages, signal, class_labels, output.class_logits)
             trace.add(probs, CLEAN_SIGNAL)
         return trace
+
+
+def no_generator(count: int) -> InputError:
+    """Say why `count` images cannot be generated."""
+    return InputError(
+        f"cannot generate {count} images: this run has generator.kind=none; "
+        "trace images with `provgen attribute`, or train with generator.kind=diffusion"
+    )

@@ -22,10 +22,10 @@ def log_softmax_within(logits: Tensor, groups: Tensor, num_groups: int) -> Tenso
     largest = logits.new_full((len(logits), num_groups), lowest).scatter_reduce(
         1, index, logits.detach(), "amax"
     )
-    shifted = logits - largest[:, groups]
+    shifted = logits - largest.index_select(1, groups)
     totals = logits.new_zeros(len(logits), num_groups).scatter_add(1, index, shifted.exp())
     # An empty group has no example that would read its total.
-    return shifted - totals.clamp_min(torch.finfo(logits.dtype).tiny).log()[:, groups]
+    return shifted - totals.clamp_min(torch.finfo(logits.dtype).tiny).log().index_select(1, groups)
 
 
 def kmeans_cells(coordinates: Tensor, num_cells: int) -> Tensor:

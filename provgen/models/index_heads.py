@@ -13,23 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from provgen.models import cells as cell_rules
+from provgen.models.anchors import AnchorMixture
 from provgen.models.prototypes import Prototypes, principal_coordinates, sharpen, starting_log_cap
 from provgen.models.slots import assign_slots, factorise, group_means
 from provgen.models.stage_embedding import silent_embedding
 
 RANK = 3
 """Rank of slots times class maps in the class-conditional head, in halves of the width. On digits at width 64 the
-gap to the closed form is 0.35, 0.21 and 0.14 nats for ranks 64, 96 and 128 after 2,000 steps, and above 112 the head
+gap to the closed form is 0.35, 0.21 and 0.14 nats for ranks 64, 96 and 128 after 2,000 steps, and above 120 the head
 is larger than the class-independent one (0.03 nats)."""
 
-ANCHORS = 8
-"""Anchors of the two-stage head, in square roots of the number of examples."""
+CELL_ANCHORS, CLASS_ANCHORS = 8, 4
+"""Anchors of cells and of classes, in square roots of the number of examples."""
 
 
 class ClassIndependentHead(nn.Module):
     """One softmax over all training examples, each with a prototype."""
-
-    reads_class_logits = False
 
     def __init__(self, shapes: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
         """Build the head; `shapes` lists `(channels, height)` of the stages read."""
@@ -70,8 +69,6 @@ class ClassConditionalHead(nn.Module):
     apart. Examples without a class, if there are any, are one class more.
     """
 
-    reads_class_logits = True
-
     def __init__(
         self,
         shapes: list[tuple[int, int]],
@@ -81,6 +78,7 @@ class ClassConditionalHead(nn.Module):
         num_classes: int,
         num_slots: int,
         has_unlabelled: bool = False,
+        has_class_branch: bool = False,
     ) -> None:
         """Build the head.
 
@@ -91,12 +89,20 @@ class ClassConditionalHead(nn.Module):
             num_classes: Classes without the null label.
             num_slots: M, examples of the largest class, or of those without a class if they are more.
             has_unlabelled: Whether some examples carry the null label, `num_classes`.
+            has_class_branch: Whether the head predicts the class itself; if not, it is called with `class_logits`.
         """
         super().__init__()
         self.num_groups = num_classes + has_unlabelled
         rank = min(num_slots, RANK * width // 2)
         self.embedding = silent_embedding(shapes, width)
-        self.unlabelled = nn.Linear(width, 1) if has_unlabelled else None
+        self.class_branch: AnchorMixture | None = None
+        self.unlabelled: nn.Linear | None = None
+        if has_class_branch:
+            self.class_branch = AnchorMixture(
+                self.num_groups, num_examples=num_examples, width=width, share=CLASS_ANCHORS
+            )
+        elif has_unlabelled:
+            self.unlabelled = nn.Linear(width, 1)
         self.maps = nn.Parameter(torch.randn(self.num_groups, rank, width) / math.sqrt(width))
         self.slots = nn.Parameter(torch.randn(num_slots, rank) / math.sqrt(rank))
         self.bias = nn.Parameter(torch.zeros(num_examples))
@@ -105,8 +111,6 @@ class ClassConditionalHead(nn.Module):
         self.register_buffer("example_groups", torch.zeros(num_examples, dtype=torch.int64))
         self.example_slots: Tensor
         self.register_buffer("example_slots", torch.zeros(num_examples, dtype=torch.int64))
-        self.class_sizes: Tensor
-        self.register_buffer("class_sizes", torch.ones(num_classes))
 
     def forward(
         self,
@@ -121,14 +125,15 @@ class ClassConditionalHead(nn.Module):
             stages: (batch, channel, height, width) each.
             signal: a_t in (0, 1], (batch,).
             class_labels: int64 (batch,).
-            class_logits: (batch, class); None for the shares of the classes in the training set.
+            class_logits: (batch, class); not read by a head that predicts the class itself.
         """
         embedding = self.embedding(stages)
         views = torch.einsum("bw,crw->bcr", embedding, self.maps)
-        similarity = F.linear(views, self.slots).to(signal.dtype).flatten(1)[:, self._places()]
+        similarity = F.linear(views, self.slots).to(signal.dtype).flatten(1).index_select(1, self._places())
         logits = sharpen(similarity, self.bias, signal, self.log_cap)
         within = cell_rules.log_softmax_within(logits, self.example_groups, self.num_groups)
-        return within + self._log_groups(embedding, class_logits, signal.dtype)[:, self.example_groups]
+        groups = self._log_groups(embedding, signal, class_logits)
+        return within + groups.index_select(1, self.example_groups)
 
     @torch.no_grad()
     def start(self, images: Tensor, labels: Tensor) -> None:
@@ -156,39 +161,36 @@ class ClassConditionalHead(nn.Module):
         near = (started @ maps).flatten(0, 1)[place]
         self.bias.copy_(near.square().sum(1) / 2 + (near * centres).sum(1))
         self.log_cap.copy_(starting_log_cap(coordinates))
-        self._start_classes(labels)
-
-    def _start_classes(self, labels: Tensor) -> None:
-        sizes = labels.bincount(minlength=self.num_groups).double()
-        self.class_sizes.copy_(sizes[: len(self.class_sizes)])
+        if self.class_branch is not None:
+            self.class_branch.start(coordinates, labels, starting_log_cap(coordinates))
         if self.unlabelled is not None:
             nn.init.zeros_(self.unlabelled.weight)
-            self.unlabelled.bias.fill_(float(torch.logit(sizes[-1] / sizes.sum(), eps=1e-6)))
+            share = (labels == self.num_groups - 1).double().mean()
+            self.unlabelled.bias.fill_(float(torch.logit(share, eps=1e-6)))
 
     def _places(self) -> Tensor:
         return self.example_groups * len(self.slots) + self.example_slots
 
-    def _log_groups(self, embedding: Tensor, class_logits: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _log_groups(self, embedding: Tensor, signal: Tensor, class_logits: Tensor | None) -> Tensor:
         """Log probabilities of the classes, and of having none last: (batch, group)."""
-        if class_logits is None:
-            class_logits = self.class_sizes.clamp_min(0.5).log().expand(len(embedding), -1)
-        classes = class_logits.to(dtype).log_softmax(dim=1)
+        if self.class_branch is not None:
+            groups: Tensor = self.class_branch(embedding, signal)
+            return groups
+        assert class_logits is not None, "who has no class branch is told"
+        classes = class_logits.to(signal.dtype).log_softmax(dim=1)
         if self.unlabelled is None:
             return classes
         # A class head is never shown what no class looks like, so its logits cannot say.
-        odds = self.unlabelled(embedding).to(dtype)
+        odds = self.unlabelled(embedding).to(signal.dtype)
         return torch.cat([classes + F.logsigmoid(-odds), F.logsigmoid(odds)], dim=1)
 
 
 class TwoStageHead(nn.Module):
     """A cell of alike examples, then one of its examples: p(i) = p(cell_i) p(i | cell_i).
 
-    Within a cell this is the class-independent head. The probability of a cell is the sum of the closed form
-    over its members; here the sum runs over a few anchors with weights, which is what makes a search of the best
-    cells alone cheaper than all examples.
+    Within a cell this is the class-independent head; cells are told apart by anchors, so that a search of the best
+    cells alone is cheaper than all examples.
     """
-
-    reads_class_logits = False
 
     def __init__(
         self,
@@ -212,11 +214,9 @@ class TwoStageHead(nn.Module):
         """
         super().__init__()
         self.cells = cells
-        anchors = math.ceil(ANCHORS * math.sqrt(num_examples) / num_cells)
         self.embedding = silent_embedding(shapes, width)
         self.prototypes = Prototypes(num_examples, width)
-        self.anchors = Prototypes(num_cells * anchors, width)
-        self.anchor_weights = nn.Parameter(torch.zeros(num_cells * anchors))
+        self.log_cells = AnchorMixture(num_cells, num_examples=num_examples, width=width, share=CELL_ANCHORS)
         self.example_cells: Tensor
         self.register_buffer("example_cells", torch.arange(num_examples) % num_cells)
         self.log_class_shares: Tensor
@@ -241,19 +241,12 @@ class TwoStageHead(nn.Module):
                 examples of the row's class; others get the lowest finite value. None scores all.
         """
         embedding = self.embedding(stages)
-        log_cells = self.log_cells(embedding, signal)
+        log_cells: Tensor = self.log_cells(embedding, signal)
         if beam is not None:
             return self._search(embedding, signal, log_cells, self._best(log_cells, class_labels, beam))
         logits = self.prototypes(embedding, signal)
         within = cell_rules.log_softmax_within(logits, self.example_cells, log_cells.shape[1])
-        return within + log_cells[:, self.example_cells]
-
-    def log_cells(self, embedding: Tensor, signal: Tensor) -> Tensor:
-        """Give log probabilities of the cells, (batch, cell), from an embedding (batch, width)."""
-        anchors: Tensor = self.anchors(embedding, signal) + self.anchor_weights
-        num_cells = self.log_class_shares.shape[1]
-        log_cells: Tensor = anchors.unflatten(1, (num_cells, -1)).logsumexp(dim=2).log_softmax(dim=1)
-        return log_cells
+        return within + log_cells.index_select(1, self.example_cells)
 
     @torch.no_grad()
     def start(self, images: Tensor, labels: Tensor) -> None:
@@ -274,11 +267,7 @@ class TwoStageHead(nn.Module):
         self.log_class_shares.copy_(cell_rules.log_class_shares(cells, labels, num_cells, classes - 1))
         log_cap = starting_log_cap(coordinates)
         self.prototypes.start(coordinates, log_cap)
-        per_cell = len(self.anchor_weights) // num_cells
-        anchors, weights = cell_rules.place_anchors(coordinates, cells, num_cells, per_cell)
-        # An anchor stands for examples around it, which is noise on top of the noise.
-        self.anchors.start(anchors, log_cap - 1)
-        self.anchor_weights.copy_(weights)
+        self.log_cells.start(coordinates, cells, log_cap)
 
     def _best(self, log_cells: Tensor, class_labels: Tensor, beam: int) -> Tensor:
         """Choose cells for every row: bool (batch, cell)."""
@@ -290,9 +279,10 @@ class TwoStageHead(nn.Module):
     def _search(self, embedding: Tensor, signal: Tensor, log_cells: Tensor, chosen: Tensor) -> Tensor:
         lowest = torch.finfo(signal.dtype).min
         logits = signal.new_full((len(signal), len(self.example_cells)), lowest)
-        for cell in chosen.any(dim=0).nonzero().flatten():
-            rows = chosen[:, cell].nonzero().flatten()
-            members = (self.example_cells == cell).nonzero().flatten()
+        sizes = self.example_cells.bincount(minlength=chosen.shape[1]).tolist()
+        cells = self.example_cells.argsort(stable=True).split(sizes)
+        for cell in chosen.any(dim=0).nonzero().flatten().tolist():
+            rows, members = chosen[:, cell].nonzero().flatten(), cells[cell]
             within = self.prototypes(embedding[rows], signal[rows], members).log_softmax(dim=1)
             logits[rows[:, None], members] = within + log_cells[rows, cell][:, None]
         return logits

@@ -38,7 +38,8 @@ class OwnStages(nn.Module):
         pairs = list(pairwise(shapes))[shared:]
         has_level = reads_level and len(pairs) > (shared == 0)
         level_channels = LEVEL_CHANNELS if has_level else None
-        self.level_embedding = _level_embedding() if has_level else None
+        self.waves = Timesteps(LEVEL_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.level_embedding = TimestepEmbedding(LEVEL_CHANNELS, LEVEL_CHANNELS) if has_level else None
         self.blocks = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1)
             if number == shared == 0
@@ -56,16 +57,11 @@ class OwnStages(nn.Module):
                 after the shared ones are ignored.
             signal: a_t (batch,).
         """
-        level = None if self.level_embedding is None else self.level_embedding(1000 * signal)
         made = stages[: self.shared + 1]
+        level = None
+        if self.level_embedding is not None:
+            level = self.level_embedding(self.waves(1000 * signal).to(made[-1].dtype))
         for (_, height), block in zip(self.shapes[self.shared + 1 :], self.blocks, strict=True):
             before = made[-1] if made[-1].shape[-1] == height else F.adaptive_avg_pool2d(made[-1], height)
             made.append(block(before) if isinstance(block, nn.Conv2d) else block(before, level))
         return made[1:]
-
-
-def _level_embedding() -> nn.Module:
-    return nn.Sequential(
-        Timesteps(LEVEL_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0),
-        TimestepEmbedding(LEVEL_CHANNELS, LEVEL_CHANNELS),
-    )

@@ -41,8 +41,8 @@ class Prototypes(nn.Module):
                 digits, even of half-precision weights.
             members: int64 (member,), the outcomes wanted; None for all.
         """
-        points: Tensor = self.points if members is None else self.points[members]
-        bias: Tensor = self.bias if members is None else self.bias[members]
+        points: Tensor = self.points if members is None else self.points.index_select(0, members)
+        bias: Tensor = self.bias if members is None else self.bias.index_select(0, members)
         similarity = F.linear(embedding, points).to(signal.dtype)
         return sharpen(similarity, bias, signal, self.log_cap)
 

@@ -127,8 +127,6 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         """Give the index logits (batch, train) alone, as traces need them; arguments as in `forward`."""
         with torch.autocast(signal.device.type, enabled=False):
             read = self._read(stages, signal)
-            if self.class_head is not None and self.index_head.reads_class_logits:
-                class_logits = self.class_head(read[-1:])
             return self._index_logits(read, signal, class_labels, class_logits, beam)
 
     def last_stage(self, stages: list[Tensor], signal: Tensor) -> Tensor:

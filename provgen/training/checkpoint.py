@@ -107,6 +107,9 @@ def _optimizer_tensors(trainer: CoTrainer) -> dict[str, Tensor]:
 
 def _load_optimizer(trainer: CoTrainer, tensors: dict[str, Tensor]) -> None:
     for name, parameter in _named_parameters(trainer).items():
-        trainer.optimizer.state[parameter] = {
-            kind: tensors[f"{name}/{kind}"].to(parameter.device) for kind in ("step", "exp_avg", "exp_avg_sq")
-        }
+        # A parameter that no loss reaches has no state: the encoder of a classifier that shares nothing, say.
+        if f"{name}/step" in tensors:
+            trainer.optimizer.state[parameter] = {
+                kind: tensors[f"{name}/{kind}"].to(parameter.device)
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+            }

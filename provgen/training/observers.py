@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,8 +45,8 @@ class Observer(Protocol):
     component: str
     """Of its network in a pipeline."""
 
-    def observe(self, network: nn.Module, batch: Batch) -> Observation:
-        """Run `network`, wrapped by Accelerate or not, on a batch."""
+    def observe(self, network: nn.Module, batch: Batch, *, shows_stages: bool = True) -> Observation:
+        """Run `network`, wrapped by Accelerate or not, on a batch; stages that nobody reads need not be shown."""
         ...
 
 
@@ -59,10 +60,13 @@ class DiffusionObserver:
         self.noise_scheduler = noise_scheduler
         self.signal_levels = noise_scheduler.alphas_cumprod.to(device)
 
-    def observe(self, network: nn.Module, batch: Batch) -> Observation:
+    def observe(self, network: nn.Module, batch: Batch, *, shows_stages: bool = True) -> Observation:
         """Noise the images to the batch's timesteps and predict the noise."""
         noisy_images = self.noise_scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)
-        with record_stages(network) as stages:
+        recording: AbstractContextManager[list[Tensor]] = (
+            record_stages(network) if shows_stages else nullcontext([])
+        )
+        with recording as stages:
             predicted = network(noisy_images, batch.timesteps, class_labels=batch.labels).sample
         loss = denoising_loss(predicted, batch.noise)
         return Observation(
@@ -81,13 +85,12 @@ class VaeObserver:
     name = "vae"
     component = "vae"
 
-    def __init__(self, kl_weight: float, *, shows_stages: bool = True) -> None:
+    def __init__(self, kl_weight: float) -> None:
         self.kl_weight = kl_weight
-        self.shows_stages = shows_stages
 
-    def observe(self, network: nn.Module, batch: Batch) -> Observation:
+    def observe(self, network: nn.Module, batch: Batch, *, shows_stages: bool = True) -> Observation:
         """Encode, sample the latent with the batch's noise, decode, and encode what was decoded."""
-        output = network(batch.clean_images, batch.noise, with_stages=self.shows_stages)
+        output = network(batch.clean_images, batch.noise, with_stages=shows_stages)
         reconstruction, divergence = vae_loss(
             output.reconstruction, batch.clean_images, output.mean, output.log_variance
         )
@@ -110,7 +113,13 @@ class ClassifierObserver:
     def __init__(self, class_loss_weight: float) -> None:
         self.class_loss_weight = class_loss_weight
 
-    def observe(self, network: nn.Module, batch: Batch) -> Observation:
+    def observe(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        *,
+        shows_stages: bool = True,  # noqa: ARG002 - they cost nothing here
+    ) -> Observation:
         """Predict the class of the clean images; images without a class have no loss."""
         output = network(batch.clean_images)
         loss = batch.clean_images.new_zeros(len(batch.indices))

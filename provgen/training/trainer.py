@@ -103,7 +103,8 @@ class CoTrainer:
 
     def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Give what is minimised, and the losses it is made of by name."""
-        observation = self.observer.observe(self.prepared[self.observer.name], batch)
+        network, is_read = self.prepared[self.observer.name], self.objective is not None
+        observation = self.observer.observe(network, batch, shows_stages=is_read)
         total = observation.loss.mean()
         losses = {name: rows.mean() for name, rows in observation.parts.items()}
         if self.objective is None:

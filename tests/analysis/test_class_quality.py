@@ -67,7 +67,10 @@ def test_two_queries_worked_by_hand():
 def test_a_loop_over_queries_finds_the_same(drawn):
     quality = class_quality(**drawn)
     labels, train_labels = drawn["query_labels"].tolist(), drawn["train_labels"].tolist()
-    for suffix, scores in (("", drawn["log_probs"].exp()), ("_closed_form", drawn["closed_form"])):
+    for suffix, scores in (
+        ("", drawn["log_probs"].exp()),
+        ("_closed_form", drawn["closed_form"].softmax(dim=1)),
+    ):
         found: dict[str, list[float]] = {name: [] for name in METRICS}
         for row, label in zip(scores.tolist(), labels, strict=True):
             if label == 3:

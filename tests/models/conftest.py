@@ -67,6 +67,8 @@ class HeadCase:
         if class_labels is None:
             class_labels = self.null
         with torch.no_grad():
+            if class_logits is None:
+                class_logits = torch.zeros(len(self.signal), CLASSES, dtype=self.signal.dtype)
             return head(self.stages(), self.signal, class_labels, class_logits, **more)
 
     @property

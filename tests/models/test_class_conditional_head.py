@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from provgen.models import index_heads
 from provgen.models.index_heads import ClassConditionalHead
 
 CLASSES = 3
@@ -68,11 +69,17 @@ def test_the_classes_share_what_examples_without_a_class_leave(random_case, clas
     torch.testing.assert_close(parts[:, :CLASSES], (1 - parts[:, CLASSES:]) * class_logits.softmax(1))
 
 
-def test_without_a_class_head_classes_count_by_their_size(random_case):
-    case = random_case(7)
-    probs = case.logits(case.random(ClassConditionalHead)).exp()
-    expected = (torch.tensor([3, 2, 2, 0], dtype=torch.float64) / 7).expand(20, -1)
-    torch.testing.assert_close(case.class_probs(probs), expected)
+def test_with_a_branch_of_its_own_and_an_anchor_per_example_it_is_the_closed_form(
+    random_case, assert_same_posterior, monkeypatch
+):
+    monkeypatch.setattr(index_heads, "CLASS_ANCHORS", 100)
+    case = random_case(14, relabelled={1: CLASSES})
+    head = case.exact(ClassConditionalHead, has_class_branch=True)
+    with torch.no_grad():
+        weights = head.class_branch.weights
+        weights[weights < 0] = -1e30  # anchors that no example took
+    assert head.unlabelled is None
+    assert_same_posterior(case.logits(head), case.closed_form)
 
 
 def test_a_class_without_examples_leaves_the_others_their_odds(random_case, class_logits):

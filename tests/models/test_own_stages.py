@@ -115,3 +115,14 @@ def test_a_row_does_not_depend_on_its_batch(shared, random_stages, signal):
     alone = stages([stage[1:2] for stage in given], signal[1:2])
     for row, expected in zip(alone, whole, strict=True):
         torch.testing.assert_close(row, expected[1:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_stages_compute_in_the_precision_of_their_weights(dtype, shared, random_stages, signal):
+    given = [stage.to(dtype) for stage in random_stages()]
+    made = make(shared=shared).to(dtype)(given, signal)
+    assert {stage.dtype for stage in made} == {dtype}
+    expected = make(shared=shared)([stage.float() for stage in given], signal)
+    tolerance = 1e-4 if dtype == torch.float64 else 0.1
+    torch.testing.assert_close(made[-1].float(), expected[-1], rtol=tolerance, atol=tolerance)

@@ -10,7 +10,12 @@ LOWEST = torch.finfo(torch.float32).min
 
 HEADS = {
     "class_independent": {"kind": "ClassIndependentHead"},
-    "class_conditional": {"kind": "ClassConditionalHead", "num_classes": 3, "num_slots": 4},
+    "class_conditional": {
+        "kind": "ClassConditionalHead",
+        "num_classes": 3,
+        "num_slots": 4,
+        "has_class_branch": True,
+    },
     "two_stage": {"kind": "TwoStageHead", "num_cells": 3, "num_classes": 3},
 }
 
@@ -124,7 +129,8 @@ def test_without_a_class_head_there_are_no_class_logits_and_no_parameters(plain,
 
 
 def test_class_logits_of_a_classifier_take_the_place_of_the_class_head(images, tiny_networks, queries):
-    _, bare = tiny_networks(images, head=HEADS["class_conditional"], has_class_head=False)
+    told = HEADS["class_conditional"] | {"has_class_branch": False}
+    _, bare = tiny_networks(images, head=told, has_class_head=False)
     stages, signal, _ = queries
     null = torch.full((5,), 3)
     sure = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])

@@ -18,7 +18,7 @@ def test_with_an_anchor_per_example_it_is_the_closed_form(
     case = random_case(12)
     head = case.exact(TwoStageHead, cells=cells, num_cells=num_cells)
     with torch.no_grad():
-        head.anchor_weights[head.anchor_weights < 0] = -1e30  # anchors that no example took
+        head.log_cells.weights[head.log_cells.weights < 0] = -1e30  # anchors that no example took
     assert_same_posterior(case.logits(head), case.closed_form)
 
 

@@ -174,6 +174,7 @@ def test_a_classifier_generates_nothing_and_says_what_it_can_do(classified, run_
 @pytest.mark.parametrize("kind", ["vae", "none"])
 def test_files_are_attributed_by_every_kind(kind, root_of, trained_of, tmp_path, run_recipe, capsys):
     train = trained_of(kind).data.train
+    capsys.readouterr()  # of the training
     Image.fromarray(train.images[7, 0].numpy()).save(tmp_path / "seven.png")
     arguments = ("--run", root_of(kind), tmp_path / "seven.png", "--top-k", 3, "--json")
     for more, method in ((), "provenance network"), (("--closed-form",), "closed form"):

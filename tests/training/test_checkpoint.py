@@ -64,7 +64,6 @@ def assert_same(first, second):
         ("provenance.gradient=stop",),
         ("provenance.index_head=class_conditional", "provenance.shared_stages=0"),
         ("provenance.index_head=two_stage", "provenance.label_mixing=0.3", "provenance.mixing=neighbors"),
-        ("generator.kind=vae", "provenance.targets=one_hot"),
         ("generator.kind=none",),
         ("generator.kind=none", "provenance.class_loss_weight=0", "provenance.gradient=stop"),
     ],

@@ -112,7 +112,7 @@ def test_an_autoencoder_costs_the_same_whether_its_stages_are_shown_or_not(kind_
     kind = kind_of("vae")
     network, batch = network_of(kind), make_batch(kind)
     with torch.no_grad():
-        shown, hidden = (VaeObserver(0.3, shows_stages=s).observe(network, batch) for s in (True, False))
+        shown, hidden = (VaeObserver(0.3).observe(network, batch, shows_stages=s) for s in (True, False))
     assert torch.equal(shown.loss, hidden.loss)
     assert torch.equal(shown.query, hidden.query)
 

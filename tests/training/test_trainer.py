@@ -57,10 +57,11 @@ def is_same(first, second) -> bool:
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_stopped_gradient_leaves_the_generator_bit_identical_to_one_trained_alone(kind, precision, train):
     chosen = (f"generator.kind={kind}", *precision)
-    alone, alone_losses = train(5, "provenance.index_head=none", *chosen)
+    steps = 5 if kind == "diffusion" else 3
+    alone, alone_losses = train(steps, "provenance.index_head=none", *chosen)
     # The class loss of a classifier is its own.
     strong = "provenance.loss_weight=10", f"provenance.class_loss_weight={0.01 if kind == 'none' else 10}"
-    stopped, stopped_losses = train(5, "provenance.gradient=stop", *strong, *chosen)
+    stopped, stopped_losses = train(steps, "provenance.gradient=stop", *strong, *chosen)
     name = NETWORKS[kind]
     assert is_same(weights(alone), weights(stopped))
     assert is_same(alone.averaged(name), stopped.averaged(name))
@@ -102,7 +103,7 @@ def test_sharing_nothing_leaves_the_generator_as_it_is_alone(kind, train):
 def test_a_stopped_provenance_network_learns_all_the_same(kind, train):
     chosen = (f"generator.kind={kind}", "provenance.gradient=stop")
     before = weights(train(0, *chosen)[0], "provenance")
-    trainer, _ = train(5, *chosen)
+    trainer, _ = train(3, *chosen)
     moved = {
         key for key, value in weights(trainer, "provenance").items() if not torch.equal(value, before[key])
     }
@@ -242,7 +243,9 @@ MIXINGS = {
 @pytest.mark.parametrize(
     ("kind", "targets", "mixing"),
     [
-        *[("diffusion", targets, mixing) for targets in ("one_hot", "posterior") for mixing in MIXINGS],
+        *[("diffusion", "posterior", mixing) for mixing in MIXINGS],
+        ("diffusion", "one_hot", "none"),
+        ("diffusion", "one_hot", "class"),
         ("vae", "one_hot", "none"),
         ("vae", "posterior", "neighbors"),
         ("none", "one_hot", "neighbors"),
@@ -273,19 +276,6 @@ def test_a_network_that_covers_a_third_trains_and_has_no_more_prototypes(kind, r
     network = trainer.networks["provenance"]
     assert network.index_head.prototypes.points.shape == (12, 16)
     assert len(network.example_labels) == 40
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_no_posterior_goes_to_what_is_not_covered(head, train):
-    trainer, _ = train(2, "provenance.coverage=0.3", f"provenance.index_head={head}")
-    network = trainer.networks["provenance"]
-    stages = [torch.randn(3, c, size, size) for c, size in network.config.stages]
-    with torch.no_grad():
-        logits = network(stages, torch.full((3,), 0.5), torch.full((3,), 10)).index_logits
-    is_covered = torch.isin(torch.arange(40), network.covered)
-    assert int(is_covered.sum()) == 12
-    assert (logits[:, ~is_covered] == torch.finfo(torch.float32).min).all()
-    assert (logits[:, is_covered] > torch.finfo(torch.float32).min).all()
 
 
 def test_more_stages_than_the_denoiser_has_are_refused(train, message_of):

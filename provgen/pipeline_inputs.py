@@ -1,0 +1,54 @@
+"""What users hand to a pipeline, checked and turned into tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from provgen.data.images import from_pil
+from provgen.errors import InputError
+
+
+def read_labels(class_labels: Sequence[int | None] | Tensor | None, count: int, null_label: int) -> Tensor:
+    """Turn one class label per image, None for no class, into int64 (query,); without any, all are null.
+
+    Raises:
+        InputError: The wrong number of labels, or one that is no class.
+    """
+    if class_labels is None:
+        return torch.full((count,), null_label)
+    given = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
+    if len(given) != count:
+        raise InputError(
+            f"give one class label per image, None for no class: {count} images, {len(given)} labels"
+        )
+    labels = [null_label if label is None else label for label in given]
+    allowed = range(null_label + 1)
+    if bad := [label for label in labels if not isinstance(label, int) or label not in allowed]:
+        classes = (
+            f"0 to {null_label - 1}, or None for no class" if null_label else "None, there are no classes"
+        )
+        raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
+    return torch.tensor(labels)
+
+
+def read_pixels(images: Sequence[Image.Image] | Tensor, *, channels: int, size: int) -> Tensor:
+    """Turn images into uint8 (query, channel, height, width); PIL images are resized and converted.
+
+    Raises:
+        InputError: No images, or a tensor of another type or shape.
+    """
+    if len(images) == 0:
+        raise InputError("no images to attribute; give at least one")
+    if not isinstance(images, Tensor):
+        return torch.stack([from_pil(image, image_size=size, channels=channels) for image in images])
+    wanted = (channels, size, size)
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted:
+        raise InputError(
+            f"images must be uint8 of shape (query, {', '.join(map(str, wanted))}), "
+            f"got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    return images
