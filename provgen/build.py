@@ -167,7 +167,8 @@ def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
             fingerprint=data.manifest.fingerprint,
         ),
     )
-    network.start(to_unit_range(train.images), train.labels, covered)
+    images = to_unit_range(train.images)
+    network.start(images, train.labels, covered, at_images=chosen.start == "images")
     return network
 
 

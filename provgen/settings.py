@@ -85,6 +85,8 @@ class ProvenanceSettings:
     """Stages of the generator's encoder that are shared (stem, down blocks, middle): 0 to all; null shares all."""
     width: int = 64
     """Embedding channels, at least 1; index logits are inner products of this length."""
+    start: Literal["images", "random"] = "images"
+    """Where the index head's prototypes start: at principal coordinates of the training images, or anywhere."""
     gradient: Literal["joint", "stop"] = "joint"
     """Whether the provenance losses also train the generator's encoder."""
     targets: Literal["one_hot", "posterior"] = "posterior"

@@ -200,6 +200,18 @@ def test_mixing_is_made_of_what_the_settings_say(tiny_settings, tiny_data):
     assert torch.equal(near.amax(1), torch.ones(40, dtype=torch.float64))
 
 
+def test_prototypes_can_start_anywhere(accelerator, tiny_settings, tiny_data):
+    at_images, anywhere = (
+        build.make_trainer(tiny_settings(f"provenance.start={start}"), tiny_data, accelerator)
+        .networks["provenance"]
+        .index_head.prototypes
+        for start in ("images", "random")
+    )
+    assert at_images.bias.any()
+    assert not anywhere.bias.any()
+    assert float(anywhere.points.std()) == pytest.approx(1 / 16**0.5, rel=0.2), "width 16"
+
+
 def test_the_split_is_disjoint_and_a_function_of_its_seed(tiny_settings, tmp_path):
     folder = RunFolder(tmp_path / "none")
     first, again, other = (

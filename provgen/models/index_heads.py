@@ -1,6 +1,7 @@
 """Index heads: from encoder stages to logits over training examples.
 
-Every head is called as `head(stages, signal, class_labels, class_logits)` and started by `head.start(images, labels)`.
+Every head is called as `head(stages, signal, class_labels, class_logits)` and started by
+`head.start(images, labels, at_images=...)`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ClassIndependentHead(nn.Module):
         logits: Tensor = self.prototypes(self.embedding(stages), signal)
         return logits
 
-    def start(self, images: Tensor, labels: Tensor) -> None:  # noqa: ARG002 - the call that all heads share
+    def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:  # noqa: ARG002 - as all heads
         """Start the prototypes at the principal coordinates of the training images.
 
         The embedding then only has to learn the same coordinates of x_t. On digits this is the difference
@@ -56,7 +57,10 @@ class ClassIndependentHead(nn.Module):
         Args:
             images: (train, channel, height, width), in [-1, 1].
             labels: int64 (train,).
+            at_images: Otherwise the prototypes stay random.
         """
+        if not at_images:
+            return
         coordinates = principal_coordinates(images, self.prototypes.points.shape[1])
         self.prototypes.start(coordinates, starting_log_cap(coordinates))
 
@@ -136,7 +140,7 @@ class ClassConditionalHead(nn.Module):
         return within + groups.index_select(1, self.example_groups)
 
     @torch.no_grad()
-    def start(self, images: Tensor, labels: Tensor) -> None:
+    def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:
         """Give the examples their slots, and start at the nearest products to their principal coordinates.
 
         Matching the classes' examples takes the gap to the closed form on digits from 0.54 to 0.47 nats at rank
@@ -145,6 +149,7 @@ class ClassConditionalHead(nn.Module):
         Args:
             images: (train, channel, height, width), in [-1, 1].
             labels: int64 (train,).
+            at_images: Otherwise all weights stay random.
         """
         labels = labels.cpu()
         num_slots, rank = self.slots.shape
@@ -154,6 +159,8 @@ class ClassConditionalHead(nn.Module):
         slots = assign_slots(coordinates - centres, labels, num_slots)
         self.example_groups.copy_(labels)
         self.example_slots.copy_(slots)
+        if not at_images:
+            return
         place = labels * num_slots + slots
         started, maps = factorise(coordinates - centres, place, (self.num_groups, num_slots), rank)
         self.slots.copy_(started)
@@ -249,12 +256,13 @@ class TwoStageHead(nn.Module):
         return within + log_cells.index_select(1, self.example_cells)
 
     @torch.no_grad()
-    def start(self, images: Tensor, labels: Tensor) -> None:
+    def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:
         """Choose the cells, and start prototypes and anchors at principal coordinates of the training images.
 
         Args:
             images: (train, channel, height, width), in [-1, 1].
             labels: int64 (train,).
+            at_images: Otherwise all weights stay random.
         """
         labels = labels.cpu()
         classes, num_cells = self.log_class_shares.shape
@@ -265,6 +273,8 @@ class TwoStageHead(nn.Module):
             cells = cell_rules.class_cells(labels)
         self.example_cells.copy_(cells)
         self.log_class_shares.copy_(cell_rules.log_class_shares(cells, labels, num_cells, classes - 1))
+        if not at_images:
+            return
         log_cap = starting_log_cap(coordinates)
         self.prototypes.start(coordinates, log_cap)
         self.log_cells.start(coordinates, cells, log_cap)

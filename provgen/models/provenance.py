@@ -84,17 +84,18 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         self.register_buffer("covered", torch.arange(num_covered))
 
     @torch.no_grad()
-    def start(self, images: Tensor, labels: Tensor, covered: Tensor) -> None:
+    def start(self, images: Tensor, labels: Tensor, covered: Tensor, *, at_images: bool = True) -> None:
         """Set everything that depends on the training set.
 
         Args:
             images: In [-1, 1], (train, channel, height, width).
             labels: int64 (train,).
             covered: int64 (covered,), ascending: the examples that the index head can name.
+            at_images: Whether prototypes start at the images; otherwise they stay random.
         """
         self.example_labels.copy_(labels)
         self.covered.copy_(covered)
-        self.index_head.start(images[covered], labels[covered])
+        self.index_head.start(images[covered], labels[covered], at_images=at_images)
 
     def forward(
         self, stages: list[Tensor], signal: Tensor, class_labels: Tensor, class_logits: Tensor | None = None

@@ -24,17 +24,23 @@ class HeadCase:
     noisy: Tensor
     signal: Tensor
 
-    def started(self, kind, *, width=64, **more):
+    def started(self, kind, **more):
         """A head in float64, started on these images."""
+        head = self.fresh(kind, **more)
+        head.start(self.train, self.labels)
+        return head
+
+    def fresh(self, kind, *, width=64, **more):
+        """A head in float64 for these images, not started."""
         arguments = {"num_examples": len(self.train), "width": width, **more}
         if kind is ClassConditionalHead:
             arguments |= {"num_classes": CLASSES, "num_slots": int(self.labels.bincount().max())}
             arguments["has_unlabelled"] = bool((self.labels == CLASSES).any())
         if kind is TwoStageHead:
             arguments = {"num_cells": 3, "num_classes": CLASSES} | arguments
-        head = kind([tuple(self.train.shape[1:3])], **arguments).double()
-        head.start(self.train, self.labels)
-        return head
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return kind([tuple(self.train.shape[1:3])], **arguments).double()
 
     def exact(self, kind, *, width=64, **more):
         """Such a head with the embedding set by hand to the principal coordinates, and caps out of reach."""

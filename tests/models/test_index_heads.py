@@ -136,6 +136,18 @@ class TestEveryHead:
             assert weight.grad.any(), weight_name
         assert (class_logits.grad is not None) == isinstance(head, ClassConditionalHead)
 
+    def test_away_from_the_images_it_stays_random_and_knows_its_groups(self, name, planted):
+        kind, more = HEADS[name]
+        at_images = planted.started(kind, **more)
+        head = planted.fresh(kind, **more)
+        before = {key: value.clone() for key, value in head.named_parameters()}
+        head.start(planted.train, planted.labels, at_images=False)
+        assert all(torch.equal(value, before[key]) for key, value in head.named_parameters())
+        buffers = dict(at_images.named_buffers())
+        assert all(torch.equal(value, buffers[key]) for key, value in head.named_buffers())
+        moved = [key for key, value in at_images.named_parameters() if not torch.equal(value, before[key])]
+        assert len(moved) >= 3
+
     def test_exact_duplicates_leave_everything_finite(self, name, random_case, head_case):
         kind, more = HEADS[name]
         train = random_case(4).train.repeat(3, 1, 1, 1)

@@ -193,7 +193,7 @@ def test_an_autoencoder_is_not_asked_for_a_class(decoded, run_recipe, capsys):
     assert len(list(decoded.samples.glob("0*.png"))) == 6, "what there was is kept"
 
 
-def test_sources_that_the_network_cannot_name_are_marked(tmp_path, run_recipe, tiny_overrides):
+def test_sources_that_the_network_cannot_name_are_marked(tmp_path, run_recipe, tiny_overrides, capsys):
     root = tmp_path / "run"
     chosen = ("provenance.coverage=0.3", "training.max_steps=2", f"output_dir={root}")
     assert run_recipe("train", *tiny_overrides, *chosen) == 0
@@ -209,6 +209,8 @@ def test_sources_that_the_network_cannot_name_are_marked(tmp_path, run_recipe, t
         unreachable = sum(row["posterior"] for row in traces if not row["reachable"])
         # The closed form is over all training images, whatever the network can name.
         assert (unreachable > 0) == (folder == run.closed_form_traces)
+    assert run_recipe("generate_and_attribute", "--run", root, "--num-images", 1, "--top-k", 13) == 2
+    assert_one_line(capsys, "top_k must be between 1 and 12")
 
 
 def metrics_of(folder):
