@@ -103,7 +103,7 @@ def sample(trainer: CoTrainer, settings: Settings, data: RunData, *, count: int)
     return pipeline(
         [classes[number % len(classes)] for number in range(count)],
         generator=[torch.Generator().manual_seed(number) for number in range(count)],
-        top_k=8 if is_traced else None,
+        top_k=1 if is_traced else None,
         closed_form=closed_form if is_traced else None,
         output_type="pt",
     )

@@ -43,7 +43,7 @@ def main(
     # None: a bar on a terminal, nothing in a log file.
     is_silent = None if accelerator.is_main_process else True
     pipeline.set_progress_bar_config(disable=is_silent, leave=False, desc="sampling")
-    check_top_k(top_k, len(train))
+    check_top_k(top_k, int(trained.data.covered.sum()))
     labels = class_labels(train, class_name, num_images, told=pipeline.is_told_classes)
     oracle = trained.closed_form() if closed_form else None
     if accelerator.is_main_process:

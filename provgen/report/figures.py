@@ -25,6 +25,8 @@ INK, FAINT = "#333333", "#dddddd"
 # Key in metrics.jsonl, title, unit.
 _LOSSES = (
     ("denoising_loss", "Denoising loss", "mean squared error of the noise"),
+    ("reconstruction_loss", "Reconstruction", "mean squared error"),
+    ("latent_divergence", "Latent divergence", "nats per pixel"),
     ("index_loss", "Index loss", "cross-entropy / nats"),
     ("class_loss", "Class loss", "cross-entropy / nats"),
 )

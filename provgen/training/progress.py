@@ -23,7 +23,13 @@ from rich.table import Table
 from provgen.errors import InputError
 from provgen.training.checkpoint import list_checkpoints
 
-SHORT_NAMES = {"denoising_loss": "denoise", "index_loss": "index", "class_loss": "class"}
+SHORT_NAMES = {
+    "denoising_loss": "denoise",
+    "reconstruction_loss": "reconstruct",
+    "latent_divergence": "divergence",
+    "index_loss": "index",
+    "class_loss": "class",
+}
 
 
 class TrainingProgress:
