@@ -19,6 +19,7 @@ from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
 from provgen.run_folder import RunFolder, atomic_path
+from provgen.settings import Settings
 from provgen.training.checkpoint import list_checkpoints
 from provgen.training.tracking import read_metrics
 
@@ -48,7 +49,7 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
         network = evaluation.posterior_of(trained)
         some = some_of(holdout, MAX_TRACED)
         parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
-    if len(holdout):
+    if len(holdout) and has_loss(trained.settings):
         losses = [
             evaluation.losses(trained.pipeline.network, trained.settings, some_of(images, MAX_IMAGES))
             for images in (train, holdout)
@@ -88,6 +89,11 @@ def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
     return [row for row in read_metrics(folder.metrics) if row["step"] <= last]
 
 
+def has_loss(settings: Settings) -> bool:
+    """Whether the generator has a loss of its own; a classifier that is told no class has none."""
+    return settings.generator.kind != "none" or settings.provenance.class_loss_weight > 0
+
+
 def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> list[sections.Part]:
     """Make the sections about generated samples."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
@@ -95,12 +101,18 @@ def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> lis
     grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
     generated = load_pixels(folder, samples, trained.data.manifest)
     copies = some_of(train, len(generated)).images
+    is_trajectory = len(samples[0]["step_signal"]) > 1
     sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
     parts: list[sections.Part] = [
-        (sections.samples_section(grid, min(GRID_SAMPLES, len(samples)), len(samples)), []),
+        (
+            sections.samples_section(
+                grid, min(GRID_SAMPLES, len(samples)), len(samples), is_trajectory=is_trajectory
+            ),
+            [],
+        ),
         sections.memorization_section(*sets),
     ]
-    if len(samples[0]["step_signal"]) > 1:
+    if is_trajectory:
         parts.append((sections.entropy_section(samples), []))
     if folder.closed_form_traces.is_dir():
         closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])

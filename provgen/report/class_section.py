@@ -37,8 +37,8 @@ def class_section(by_level: Mapping[float, ClassQuality]) -> tuple[Section, list
             )
     section = Section(
         "Do sources share the class?",
-        "Held-out images, noised and shown without their class. The closed form answers for the same noisy images; "
-        "it knows pixels alone, so a network can do better. Guessing is one training image, or class, at random.",
+        "Held-out images, shown without their class. The closed form answers for the same input, noise included; it "
+        "knows pixels alone, so a network can do better. Guessing is one training image, or class, at random.",
         table=Table(
             ["a_t", "share of held-out images", "network", "closed form", "guessing"],
             rows,

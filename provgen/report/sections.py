@@ -21,17 +21,20 @@ Rows = Sequence[Mapping[str, Any]]
 Part = tuple[Section, list[Metric]]
 
 
-def samples_section(grid: Image.Image, shown: int, total: int) -> Section:
-    """Show the grid of samples and sources."""
+def samples_section(grid: Image.Image, shown: int, total: int, *, is_trajectory: bool) -> Section:
+    """Show the grid of samples and sources; `is_trajectory` says whether they were traced along their sampling."""
     picture = picture_of_image(
         grid,
         alt="Each generated sample on the left, the training images it was traced to beside it",
         caption=f"The first {shown} of {total} samples, none picked. Under each source: its class and its weight.",
     )
+    traced = "along its own sampling trajectory, from the features the generator computed anyway"
+    if not is_trajectory:
+        traced = "from the encoder's features of what its latent decodes to"
     return Section(
         "Samples and their sources",
-        "Every sample was traced by the provenance network along its own sampling trajectory, from the features "
-        "the generator computed anyway. Weights equal the posterior until a calibration has been fitted.",
+        f"Every sample was traced by the provenance network {traced}. Weights equal the posterior until a "
+        "calibration has been fitted.",
         [picture],
     )
 
@@ -51,13 +54,7 @@ def training_section(metrics: Rows) -> Section:
 def index_section(last: Mapping[str, Any], num_train: int, num_classes: int) -> Part:
     """Show index metrics beside their closed-form ceilings, from the line of one evaluation."""
     rows = last["index_quality"]
-    picture = picture_of_figure(
-        plot_index_quality(rows),
-        alt="Cross-entropy, top-1 and top-5 of the index against the signal level, network and closed form",
-        caption="Noise on the left, image on the right. Dashed: the closed form, which nothing can beat.",
-    )
-    names = ("cross_entropy", "top1", "top5")
-    header = ["a_t", "rows", "gap (nats)"]
+    header, names = ["a_t", "rows", "gap (nats)"], ("cross_entropy", "top1", "top5")
     for name in ("cross-entropy", "top-1", "top-5"):
         header += [name, "ceiling"]
     table_rows = [
@@ -65,14 +62,24 @@ def index_section(last: Mapping[str, Any], num_train: int, num_classes: int) -> 
         + [row[key] for name in names for key in (name, f"{name}_ceiling")]
         for row in rows
     ]
+    note = "Parents are averaged over the closed-form posterior; see docs/metrics.md."
+    asked = "For training images, as this generator shows them to its provenance network"
+    pictures = []
+    if len({row["signal"] for row in rows}) > 1:
+        asked = "For noised training images"
+        pictures = [
+            picture_of_figure(
+                plot_index_quality(rows),
+                alt="Cross-entropy, top-1 and top-5 of the index against the signal level, network and closed form",
+                caption="Noise on the left, image on the right. Dashed: the closed form, which nothing can beat.",
+            )
+        ]
     section = Section(
         "Does the network know the index?",
-        "For noised training images: how well the network says which one it was, with the class label and with "
-        "the null label, beside the best possible answer for the very same noisy images.",
-        [picture],
-        Table(
-            header, table_rows, "Parents are averaged over the closed-form posterior; see docs/metrics.md."
-        ),
+        f"{asked}: how well the network says which one it was, told its class (labelled rows) and told nothing (null "
+        "rows), beside the best possible answer for the very same input.",
+        pictures,
+        Table(header, table_rows, note),
     )
     return section, _index_metrics(last, num_train, num_classes)
 
@@ -195,6 +202,7 @@ def loss_section(kind: str, train_losses: Tensor, holdout_losses: Tensor) -> Par
 def _index_metrics(last: Mapping[str, Any], num_train: int, num_classes: int) -> list[Metric]:
     metrics = []
     rows = last["index_quality"]
+    place = "_at_signal_0.9" if len({row["signal"] for row in rows}) > 1 else ""
     for kind in sorted({row["rows"] for row in rows}):
         level = min((r for r in rows if r["rows"] == kind), key=lambda row: abs(row["signal"] - 0.9))
         chance = 1 / num_train if kind == "null" else max(num_classes, 1) / num_train
@@ -202,7 +210,7 @@ def _index_metrics(last: Mapping[str, Any], num_train: int, num_classes: int) ->
             estimate = Estimate(level[name], level[f"{name}_low"], level[f"{name}_high"], level["n"])
             metrics.append(
                 Metric.from_estimate(
-                    f"index_{name}_{kind}_at_signal_0.9",
+                    f"index_{name}_{kind}{place}",
                     estimate,
                     "learned provenance",
                     null=null,
