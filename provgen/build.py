@@ -70,11 +70,8 @@ def make_accelerator(settings: Settings | None = None) -> Accelerator:
 def make_trainer(settings: Settings, data: RunData, accelerator: Accelerator) -> CoTrainer:
     """Build both networks, seeded apart so that the denoiser does not depend on the provenance network."""
     kind, training, chosen = make_kind(settings, data.train), settings.training, settings.provenance
-    if settings.generator.kind == chosen.index_head == "none" and chosen.class_loss_weight == 0:
-        raise InputError(
-            "generator.kind=none with provenance.index_head=none and provenance.class_loss_weight=0 has nothing to "
-            "learn; choose an index head, or a positive provenance.class_loss_weight"
-        )
+    if settings.generator.kind == "none":
+        _require_something_to_learn(chosen, data.train.num_classes)
     network = _seeded(training.seed, kind.make_network)
     has_provenance = settings.provenance.index_head != "none"
     return CoTrainer(
@@ -137,6 +134,20 @@ def make_mixing(
     return NeighborMixing(neighbors.to(device), share=chosen.label_mixing)
 
 
+def _require_something_to_learn(chosen: ProvenanceSettings, num_classes: int) -> None:
+    learns_classes = chosen.class_loss_weight > 0 and num_classes > 0
+    if chosen.index_head == "none" and not learns_classes:
+        raise InputError(
+            "generator.kind=none with provenance.index_head=none needs classes and a positive "
+            "provenance.class_loss_weight, or there is nothing to learn; choose an index head"
+        )
+    if chosen.index_head == "class_conditional" and chosen.gradient == "stop" and not learns_classes:
+        raise InputError(
+            "generator.kind=none with provenance.index_head=class_conditional and provenance.gradient=stop needs a "
+            "positive provenance.class_loss_weight, or nothing trains its class branch"
+        )
+
+
 def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
     chosen, train, kind = settings.provenance, data.train, make_kind(settings, data.train)
     shapes = kind.shapes()
@@ -191,7 +202,7 @@ def _head_arguments(settings: Settings, labels: Tensor, num_classes: int) -> dic
 def _num_cells(chosen: ProvenanceSettings, labels: Tensor) -> int:
     if chosen.cells == "classes":
         return len(labels.unique())
-    cells = chosen.num_cells or round(len(labels) ** 0.5)
+    cells = chosen.num_cells or max(1, round(len(labels) ** 0.5 / 4))
     if cells > len(labels):
         raise InputError(
             f"provenance.num_cells must be null or at most the {len(labels)} examples covered, got {cells}"

@@ -19,6 +19,7 @@ from provgen.analysis.memorization import distance_ratio, nearest, share_memoriz
 from provgen.attribution.trajectory import WINDOW
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
+from provgen.data.splits import stratified_subset
 from provgen.kinds import make_kind
 from provgen.run_folder import RunFolder
 from provgen.settings import Settings
@@ -32,13 +33,16 @@ SAMPLES = 200
 """Images generated to look for copies."""
 
 HALF_A_NAT = 0.5
-"""The gap whose first step is reported."""
+"""The gap for which the first step is reported from which on it is never reached again."""
 
 PROBE_SIGNAL = 0.9
 """Signal level at which features of a denoiser are probed."""
 
 MAX_PROBED = 4000
 """Images of either set whose features are probed."""
+
+MAX_TRACED = 1000
+"""Held-out images whose sources are looked at; bounds the (query, train) matrices."""
 
 TIMED_STEPS = 10
 """Steps timed with and without the provenance network, in turn."""
@@ -132,7 +136,8 @@ def _index_metrics(logged: list[dict[str, Any]]) -> Row:
     names = ("top1", "top1_ceiling", "top5", "top5_ceiling")
     row: Row = {f"index_{name}": _mean(inside, name) for name in names}
     row |= {name: _mean(inside, name) for name in ("cross_entropy", "cross_entropy_ceiling")}
-    reached = [line["step"] for line in evaluations if line["kl_gap_null"] < HALF_A_NAT]
+    above = [line["step"] for line in evaluations if line["kl_gap_null"] >= HALF_A_NAT]
+    reached = [line["step"] for line in evaluations if line["step"] > max(above, default=0)]
     return row | {
         "kl_gap": last["kl_gap_null"],
         "kl_gap_labelled": last.get("kl_gap_labelled"),
@@ -147,10 +152,12 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def _class_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
     """Average the class metrics on held-out images over the levels."""
-    if not len(data.holdout) or not data.train.num_classes:
+    if not (data.holdout.labels < data.train.num_classes).any():
         return {}
     network = evaluation.averaged_posterior(trainer)
-    measured = evaluation.class_qualities(network, settings, data.train, data.holdout)
+    measured = evaluation.class_qualities(
+        network, settings, data.train, _some_labelled(data.holdout, MAX_TRACED)
+    )
     rows = [quality.as_row() for quality in measured.values()]
     names = [
         name
@@ -185,8 +192,8 @@ def _sample_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) 
 
 def _probe_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
     """Probe the last encoder stage of the generator, and that of the provenance network, for the class."""
-    train, holdout = _some_labelled(data.train), _some_labelled(data.holdout)
-    if not len(holdout) or not data.train.num_classes:
+    train, holdout = (_some_labelled(images, MAX_PROBED) for images in (data.train, data.holdout))
+    if not len(holdout):
         return {}
     seen, unseen = (_features(trainer, settings, images) for images in (train, holdout))
     row: Row = {}
@@ -197,9 +204,9 @@ def _probe_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -
     return row
 
 
-def _some_labelled(images: ImageSet) -> ImageSet:
-    rows = (images.labels < images.num_classes).nonzero().flatten()
-    return images.select(rows[:MAX_PROBED])
+def _some_labelled(images: ImageSet, count: int) -> ImageSet:
+    labelled = images.select((images.labels < images.num_classes).nonzero().flatten())
+    return labelled.select(stratified_subset(labelled.labels, count, seed=0))
 
 
 @torch.no_grad()

@@ -136,7 +136,13 @@ class ProvenancePipeline(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "model_index.json").is_file():
             raise InputError(f"no pipeline in {folder}; train one with `provgen train` first")
-        pipeline = super().from_pretrained(str(folder), **kwargs)
+        try:
+            pipeline = super().from_pretrained(str(folder), **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"{folder} cannot be loaded ({error}); it was saved by another version of provgen, so train again "
+                "in a new output_dir"
+            ) from error
         assert isinstance(pipeline, ProvenancePipeline)
         return pipeline.with_manifest(Manifest.load(folder / MANIFEST_NAME))
 

@@ -1,6 +1,6 @@
 """Settings of a run: frozen dataclasses, read from YAML by `settings_file`.
 
-Only `runs`, `build` and the recipes know these classes; library classes take plain arguments.
+Only `kinds` and the layers above it know these classes; library classes take plain arguments.
 Every field's docstring gives its unit and what is allowed.
 """
 
@@ -78,7 +78,7 @@ class ProvenanceSettings:
     cells: Literal["kmeans", "classes"] = "kmeans"
     """Two-stage head: what its cells are."""
     num_cells: int | None = None
-    """Two-stage head: k-means cells, at least 1; null for the square root of the number of examples."""
+    """Two-stage head: k-means cells, at least 1; null for a quarter of the square root of the example count."""
     beam: int | None = 4
     """Two-stage head: cells looked into while tracing, at least 1; null looks into all."""
     shared_stages: int | None = None

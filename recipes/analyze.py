@@ -44,12 +44,15 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
         parts += sample_parts(trained, samples)
     evaluations = [row for row in logged if "index_quality" in row]
     if evaluations:
-        parts.append(sections.index_section(evaluations[-1], len(train), train.num_classes))
-    if train.num_classes and len(holdout):
+        parts.append(
+            sections.index_section(evaluations[-1], int(trained.data.covered.sum()), train.num_classes)
+        )
+    labelled = holdout.select((holdout.labels < train.num_classes).nonzero().flatten())
+    if len(labelled):
         network = evaluation.posterior_of(trained)
-        some = some_of(holdout, MAX_TRACED)
+        some = some_of(labelled, MAX_TRACED)
         parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
-    if len(holdout) and has_loss(trained.settings):
+    if len(holdout) and has_loss(trained.settings, train.num_classes):
         losses = [
             evaluation.losses(trained.pipeline.network, trained.settings, some_of(images, MAX_IMAGES))
             for images in (train, holdout)
@@ -89,9 +92,11 @@ def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
     return [row for row in read_metrics(folder.metrics) if row["step"] <= last]
 
 
-def has_loss(settings: Settings) -> bool:
-    """Whether the generator has a loss of its own; a classifier that is told no class has none."""
-    return settings.generator.kind != "none" or settings.provenance.class_loss_weight > 0
+def has_loss(settings: Settings, num_classes: int) -> bool:
+    """Whether the generator has a loss of its own; a classifier without a class to learn has none."""
+    return settings.generator.kind != "none" or (
+        num_classes > 0 and settings.provenance.class_loss_weight > 0
+    )
 
 
 def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> list[sections.Part]:

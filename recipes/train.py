@@ -13,6 +13,7 @@ import typer
 
 from provgen import build, cli, evaluation, runs
 from provgen.run_folder import RunFolder
+from provgen.settings import Settings
 from provgen.settings_file import load_settings
 from provgen.training.checkpoint import resume_latest, save_checkpoint
 from provgen.training.progress import TrainingProgress, check_finite, quality_table
@@ -65,11 +66,16 @@ def main(
                 save_checkpoint(trainer, folder.checkpoints, step, data.manifest.fingerprint)
             if saves:
                 accelerator.wait_for_everyone()
-        following = (
-            f"next: provgen generate --run {folder.root}" if has_provenance else "no provenance network"
-        )
-        progress.say(f"trained {step} steps; {following}")
+        progress.say(f"trained {step} steps; {following(settings)}")
     accelerator.end_training()
+
+
+def following(settings: Settings) -> str:
+    """Say what can be done with the run."""
+    if settings.provenance.index_head == "none":
+        return "no provenance network"
+    command = "attribute" if settings.generator.kind == "none" else "generate"
+    return f"next: provgen {command} --run {settings.output_dir}"
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_more_cells_than_examples_are_refused(accelerator, tiny_settings, tiny_d
             ("provenance.index_head=class_conditional",),
             {"num_classes": 10, "num_slots": 4, "has_unlabelled": False, "has_class_branch": True},
         ),
-        (("provenance.index_head=two_stage",), {"num_classes": 10, "cells": "kmeans", "num_cells": 6}),
+        (("provenance.index_head=two_stage",), {"num_classes": 10, "cells": "kmeans", "num_cells": 2}),
         (
             ("provenance.index_head=two_stage", "provenance.num_cells=9"),
             {"num_classes": 10, "cells": "kmeans", "num_cells": 9},
@@ -265,3 +265,27 @@ def test_a_run_without_a_pipeline_says_how_to_finish_it(tiny_settings, tiny_data
 @pytest.mark.parametrize("name", ["none", "config.yaml"])
 def test_what_is_no_run_is_refused(name, tmp_path, message_of):
     assert "provgen train" in message_of(runs.open_trained_run, tmp_path / name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "overrides"),
+    [
+        (3, ("provenance.index_head=none", "provenance.class_loss_weight=0")),
+        (0, ("provenance.index_head=none",)),
+        (
+            3,
+            (
+                "provenance.index_head=class_conditional",
+                "provenance.gradient=stop",
+                "provenance.class_loss_weight=0",
+            ),
+        ),
+    ],
+)
+def test_a_classifier_with_nothing_to_learn_is_refused(
+    num_classes, overrides, accelerator, tiny_settings, tiny_data, random_images, message_of
+):
+    images = random_images(8, num_classes=num_classes)
+    data = replace(tiny_data, train=images, manifest=Manifest.of(images, images.select(torch.arange(0))))
+    settings = tiny_settings("generator.kind=none", *overrides)
+    assert "provenance.class_loss_weight" in message_of(build.make_trainer, settings, data, accelerator)

@@ -1,5 +1,6 @@
 """Seeds decide images, traces change nothing, saving loses nothing, and mistakes end in one line."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -385,3 +386,12 @@ def test_a_pipeline_without_provenance_network_is_saved_and_loaded(bare, three, 
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(loaded(LABELS, generator=seeds(0, 1, 2), top_k=None, **FAST).images, three.images)
     assert loaded.manifest.table.equals(bare.manifest.table)
+
+
+def test_a_pipeline_of_another_version_is_refused(pipe, tmp_path, message_of):
+    pipe.save_pretrained(tmp_path / "old")
+    config = tmp_path / "old" / "provenance" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    del content["head"]
+    config.write_text(json.dumps(content), encoding="utf-8")
+    assert "another version of provgen" in message_of(ProvenancePipeline.from_pretrained, tmp_path / "old")

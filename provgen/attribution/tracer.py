@@ -92,7 +92,16 @@ def network_probs(
     class_labels: Tensor,
     class_logits: Tensor | None = None,
 ) -> Tensor:
-    """Ask the provenance network as traces do, with the beam it was saved with: (query, train)."""
+    """Ask the provenance network as traces do, with the beam it was saved with: (query, train).
+
+    What the cells outside the beam hold is left out of rows without a class label, which then sum to less than 1. Rows
+    with a label are normalised over what was found, as the share of their class in other cells is not known.
+    """
     assert provenance is not None, "nothing is traced without a provenance network"
     logits = provenance.index_logits(stages, signal, class_labels, class_logits, provenance.config.beam)
-    return logits.softmax(dim=1)
+    probs = logits.softmax(dim=1)
+    if provenance.config.beam is None:
+        return probs
+    found = logits.exp().sum(dim=1).clamp_max(1)
+    is_null = class_labels == provenance.config.num_classes
+    return probs * torch.where(is_null, found, 1)[:, None]

@@ -32,7 +32,11 @@ def class_section(by_level: Mapping[float, ClassQuality]) -> tuple[Section, list
             rows.append([f"{level:.2f}", what, interval, reference, null])
             metrics.append(
                 Metric.from_estimate(
-                    f"holdout_{name}_at_signal_{level:.1f}", estimate, "learned provenance", null=null
+                    f"holdout_{name}_at_signal_{level:.1f}",
+                    estimate,
+                    "learned provenance",
+                    null=null,
+                    ceiling=1.0,
                 )
             )
     section = Section(

@@ -51,7 +51,7 @@ def training_section(metrics: Rows) -> Section:
     )
 
 
-def index_section(last: Mapping[str, Any], num_train: int, num_classes: int) -> Part:
+def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -> Part:
     """Show index metrics beside their closed-form ceilings, from the line of one evaluation."""
     rows = last["index_quality"]
     header, names = ["a_t", "rows", "gap (nats)"], ("cross_entropy", "top1", "top5")
@@ -81,7 +81,7 @@ def index_section(last: Mapping[str, Any], num_train: int, num_classes: int) -> 
         pictures,
         Table(header, table_rows, note),
     )
-    return section, _index_metrics(last, num_train, num_classes)
+    return section, _index_metrics(last, num_covered, num_classes)
 
 
 def entropy_section(samples: Rows) -> Section:
@@ -131,7 +131,7 @@ def agreement_section(samples: Rows, traces: Rows, closed_traces: Rows, num_trai
     ]
     section = Section(
         "Network and closed form",
-        "The closed form is the exact posterior of the forward process over the training images; it needs all of "
+        "The closed form is the exact posterior over the training images; it needs all of "
         "them at hand. It is a statement about the data's geometry, not about cause.",
         table=Table(
             ["agreement", "same sample", "another sample of the class", "ceiling"],
@@ -199,13 +199,13 @@ def loss_section(kind: str, train_losses: Tensor, holdout_losses: Tensor) -> Par
     return section, metrics
 
 
-def _index_metrics(last: Mapping[str, Any], num_train: int, num_classes: int) -> list[Metric]:
+def _index_metrics(last: Mapping[str, Any], num_covered: int, num_classes: int) -> list[Metric]:
     metrics = []
     rows = last["index_quality"]
     place = "_at_signal_0.9" if len({row["signal"] for row in rows}) > 1 else ""
     for kind in sorted({row["rows"] for row in rows}):
         level = min((r for r in rows if r["rows"] == kind), key=lambda row: abs(row["signal"] - 0.9))
-        chance = 1 / num_train if kind == "null" else max(num_classes, 1) / num_train
+        chance = 1 / num_covered if kind == "null" else max(num_classes, 1) / num_covered
         for name, null in (("top1", chance), ("top5", min(1.0, 5 * chance))):
             estimate = Estimate(level[name], level[f"{name}_low"], level[f"{name}_high"], level["n"])
             metrics.append(

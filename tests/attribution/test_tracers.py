@@ -5,7 +5,7 @@ import torch
 
 from provgen.attribution.classifier_tracer import ClassifierTracer
 from provgen.attribution.diffusion_tracer import DiffusionTracer
-from provgen.attribution.tracer import Request
+from provgen.attribution.tracer import Request, network_probs
 from provgen.attribution.trajectory import LEAST_SIGNAL, WINDOW
 from provgen.attribution.vae_tracer import LATENT_DRAWS, VaeTracer
 from provgen.kinds import make_kind
@@ -251,3 +251,20 @@ def test_traces_look_into_as_many_cells_as_the_network_was_saved_with(
         named[beam] = [set(images.labels[row > 0].tolist()) for row in trace.posterior()]
     for beam, most in ((1, 1), (2, 2), (None, NULL)):
         assert {len(classes) for classes in named[beam]} == {most}
+
+
+@torch.no_grad()
+def test_a_search_leaves_out_what_it_did_not_look_at(images, network_of, tiny_networks, pixels):
+    _, network = network_of("none")
+    head = {"kind": "TwoStageHead", "num_cells": 3, "num_classes": NULL, "cells": "classes"}
+    labels = torch.tensor([NULL] * 6 + [0, 1, 2] * 2)
+    output = network(pixels)
+    probs = {}
+    for beam in (1, None):
+        _, provenance = tiny_networks(images, head=head, beam=beam)
+        signal = torch.full((12,), CLEAN_SIGNAL)
+        probs[beam] = network_probs(provenance, output.stages, signal, labels)
+    found = probs[1] > 0
+    torch.testing.assert_close(probs[1][:6], probs[None][:6] * found[:6], rtol=1e-4, atol=1e-7)
+    assert (probs[1][:6].sum(dim=1) < 0.999).any(), "other cells hold something"
+    torch.testing.assert_close(probs[1][6:].sum(dim=1), torch.ones(6))
