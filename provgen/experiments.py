@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from provgen.errors import InputError
 from provgen.experiment_file import Description, read_description
 from provgen.report.variant_report import text_of
 from provgen.run_folder import RunFolder, atomic_path
-from provgen.settings import Settings
+from provgen.settings import Settings, flat_settings
 from provgen.settings_file import load_settings
 
 MEASURED_VERSION = 1
@@ -143,7 +143,7 @@ def load_experiment(
     variants = []
     for name, own in chosen:
         settings = _changed(path, name, base, own)
-        flat = _flat(settings)
+        flat = flat_settings(settings)
         values = {key: flat[key] for key in varied}
         given = (*common, *_pairs(own))
         variants.append(Variant(name=name, overrides=given, settings=settings, values=values))
@@ -269,7 +269,7 @@ def _changed(path: Path, name: str, base: Settings, own: Values) -> Settings:
 @cache
 def _typed(key: str, override: str) -> Any:
     """Read one `key=value`; variants have many of them in common."""
-    return _flat(load_settings(None, [override]))[key]
+    return flat_settings(load_settings(None, [override]))[key]
 
 
 def _pairs(values: Values) -> list[str]:
@@ -281,16 +281,9 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _flat(settings: Settings) -> Values:
-    flat: Values = {}
-    for name, value in asdict(settings).items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {}
-    return flat
-
-
 def _kept_settings(settings: Settings) -> Values:
     """Give the settings that a measurement depends on: not where files are."""
-    return {key: value for key, value in _flat(settings).items() if key != "data.path"}
+    return {k: v for k, v in flat_settings(settings).items() if k not in ("data.path", "output_dir")}
 
 
 def _finite(value: Any) -> Any:

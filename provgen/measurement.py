@@ -74,6 +74,8 @@ def measure_run(folder: RunFolder) -> Row:
     if "provenance" in networks:
         row |= _index_metrics(read_metrics(folder.metrics))
         row |= _class_metrics(trainer, settings, data)
+    elif settings.generator.kind == "none":
+        row |= _class_accuracy(trainer, settings, data)
     if settings.generator.kind != "none":
         row |= _sample_metrics(trainer, settings, data)
     return row | _probe_metrics(trainer, settings, data)
@@ -165,6 +167,20 @@ def _class_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -
         if isinstance(value, float) and not name.endswith(("_low", "_high"))
     ]
     return {name: _mean(rows, name) for name in names}
+
+
+@torch.no_grad()
+def _class_accuracy(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
+    """Measure a classifier that was trained without a provenance network."""
+    holdout = _some_labelled(data.holdout, MAX_PROBED)
+    if not len(holdout):
+        return {}
+    kind, rows = make_kind(settings, data.train), torch.arange(len(holdout))
+    (batch,) = fixed_batches(holdout, rows, [0], noise_shape=kind.noise_shape(), seed=0)
+    network = evaluation.averaged_networks(trainer)[trainer.observer.name]
+    logits = trainer.observer.observe(network, batch.to(network.device)).class_logits
+    assert logits is not None, "a classifier alone has a class head"
+    return {"class_accuracy": float((logits.argmax(dim=1).cpu() == holdout.labels).double().mean())}
 
 
 def _sample_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from provgen.errors import InputError
 from provgen.kinds import make_kind
 from provgen.pipeline import ProvenancePipeline
 from provgen.run_folder import RunFolder, atomic_path, require_run
-from provgen.settings import Settings
+from provgen.settings import Settings, flat_settings
 from provgen.settings_file import load_settings, save_settings
 
 MAY_CHANGE = {
@@ -160,20 +160,10 @@ def _require_images(train: ImageSet, place: str) -> None:
 
 
 def _check_same(started: Settings, given: Settings, folder: RunFolder) -> None:
-    before, now = _flat(started), _flat(given)
+    before, now = flat_settings(started), flat_settings(given)
     for key, value in before.items():
         if key not in MAY_CHANGE and now[key] != value:
             raise InputError(
                 f"{folder.root} was started with {key}={value}, now {key}={now[key]}; "
                 "use the same settings to resume it, or another output_dir"
             )
-
-
-def _flat(settings: Settings) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in asdict(settings).items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat

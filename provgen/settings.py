@@ -6,8 +6,8 @@ Every field's docstring gives its unit and what is allowed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from provgen.errors import InputError
 
@@ -165,6 +165,18 @@ class Settings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     output_dir: str = "runs/digits"
     """Run folder, created if missing; an existing run in it is resumed."""
+
+
+def flat_settings(settings: Settings) -> dict[str, Any]:
+    """Give every setting by its dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(settings).items():
+        flat |= (
+            {f"{name}.{key}": inner for key, inner in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return flat
 
 
 def _require(holds: bool, key: str, value: object, allowed: str) -> None:

@@ -149,3 +149,13 @@ def test_coverage_is_the_share_that_is_covered(run_recipe, tiny_overrides, tmp_p
     assert row["coverage"] == pytest.approx(0.3)
     assert runs.open_trained_run(root, torch.device("cpu")).data.covered.sum() == 12
     assert 0 <= row["kl_gap"] < 100, "over what is covered"
+
+
+def test_a_classifier_alone_is_measured_by_its_class_head(run_recipe, tiny_overrides, tmp_path):
+    root = tmp_path / "classifier"
+    chosen = ("generator.kind=none", "provenance.index_head=none", "provenance.class_loss_weight=1")
+    more = ("data.holdout_fraction=0.3", "training.max_steps=20", f"output_dir={root}")
+    assert run_recipe("train", *tiny_overrides, *chosen, *more) == 0
+    row = measure_run(RunFolder(root))
+    assert 0.3 < row["class_accuracy"] <= 1, "guessing is 0.1"
+    assert "index_top1" not in row

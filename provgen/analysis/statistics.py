@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan, sqrt
+from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 from torch import Tensor
 
 from provgen.errors import InputError
@@ -63,6 +66,15 @@ def mean_estimate(values: Tensor, *, seed: int, resamples: int = 2000, confidenc
     means = _resampled_means(sample, np.random.default_rng(seed), resamples)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(sample.mean()), float(low), float(high), len(sample))
+
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate:
+    """Give the mean over training seeds with its 95 % t interval (Student 1908); a single seed has none (NaN)."""
+    n, mean = len(values), fmean(values)
+    if n < 2:
+        return Estimate(mean, nan, nan, n)
+    margin = float(t.ppf(0.975, n - 1)) * stdev(values) / sqrt(n)
+    return Estimate(mean, mean - margin, mean + margin, n)
 
 
 def _resampled_means(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
 
-from provgen.analysis.statistics import Estimate
+from provgen.analysis.statistics import Estimate, mean_over_seeds
 from provgen.errors import InputError
 
 Expected = Literal["rises", "falls", "flat"]
@@ -49,7 +47,7 @@ def trend(xs: Sequence[float], ys: Sequence[Sequence[float]]) -> Trend:
         raise InputError("a trend needs finite values, got NaN or infinity; leave out the runs that failed")
     differences = curves[:, grid.argmax()] - curves[:, grid.argmin()]
     correlations = np.array([0.0 if np.ptp(y) == 0 else spearmanr(grid, y).statistic for y in curves])
-    return Trend(_mean_over_seeds(differences), _mean_over_seeds(correlations))
+    return Trend(mean_over_seeds(differences.tolist()), mean_over_seeds(correlations.tolist()))
 
 
 def verdict(found: Trend, expected: Expected, tolerance: float = 0.0) -> Verdict:
@@ -75,12 +73,3 @@ def verdict(found: Trend, expected: Expected, tolerance: float = 0.0) -> Verdict
     if low > tolerance:
         return "reproduced"
     return "opposite" if high < -tolerance else "not reproduced"
-
-
-def _mean_over_seeds(values: NDArray[np.float64]) -> Estimate:
-    """Give the mean of (seed,) with its 95 % t interval (Student 1908): s / sqrt(n) times t(0.975, n - 1)."""
-    n, mean = len(values), float(values.mean())
-    if n < 2:
-        return Estimate(mean, math.nan, math.nan, n)
-    margin = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
-    return Estimate(mean, mean - margin, mean + margin, n)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from provgen.analysis.statistics import Estimate
+from provgen.analysis.statistics import Estimate, mean_over_seeds
 from provgen.analysis.trend import Expected, Trend, Verdict, trend, verdict
-from provgen.report.variant_report import METRICS, Row, estimate_over_seeds, positions, short_key, text_of
+from provgen.report.variant_report import METRICS, Row, positions, short_key, text_of
 
 EXPECTED: tuple[str, ...] = get_args(Expected)
 """What a claim may say of a metric."""
@@ -97,8 +97,8 @@ def _finding(
         claim=claim,
         fixed=fixed,
         ends=(first, last),
-        first=estimate_over_seeds([curve[first] for curve in curves]),
-        last=estimate_over_seeds([curve[last] for curve in curves]),
+        first=mean_over_seeds([curve[first] for curve in curves]),
+        last=mean_over_seeds([curve[last] for curve in curves]),
         trend=found,
         verdict=verdict(found, claim.expected, claim.tolerance),
     )

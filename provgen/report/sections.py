@@ -108,7 +108,8 @@ def entropy_section(samples: Rows) -> Section:
 
 def agreement_section(samples: Rows, traces: Rows, closed_traces: Rows, num_train: int) -> Part:
     """Compare the network's sources with the closed form's for the same trajectories."""
-    first, second = _indices(traces), _indices(closed_traces)
+    width = max(len(rows) for traced in (traces, closed_traces) for rows in group_traces(traced).values())
+    first, second = _indices(traces, width, missing=-1), _indices(closed_traces, width, missing=-2)
     labels = torch.tensor([-1 if s["class_label"] is None else s["class_label"] for s in samples])
     found = agreement(first, second)
     those, others = mismatched(labels)
@@ -224,8 +225,10 @@ def _index_metrics(last: Mapping[str, Any], num_covered: int, num_classes: int) 
     return metrics
 
 
-def _indices(traces: Rows) -> Tensor:
-    return torch.tensor([[row["example_index"] for row in rows] for rows in group_traces(traces).values()])
+def _indices(traces: Rows, width: int, *, missing: int) -> Tensor:
+    """Give the sources of every sample, (sample, width); samples with fewer are filled up with `missing`."""
+    found = [[row["example_index"] for row in rows] for rows in group_traces(traces).values()]
+    return torch.tensor([indices + [missing] * (width - len(indices)) for indices in found])
 
 
 def _interval(estimate: Estimate) -> str:

@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from provgen.analysis.statistics import Estimate
+from provgen.analysis.statistics import Estimate, mean_over_seeds
 from provgen.report.figures import BLUE, FAINT, GREEN, INK, VERMILION
 from provgen.report.variant_report import (
     METRICS,
     Row,
     bounds_of,
-    estimate_over_seeds,
     group_by_variant,
     numbers_of,
     positions,
@@ -93,7 +92,7 @@ def _curve(rows: Sequence[Row], column: str, x: str, places: Mapping[Any, float]
     for value, place in places.items():
         numbers = numbers_of([row for row in rows if row[x] == value], column)
         if numbers:
-            found = estimate_over_seeds(numbers)
+            found = mean_over_seeds(numbers)
             points.append((place, found.value, _half(found)))
     return sorted(points)
 
@@ -227,7 +226,7 @@ def _plot_rows(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
 def _draw_row(axes: Axes, values: Sequence[float], height: int) -> None:
     """Draw every seed faintly, and the mean with its interval."""
     if values:
-        found = estimate_over_seeds(values)
+        found = mean_over_seeds(values)
         axes.plot(
             values, [height] * len(values), color=BLUE, marker="o", markersize=3, alpha=0.35, linestyle=""
         )
@@ -248,9 +247,7 @@ def _draw_strokes(
 ) -> tuple[dict[str, Line2D], list[str]]:
     """Draw what a metric is measured against as an upright stroke in every row; what is far off, say in words."""
     legend, written = {}, []
-    found = [
-        estimate_over_seeds(values) for group in groups.values() if (values := numbers_of(group, metric))
-    ]
+    found = [mean_over_seeds(values) for group in groups.values() if (values := numbers_of(group, metric))]
     low, high = _reach([[(0.0, estimate.value, _half(estimate))] for estimate in found])
     for column, title in bounds_of(metric).items():
         means = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy import stats
 
-from provgen.analysis.statistics import Estimate
+from provgen.analysis.statistics import mean_over_seeds
 
 SCHEMA_VERSION = "1"
 
@@ -79,16 +77,6 @@ BOUNDS = {
 """What stands beside a metric: ending of its name, and how it is called."""
 
 
-def estimate_over_seeds(values: Sequence[float]) -> Estimate:
-    """Give the mean over training seeds with its 95 % t interval; a single seed has none (NaN)."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return Estimate(mean, math.nan, math.nan, n)
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    return Estimate(mean, mean - half, mean + half, n)
-
-
 def with_ratios(row: Row) -> dict[str, Any]:
     """Add the ratio of step times; both were measured in turn, so it drifts less than either."""
     together, alone = row.get("step_ms"), row.get("step_ms_alone")
@@ -144,7 +132,7 @@ def _columns(metric: str) -> list[tuple[str, str, str]]:
 def _cell(values: Sequence[float], seeds: int, form: str) -> str:
     if not values:
         return "-"
-    found = estimate_over_seeds(values)
+    found = mean_over_seeds(values)
     text = f"{found.value:{form}}"
     # Parameters are the same for every seed; an interval would only be noise to the eye.
     if max(values) - min(values) > 1e-9 * abs(found.value):

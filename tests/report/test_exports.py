@@ -1,6 +1,7 @@
 """Samples and traces through files and back; nothing of an earlier call is left."""
 
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -198,3 +199,15 @@ def test_traces_are_grouped_by_sample_in_their_order(manifest):
     assert list(groups) == [4, 5, 6]
     assert [row["rank"] for row in groups[5]] == [0, 1, 2]
     assert [row["example_index"] for row in groups[5]] == [5, 6, 7]
+
+
+def test_what_is_impossible_is_no_source(manifest):
+    posterior = torch.tensor([[0.75, 0.25, 0.0], [1.0, 0.0, 0.0]])
+    attribution = replace(attribution_of(2), posterior=posterior, weight=posterior)
+    rows = exports.trace_rows(attribution, [7, 8], manifest)
+    assert [(row["sample"], row["rank"], row["posterior"]) for row in rows] == [
+        (7, 0, 0.75),
+        (7, 1, 0.25),
+        (8, 0, 1.0),
+    ]
+    assert [len(exports.source_records(attribution, query, manifest)) for query in (0, 1)] == [2, 1]

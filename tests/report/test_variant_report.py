@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from provgen.analysis.statistics import mean_over_seeds
 from provgen.report.variant_report import (
     METRICS,
     bounds_of,
-    estimate_over_seeds,
     markdown_table,
     positions,
     with_ratios,
@@ -22,17 +22,17 @@ def rows_of(variant: str, *seeds: dict) -> list[dict]:
 
 
 def test_the_interval_over_seeds_is_students():
-    found = estimate_over_seeds([1.0, 2.0, 3.0])
+    found = mean_over_seeds([1.0, 2.0, 3.0])
     # t(0.975, 2) = 4.302653; standard error 1 / sqrt(3).
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2 - 2.484138, 2 + 2.484138), abs=1e-6)
     values = [0.3, 0.1, 0.4, 0.15, 0.9]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    found = estimate_over_seeds(values)
+    found = mean_over_seeds(values)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_a_single_seed_has_no_interval():
-    found = estimate_over_seeds([2.0])
+    found = mean_over_seeds([2.0])
     assert (found.value, found.n) == (2.0, 1)
     assert math.isnan(found.low)
     assert math.isnan(found.high)
