@@ -74,7 +74,7 @@ class ImageVae(AutoencoderKL):
         )
 
     def stages_of(self, images: Tensor) -> list[Tensor]:
-        """Give the images and the encoder's stages on them, in the order of `vae_stage_shapes`.
+        """Give the images and the encoder's stages on them, in the order of `encoder_shapes`.
 
         Args:
             images: (batch, channel, height, width), generated or from outside.
@@ -113,13 +113,6 @@ def make_vae(size: str, *, image_size: int, image_channels: int) -> ImageVae:
         mid_block_add_attention=False,
     )
     return vae
-
-
-def vae_stage_shapes(vae: ImageVae) -> list[tuple[int, int]]:
-    """List `(channels, height)` of the image and of every encoder stage: those of the denoiser of the same size."""
-    channels, size = vae.config.block_out_channels, vae.config.sample_size
-    down = [(width, size // 2**depth) for depth, width in enumerate(channels)]
-    return [(vae.config.in_channels, size), (channels[0], size), *down, down[-1]]
 
 
 def latent_shape(vae: ImageVae) -> tuple[int, int, int]:
