@@ -239,7 +239,9 @@ def _target_posterior(settings: Settings, data: RunData, network: Any, device: t
         dtype = torch.get_default_dtype()
         return kind.closed_form(network, data.train, dtype=dtype, device=device, covered=covered)
 
-    return RefreshedPosterior(make) if settings.generator.kind == "vae" else make()
+    if settings.generator.kind != "vae":
+        return make()
+    return RefreshedPosterior(make, checkpoint_every=settings.training.checkpoint_every)
 
 
 def _seeded(seed: int, make: Callable[[], T]) -> T:

@@ -94,7 +94,7 @@ class ProvenanceSettings:
     loss_weight: float = 0.01
     """Weight of the index cross-entropy (nats) against the generator's loss, positive."""
     class_loss_weight: float = 0.01
-    """Weight of the class cross-entropy (nats, rows without a given label only), at least 0."""
+    """Weight of the class cross-entropy (nats; rows told no class, all rows of a classifier), at least 0."""
     label_mixing: float = 0.0
     """Share of the target spread over like examples (alpha of arXiv 2510.03361), in [0, 1]."""
     mixing: Literal["class", "neighbors"] = "class"
@@ -136,7 +136,7 @@ class TrainingSettings:
     ema_decay: float = 0.995
     """Largest decay per optimiser step of the averaged weights, in [0, 1)."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Arithmetic of the denoiser: float32, or bfloat16 autocast."""
+    """Arithmetic of the generator: float32, or bfloat16 autocast."""
     log_every: int = 10
     """Optimiser steps between logged losses, at least 1."""
     evaluate_every: int = 500

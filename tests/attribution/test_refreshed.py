@@ -28,7 +28,7 @@ def posterior(made):
         made.append(closed_form(1.0 + len(made)))
         return made[-1]
 
-    return RefreshedPosterior(make)
+    return RefreshedPosterior(make, checkpoint_every=3 * REFRESH_EVERY)
 
 
 def test_nothing_is_made_before_it_is_asked_for(posterior, made):
@@ -59,3 +59,17 @@ def test_a_query_is_passed_on_as_it_is(posterior):
     whole = posterior.probs(QUERIES, signal, labels)
     assert torch.equal(whole, closed_form(1.0).probs(QUERIES, signal, labels))
     torch.testing.assert_close(posterior.probs(QUERIES[2:4], signal[2:4], labels[2:4]), whole[2:4])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_every", "every"), [(20, 20), (250, 10), (300, 20), (18, 18), (7, 7), (34, 17), (23, 1)]
+)
+def test_it_is_made_at_every_checkpoint(checkpoint_every, every, made):
+    posterior = RefreshedPosterior(
+        lambda: made.append(0) or closed_form(1.0), checkpoint_every=checkpoint_every
+    )
+    for _ in range(checkpoint_every):
+        posterior.probs(QUERIES, SIGNAL, NULL)
+    assert len(made) == checkpoint_every // every, "evenly"
+    posterior.probs(QUERIES, SIGNAL, NULL)
+    assert len(made) == checkpoint_every // every + 1, "the first step after a checkpoint makes it anew"

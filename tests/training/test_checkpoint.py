@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from provgen import build, runs
-from provgen.attribution.refreshed import REFRESH_EVERY
 from provgen.run_folder import RunFolder
 from provgen.training.checkpoint import KEPT, list_checkpoints, resume_latest, save_checkpoint
 
@@ -84,17 +83,18 @@ def test_resuming_is_bit_identical_to_never_stopping(overrides, start, tmp_path)
     assert_same(resumed, whole)
 
 
-def test_an_autoencoder_resumes_exactly_where_its_closed_form_is_made_anew(start, tmp_path):
-    chosen = ("generator.kind=vae",)
+def test_an_autoencoder_resumes_exactly_at_its_checkpoints(start, tmp_path):
+    every = 7
+    chosen = ("generator.kind=vae", f"training.checkpoint_every={every}")
     whole, batches = start(*chosen)
-    train(whole, batches, 0, REFRESH_EVERY)
-    save_checkpoint(whole, tmp_path, REFRESH_EVERY, FINGERPRINT)
-    train(whole, batches, REFRESH_EVERY, REFRESH_EVERY + 3)
+    train(whole, batches, 0, every)
+    save_checkpoint(whole, tmp_path, every, FINGERPRINT)
+    train(whole, batches, every, every + 3)
 
     resumed, batches = start("training.seed=9", *chosen)
-    assert resume_latest(resumed, tmp_path, FINGERPRINT) == REFRESH_EVERY
+    assert resume_latest(resumed, tmp_path, FINGERPRINT) == every
     _, batches = start(*chosen)
-    train(resumed, batches, REFRESH_EVERY, REFRESH_EVERY + 3)
+    train(resumed, batches, every, every + 3)
     assert_same(resumed, whole)
 
 
