@@ -119,9 +119,7 @@ def make_trackers(folder: RunFolder, accelerator: Accelerator, start_step: int) 
     accelerator.init_trackers("provgen")
 
 
-def make_mixing(
-    chosen: ProvenanceSettings, data: RunData, dtype: torch.dtype, device: torch.device
-) -> Mixing | None:
+def make_mixing(chosen: ProvenanceSettings, data: RunData, device: torch.device) -> Mixing | None:
     """Make what spreads the targets over like examples; None for no label mixing."""
     train = data.train
     if chosen.label_mixing == 0:
@@ -129,7 +127,7 @@ def make_mixing(
     if chosen.mixing == "class":
         labels, covered = train.labels.to(device), data.covered.to(device)
         return ClassMixing(labels, num_classes=train.num_classes, share=chosen.label_mixing, covered=covered)
-    rows = to_unit_range(train.images, dtype).flatten(1)
+    rows = to_unit_range(train.images).flatten(1)
     neighbors = nearest_neighbors(rows, train.labels, chosen.num_neighbors, covered=data.covered)
     return NeighborMixing(neighbors.to(device), share=chosen.label_mixing)
 
@@ -217,7 +215,7 @@ def _make_objective(
     targets: Targets = OneHotTargets(len(train))
     if chosen.targets == "posterior":
         targets = PosteriorTargets(_target_posterior(settings, data, network, device))
-    mixing = make_mixing(chosen, data, torch.get_default_dtype(), device)
+    mixing = make_mixing(chosen, data, device)
     if mixing is not None:
         targets = MixedTargets(targets, mixing)
     return ProvenanceObjective(

@@ -120,7 +120,7 @@ def make_probe(settings: Settings, data: RunData, num_queries: int = 256) -> Ind
         fixed_batches(data.train, rows, kind.timesteps(LEVELS), noise_shape=kind.noise_shape(), seed=seed),
         null_label=data.train.num_classes,
         told=isinstance(kind, DiffusionKind),
-        mixing=make_mixing(settings.provenance, data, torch.float64, torch.device("cpu")),
+        mixing=make_mixing(settings.provenance, data, torch.device("cpu")),
     )
 
 

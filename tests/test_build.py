@@ -184,7 +184,7 @@ def test_heads_are_sized_by_the_training_set(overrides, expected, accelerator, t
 def test_mixing_is_made_of_what_the_settings_say(tiny_settings, tiny_data):
     def mixed(*overrides):
         chosen = tiny_settings(*overrides).provenance
-        mixing = build.make_mixing(chosen, tiny_data, torch.float64, torch.device("cpu"))
+        mixing = build.make_mixing(chosen, tiny_data, torch.device("cpu"))
         return None if mixing is None else mixing(torch.eye(40, dtype=torch.float64))
 
     labels = tiny_data.train.labels

@@ -95,7 +95,7 @@ def test_the_ceiling_of_mixed_targets_is_raised(mixing, trainer_of):
     ceiling = evaluation.make_ceiling(settings, data, network.network)
     (quality,) = evaluation.make_probe(settings, data).measure(network, ceiling)
     # The parent is certain, so that the floor is the entropy of a row of the mixing itself.
-    mixed = build.make_mixing(settings.provenance, data, torch.float64, torch.device("cpu"))
+    mixed = build.make_mixing(settings.provenance, data, torch.device("cpu"))
     rows = mixed(torch.eye(40, dtype=torch.float64))
     expected = float(torch.special.entr(rows).sum(1).mean())
     assert quality.cross_entropy_ceiling == pytest.approx(expected, abs=1e-6)

@@ -60,7 +60,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, (key, title, unit) in zip(_panels(figure, len(logged)), logged, strict=True):
         rows = sorted((row for row in metrics if key in row), key=lambda row: int(row["step"]))
         _plot_loss(axes, [int(row["step"]) for row in rows], [_number(row[key]) for row in rows])
-        _label(axes, "optimiser step", unit, title)
+        label_axes(axes, "optimiser step", unit, title)
     _legend(figure.axes[0])
     return figure
 
@@ -84,7 +84,7 @@ def plot_index_quality(rows: Sequence[Mapping[str, Any]]) -> Figure:
             _plot_quality(axes, chosen, key, *_LOOKS[kind])
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0, top=None if key == "cross_entropy" else 1.03)
-        _label(axes, _SIGNAL, unit, title)
+        label_axes(axes, _SIGNAL, unit, title)
     _legend_of_index_quality(figure, kinds)
     return figure
 
@@ -107,7 +107,7 @@ def plot_entropy(
         _plot_band(axes, step_signal[order], closed_form_entropies[:, order], VERMILION, "--", "closed form")
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    _label(axes, _SIGNAL, "posterior entropy / nats", "Median over samples, band from 10 % to 90 %")
+    label_axes(axes, _SIGNAL, "posterior entropy / nats", "Median over samples, band from 10 % to 90 %")
     _legend(axes)
     return figure
 
@@ -136,7 +136,7 @@ def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor], *, threshold: floa
     axes.set_ylim(0, top)
     _mark_threshold(axes, threshold)
     _write_cut_bars(axes, shares, top)
-    _label(axes, "distance to nearest / to second nearest training image", "share of images per bin")
+    label_axes(axes, "distance to nearest / to second nearest training image", "share of images per bin")
     _legend(axes)
     return figure
 
@@ -150,7 +150,7 @@ def _panels(figure: Figure, count: int) -> list[Axes]:
     return [figure.add_subplot(1, count, number + 1) for number in range(count)]
 
 
-def _label(axes: Axes, x: str, y: str, title: str = "") -> None:
+def label_axes(axes: Axes, x: str, y: str, title: str = "") -> None:
     """Write axis labels and title, and give the axes the look that all figures share."""
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from provgen.analysis.statistics import Estimate, mean_over_seeds
-from provgen.report.figures import BLUE, FAINT, GREEN, INK, VERMILION
+from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes
 from provgen.report.variant_report import (
     METRICS,
     Row,
@@ -82,7 +82,7 @@ def _plot_lines(rows: Sequence[Row], metrics: Sequence[str], x: str, keys: Seque
             legend |= {label: line} if label else {}
         drawn, written = _draw_bounds(axes, groups, metric, x, places)
         legend |= drawn
-        _label(axes, short_key(x), "\n".join([METRICS[metric].unit, *written]), METRICS[metric].title)
+        label_axes(axes, short_key(x), "\n".join([METRICS[metric].unit, *written]), METRICS[metric].title)
     _legend(figure, legend | _interval_handle(rows))
     return figure
 
@@ -216,7 +216,7 @@ def _plot_rows(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
         axes.set_yticks(range(len(names)), names if number % _PANELS_PER_ROW == 0 else [""] * len(names))
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        _label(axes, "\n".join([METRICS[metric].unit, *written]), "", METRICS[metric].title)
+        label_axes(axes, "\n".join([METRICS[metric].unit, *written]), "", METRICS[metric].title)
     seed = {"one seed": Line2D([], [], color=BLUE, marker="o", markersize=3, alpha=0.35, linestyle="")}
     interval = _interval_handle(rows)
     _legend(figure, (interval | seed if interval else {}) | legend)
@@ -288,18 +288,6 @@ def _panels(count: int, *, height: float, wide: float, left: float = 0.0) -> tup
         figsize=(wide * columns + left, height * rows + 0.35), layout="constrained", facecolor="white"
     )
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
-
-
-def _label(axes: Axes, x: str, y: str, title: str) -> None:
-    axes.set_xlabel(x, fontsize=9, color=INK)
-    axes.set_ylabel(y, fontsize=9, color=INK)
-    axes.set_title(title, fontsize=9.5, color=INK, loc="left")
-    axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(FAINT)
 
 
 def _legend(figure: Figure, legend: Mapping[str, Line2D]) -> None:
