@@ -92,12 +92,13 @@ def save_pipeline(trainer: CoTrainer, settings: Settings, data: RunData, folder:
             make_pipeline(trainer, settings, data).save_pretrained(partial)
 
 
-def sample(trainer: CoTrainer, settings: Settings, data: RunData, *, count: int) -> ProvenancePipelineOutput:
+def sample(
+    pipeline: ProvenancePipeline, settings: Settings, data: RunData, *, count: int
+) -> ProvenancePipelineOutput:
     """Generate images of all classes in turn with seeds 0, 1, ...; traced if there is a provenance network."""
-    pipeline = make_pipeline(trainer, settings, data)
     pipeline.set_progress_bar_config(disable=True)
     classes: list[int | None] = [*range(data.train.num_classes if pipeline.is_told_classes else 0)] or [None]
-    is_traced = "provenance" in trainer.networks
+    is_traced = pipeline.provenance is not None
     device, kind = pipeline.device, make_kind(settings, data.train)
     closed_form = kind.closed_form(pipeline.network, data.train, dtype=torch.float32, device=device)
     return pipeline(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
 
 from provgen import build, evaluation, runs
 from provgen.analysis.linear_probe import linear_probe
 from provgen.analysis.memorization import distance_ratio, nearest, share_memorized
+from provgen.attribution.scores import Attribution
 from provgen.attribution.trajectory import WINDOW
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
 from provgen.kinds import make_kind
+from provgen.pipeline import ProvenancePipeline
 from provgen.run_folder import RunFolder
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
@@ -65,7 +68,7 @@ def measure_run(folder: RunFolder) -> Row:
     networks = evaluation.averaged_networks(trainer)
     network = networks[trainer.observer.name]
     row: Row = {"coverage": float(data.covered.double().mean())}
-    row |= _costs(trainer) | _step_times(settings, data)
+    row |= _costs(trainer, settings, data) | _step_times(settings, data)
     sets = {"train_loss": data.train, "holdout_loss": data.holdout}
     for name, images in sets.items():
         if not len(images):
@@ -81,16 +84,42 @@ def measure_run(folder: RunFolder) -> Row:
     return row | _probe_metrics(trainer, settings, data)
 
 
-def _costs(trainer: CoTrainer) -> Row:
+def _costs(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
     parameters = {name: _count(net) for name, net in trainer.networks.items()}
     index_head = trainer.networks["provenance"].index_head if "provenance" in parameters else None
     # Weights, gradients, the two moments of AdamW and the running average, four bytes each.
+    state = 5 * 4 * sum(parameters.values())
     return {
         "generator_parameters": parameters[trainer.observer.name],
         "provenance_parameters": parameters.get("provenance", 0),
         "index_head_parameters": 0 if index_head is None else _count(index_head),
-        "training_megabytes": 5 * 4 * sum(parameters.values()) / 1e6,
+        "training_megabytes": (state + _activation_bytes(settings, data)) / 1e6,
     }
+
+
+def _activation_bytes(settings: Settings, data: runs.RunData) -> int:
+    """Count what one step of a fresh trainer keeps for its backward pass: the same on every machine."""
+    accelerator = build.make_accelerator(settings)
+    trainer = build.make_trainer(settings, data, accelerator)
+    batch = build.make_batches(settings, data.train, accelerator).batch(0).to(accelerator.device)
+    parameters = [p for network in trainer.networks.values() for p in network.parameters()]
+    return _kept_for_backward(lambda: trainer.step(batch, 0), parameters)
+
+
+def _kept_for_backward(computation: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Count the bytes that `computation` keeps for gradients, shared ones once and `parameters` not at all."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    # The storages are held until the end: the address of one that was freed may be given to the next.
+    kept: dict[int, UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        computation()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
 def _count(network: torch.nn.Module) -> int:
@@ -185,7 +214,8 @@ def _class_accuracy(trainer: CoTrainer, settings: Settings, data: runs.RunData) 
 
 def _sample_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:
     """Generate, look for copies, and compare how sure the sources are with how real the samples look."""
-    sampled = evaluation.sample(trainer, settings, data, count=SAMPLES)
+    pipeline = evaluation.make_pipeline(trainer, settings, data)
+    sampled = evaluation.sample(pipeline, settings, data, count=SAMPLES)
     train, holdout, generated = (
         to_unit_range(images).flatten(1)
         for images in (data.train.images, data.holdout.images, sampled.images)
@@ -197,13 +227,29 @@ def _sample_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) 
     if len(holdout):
         row["share_memorized_null"] = share_memorized(distance_ratio(holdout, train)).value
         row["nearest_distance_null"] = float(nearest(holdout, train, 1).distances.mean())
-    if sampled.attribution is None or not len(holdout):
+    if sampled.attribution is None or len(holdout) < 2:
         return row
     realism = -nearest(generated, holdout, 1).distances[:, 0]
-    for name, attribution in (("", sampled.attribution), ("_closed_form", sampled.closed_form)):
-        confidence = -attribution.entropy.double()
-        row[f"confidence_realism{name}"] = float(spearmanr(confidence, realism).statistic)
-    return row
+    row["confidence_realism"] = _confidence_with(realism, sampled.attribution)
+    row["confidence_realism_closed_form"] = _confidence_with(realism, sampled.closed_form)
+    return row | {"confidence_realism_null": _confidence_null(pipeline, data.holdout)}
+
+
+def _confidence_with(realism: Tensor, sources: Attribution) -> float:
+    return float(spearmanr(-sources.entropy.double(), realism).statistic)
+
+
+def _confidence_null(pipeline: ProvenancePipeline, holdout: ImageSet) -> float:
+    """Correlate the same for images that are real: as many held-out ones, each with the nearest other one."""
+    chosen = stratified_subset(holdout.labels, SAMPLES, seed=0)
+    labels = [
+        int(label) if pipeline.is_told_classes and label < holdout.num_classes else None
+        for label in holdout.labels[chosen]
+    ]
+    sources = pipeline.attribute(holdout.images[chosen], top_k=1, class_labels=labels)
+    pixels = to_unit_range(holdout.images).flatten(1)
+    # The nearest is the image itself; a duplicate has distance 0, too.
+    return _confidence_with(-nearest(pixels[chosen], pixels, 2).distances[:, 1], sources)
 
 
 def _probe_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) -> Row:

@@ -157,7 +157,7 @@ def test_losses_of_the_generator_are_those_of_every_image(kind, trained_of, monk
 )
 def test_samples_are_those_of_the_pipeline(kind, head, trainer_of):
     trainer, settings, data = trainer_of(f"generator.kind={kind}", f"provenance.index_head={head}")
-    sampled = evaluation.sample(trainer, settings, data, count=3)
+    sampled = evaluation.sample(evaluation.make_pipeline(trainer, settings, data), settings, data, count=3)
     pipe = evaluation.make_pipeline(trainer, settings, data)
     pipe.set_progress_bar_config(disable=True)
     labels = [0, 1, 2] if kind == "diffusion" else None

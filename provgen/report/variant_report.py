@@ -51,7 +51,9 @@ METRICS = {
     "nearest_distance": MetricLook(
         "distance to nearest training image", "Euclidean, pixels in [-1, 1]", SMALL, null="held-out images"
     ),
-    "confidence_realism": MetricLook("confidence with realism", "Spearman's correlation", SMALL),
+    "confidence_realism": MetricLook(
+        "confidence with realism", "Spearman's correlation", SMALL, null="held-out images"
+    ),
     "linear_probe_accuracy": MetricLook(
         "linear probe, generator's features", "accuracy, held-out images", SHARE, "linear_probe"
     ),
@@ -61,7 +63,7 @@ METRICS = {
     "generator_parameters": MetricLook("generator", "parameters", COUNT),
     "provenance_parameters": MetricLook("provenance network", "parameters", COUNT),
     "index_head_parameters": MetricLook("index head", "parameters", COUNT),
-    "training_megabytes": MetricLook("weights and optimiser", "MB", ".1f"),
+    "training_megabytes": MetricLook("memory of a training step", "MB", ".1f"),
     "step_ms": MetricLook("training step", "ms", ".1f"),
     "step_ratio": MetricLook("step time, with / without provenance", "ratio", SMALL),
     "coverage": MetricLook("coverage", "share of training images", SHARE),
