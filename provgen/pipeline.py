@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.posterior import Oracle
 from provgen.attribution.scores import Attribution, check_top_k
 from provgen.attribution.tracer import Request, Tracer
+from provgen.attribution.trajectory import TrajectoryTrace
 from provgen.attribution.vae_tracer import VaeTracer
 from provgen.data.images import to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
@@ -26,7 +26,7 @@ from provgen.errors import InputError
 from provgen.models.classifier import ImageClassifier
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.vae import ImageVae
-from provgen.pipeline_inputs import read_labels, read_pixels
+from provgen.pipeline_inputs import check_options, read_count, read_labels, read_pixels
 
 MANIFEST_NAME = "manifest.parquet"
 
@@ -181,18 +181,9 @@ class ProvenancePipeline(DiffusionPipeline):
         """
         if top_k is not None:
             self._check_traceable(top_k)
-        if output_type not in ("pil", "pt"):
-            raise InputError(f"output_type must be pil or pt, got {output_type!r}")
-        if not isfinite(guidance_scale):
-            raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
-        if isinstance(class_labels, int):
-            raise InputError(f"class_labels must be a list with one class per image, got {class_labels}")
-        count = batch_size if class_labels is None else len(class_labels)
-        if count < 1:
-            raise InputError(f"the number of images must be at least 1, got {count}")
+        check_options(guidance_scale, output_type)
+        count = read_count(class_labels, batch_size, generator)
         labels = read_labels(class_labels, count, self.null_label).to(self._execution_device)
-        if isinstance(generator, list) and len(generator) != count:
-            raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
         made = self.tracer.generate(
             Request(
                 class_labels=labels,
@@ -205,16 +196,18 @@ class ProvenancePipeline(DiffusionPipeline):
                 progress_bar=self.progress_bar,
             )
         )
-        traced, compared = None, None
-        reachable = self.manifest.reachable
-        if top_k is not None:
-            traced = made.trace.attribution(top_k, is_trajectory=made.is_trajectory, reachable=reachable)
-        if top_k is not None and closed_form is not None:
-            compared = made.closed_trace.attribution(
-                top_k, is_trajectory=made.is_trajectory, reachable=reachable
+
+        def attribution(trace: TrajectoryTrace) -> Attribution | None:
+            if top_k is None:
+                return None
+            return trace.attribution(
+                top_k, is_trajectory=made.is_trajectory, reachable=self.manifest.reachable
             )
+
         return ProvenancePipelineOutput(
-            images=_finished(made.images, output_type), attribution=traced, closed_form=compared
+            images=_finished(made.images, output_type),
+            attribution=attribution(made.trace),
+            closed_form=attribution(made.closed_trace) if closed_form is not None else None,
         )
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from PIL import Image
@@ -10,6 +11,38 @@ from torch import Tensor
 
 from provgen.data.images import from_pil
 from provgen.errors import InputError
+
+
+def check_options(guidance_scale: float, output_type: str) -> None:
+    """Refuse what no sampler and no caller can use.
+
+    Raises:
+        InputError: An unknown `output_type`, or a guidance scale that is not finite.
+    """
+    if output_type not in ("pil", "pt"):
+        raise InputError(f"output_type must be pil or pt, got {output_type!r}")
+    if not isfinite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
+
+
+def read_count(
+    class_labels: Sequence[int | None] | Tensor | None,
+    batch_size: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> int:
+    """Give the number of images asked for: one per label, `batch_size` without labels.
+
+    Raises:
+        InputError: None at all, a single label that is no list, or another number of generators.
+    """
+    if isinstance(class_labels, int):
+        raise InputError(f"class_labels must be a list with one class per image, got {class_labels}")
+    count = batch_size if class_labels is None else len(class_labels)
+    if count < 1:
+        raise InputError(f"the number of images must be at least 1, got {count}")
+    if isinstance(generator, list) and len(generator) != count:
+        raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
+    return count
 
 
 def read_labels(class_labels: Sequence[int | None] | Tensor | None, count: int, null_label: int) -> Tensor:

@@ -28,11 +28,9 @@ from provgen.experiments import (
     Experiment,
     Part,
     VariantRun,
-    is_trained,
     load_experiment,
-    read_measured,
-    write_measured,
 )
+from provgen.measured_file import is_trained, read_measured, write_measured
 from provgen.report.findings import findings_page, judge, overview
 from provgen.report.variant_figure import plot_variants
 from provgen.report.variant_report import METRICS, markdown_table, with_ratios, write_parquet

@@ -11,11 +11,9 @@ import pytest
 from provgen.experiments import (
     Experiment,
     Part,
-    is_trained,
     load_experiment,
-    read_measured,
-    write_measured,
 )
+from provgen.measured_file import is_trained, read_measured, write_measured
 from provgen.run_folder import RunFolder
 from provgen.settings_file import load_settings
 

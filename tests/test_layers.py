@@ -7,7 +7,7 @@ from pathlib import Path
 LAYERS = (
     "errors", "run_folder", "settings", "settings_file", "data", "models", "training", "attribution",
     "pipeline_inputs", "pipeline", "analysis", "report", "kinds", "runs", "build", "evaluation", "measurement",
-    "experiment_file", "experiments", "cli",
+    "measured_file", "experiment_file", "experiments", "cli",
 )  # fmt: skip
 
 
