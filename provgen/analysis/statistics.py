@@ -64,8 +64,13 @@ def mean_estimate(values: Tensor, *, seed: int, resamples: int = 2000, confidenc
         raise InputError("cannot estimate a mean from 0 observations; give at least 1")
     sample = values.detach().cpu().double().numpy()
     means = _resampled_means(sample, np.random.default_rng(seed), resamples)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
+    return Estimate(float(sample.mean()), *percentile_interval(means, confidence), len(sample))
+
+
+def percentile_interval(draws: NDArray[np.float64], confidence: float = 0.95) -> tuple[float, float]:
+    """Give the middle `confidence` of bootstrap draws (resample,)."""
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def mean_over_seeds(values: Sequence[float]) -> Estimate:

@@ -41,6 +41,25 @@ def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat([*chosen, torch.empty(0, dtype=torch.int64)]).sort().values
 
 
+def subset_masks(labels: Tensor, *, num_subsets: int, fraction: float, seed: int) -> Tensor:
+    """Draw subsets of the examples, each with its share of every class.
+
+    Args:
+        labels: int64 (example,).
+        num_subsets: How many; the first of more are the same.
+        fraction: Size of each, as a share of the examples.
+        seed: Which examples they have.
+
+    Returns:
+        bool (subset, example).
+    """
+    masks = torch.zeros(num_subsets, len(labels), dtype=torch.bool)
+    seeds = torch.randint(2**62, (num_subsets,), generator=torch.Generator().manual_seed(seed))
+    for mask, own in zip(masks, seeds.tolist(), strict=True):
+        mask[stratified_subset(labels, round(fraction * len(labels)), own)] = True
+    return masks
+
+
 def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels.cpu()[order]

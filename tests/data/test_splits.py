@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from provgen.data.splits import stratified_split, stratified_subset
+from provgen.data.splits import stratified_split, stratified_subset, subset_masks
 
 
 def labels_of(*sizes: int) -> torch.Tensor:
@@ -78,3 +78,22 @@ def test_unlabelled_sets_can_be_split():
     train, holdout = stratified_split(torch.zeros(10, dtype=torch.int64), 0.2, 0)
     assert (len(train), len(holdout)) == (8, 2)
     assert stratified_subset(torch.zeros(0, dtype=torch.int64), 5, 0).tolist() == []
+
+
+def test_subsets_have_their_share_of_every_class_and_differ():
+    labels = labels_of(40, 20, 10)
+    masks = subset_masks(labels, num_subsets=30, fraction=0.5, seed=1)
+    assert masks.shape == (30, 70)
+    for label, size in enumerate((40, 20, 10)):
+        assert (masks[:, labels == label].sum(dim=1) == size // 2).all()
+    assert len(masks.unique(dim=0)) == 30
+    # Independent halves: two of them share a quarter of the examples.
+    shared = (masks.double() @ masks.double().T)[~torch.eye(30, dtype=torch.bool)].mean() / 70
+    assert float(shared) == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_first_subsets_do_not_depend_on_how_many_there_are():
+    labels = labels_of(9, 8)
+    many = subset_masks(labels, num_subsets=40, fraction=0.5, seed=2)
+    assert torch.equal(many[:5], subset_masks(labels, num_subsets=5, fraction=0.5, seed=2))
+    assert not torch.equal(many[:5], subset_masks(labels, num_subsets=5, fraction=0.5, seed=3))
