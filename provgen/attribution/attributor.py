@@ -1,0 +1,60 @@
+"""What every attribution method offers, so that all of them meet on the same queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from provgen.attribution.noisy_queries import NoisyQueries
+from provgen.data.dataset import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Images whose sources are asked for."""
+
+    images: Tensor
+    """In [-1, 1], (query, channel, height, width)."""
+    class_labels: Tensor
+    """int64 (query,), the null label where there is none."""
+    noisy: NoisyQueries
+    """The images noised to several levels with common noise."""
+    trajectory: NoisyQueries | None = None
+    """For generated images: what the sampler passed through on the way to them."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionScores:
+    """Scores of all training examples, larger is more responsible, under every setting a method can be tuned over."""
+
+    values: Tensor
+    """Floating (setting, query, train)."""
+    settings: tuple[str, ...]
+    """Their names, such as `lambda=0.01`; a single empty one where there is nothing to tune."""
+
+    def of(self, setting: str) -> Tensor:
+        """Give the scores (query, train) under one setting."""
+        scores: Tensor = self.values[self.settings.index(setting)]
+        return scores
+
+
+class Attributor(Protocol):
+    """An attribution method: what it needs of the training set once, and what it says of queries."""
+
+    def fit(self, train: ImageSet) -> None:
+        """Prepare for a training set."""
+        ...
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Score every training example for every query, each query by itself."""
+        ...
+
+
+def untuned(values: Tensor) -> AttributionScores:
+    """Wrap scores (query, train) of a method with nothing to tune."""
+    return AttributionScores(values=values[None], settings=("",))

@@ -1,0 +1,109 @@
+"""Attribution without a generator: guessing, the class, and distances between pixels.
+
+Every method that looks at a generator has to beat these. Settings are tuned on calibration subsets.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from provgen.attribution.attributor import AttributionScores, Queries, untuned
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+
+NEIGHBORS = (1, 2, 5, 10, 20, 50)
+
+BANDWIDTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
+"""Of the pixel kernel, in root mean squared distances between two training images."""
+
+
+class RandomScores:
+    """Guessing."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def fit(self, train: ImageSet) -> None:
+        """Count the examples."""
+        self.num_examples = len(train)
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Draw scores, the same for a query whatever else is asked."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return untuned(
+            torch.stack([torch.rand(self.num_examples, generator=generator) for _ in queries.images])
+        )
+
+
+class SameClass:
+    """Everything of the query's class, alike; for a query without a class everything."""
+
+    def fit(self, train: ImageSet) -> None:
+        """Keep the labels."""
+        self.labels = train.labels
+        self.null_label = train.num_classes
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Give 1 to the class."""
+        same = queries.class_labels[:, None] == self.labels
+        return untuned((same | (queries.class_labels == self.null_label)[:, None]).double())
+
+
+class PixelCosine:
+    """Cosine of the angle between the pixels, in [-1, 1]: the cheapest baseline of Zheng et al. 2024."""
+
+    def fit(self, train: ImageSet) -> None:
+        """Keep the directions."""
+        self.directions = F.normalize(_pixels(train), dim=1)
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Compare directions."""
+        return untuned(F.normalize(queries.images.flatten(1).double(), dim=1) @ self.directions.T)
+
+
+class PixelNeighbors:
+    """The k nearest training images in pixels, alike; k is tuned."""
+
+    def fit(self, train: ImageSet) -> None:
+        """Keep the pixels."""
+        self.pixels = _pixels(train)
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Give 1 to the k nearest, the lowest index first at equal distance."""
+        distances = torch.cdist(queries.images.flatten(1).double(), self.pixels)
+        ranks = distances.argsort(dim=1, stable=True).argsort(dim=1)
+        counts = [k for k in NEIGHBORS if k < len(self.pixels)]
+        values = torch.stack([(ranks < k).double() for k in counts])
+        return AttributionScores(values=values, settings=tuple(f"k={k}" for k in counts))
+
+
+class PixelKernel:
+    """softmax_i(-|q - x_i|^2 / (2 s^2)) in pixels; s is tuned.
+
+    It is what averaging the log-posteriors of a query that is noised again comes to, so only what knows more than
+    the finished image can beat it.
+    """
+
+    def fit(self, train: ImageSet) -> None:
+        """Keep the pixels, and how far apart they are."""
+        self.pixels = _pixels(train)
+        # The mean squared distance of two draws is twice the total variance.
+        self.scale = float((2 * self.pixels.var(dim=0, correction=0).sum()).sqrt())
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Weigh by distance."""
+        squares = torch.cdist(queries.images.flatten(1).double(), self.pixels).square()
+        values = [_kernel(squares, share * self.scale) for share in BANDWIDTHS]
+        return AttributionScores(
+            values=torch.stack(values), settings=tuple(f"s={share:g} apart" for share in BANDWIDTHS)
+        )
+
+
+def _kernel(squares: Tensor, bandwidth: float) -> Tensor:
+    return (-squares / (2 * bandwidth**2)).softmax(dim=1)
+
+
+def _pixels(train: ImageSet) -> Tensor:
+    return to_unit_range(train.images, torch.float64).flatten(1)
