@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
 from provgen.attribution.tracer import Generated, Request, network_probs
 from provgen.attribution.trajectory import LEAST_SIGNAL, WINDOW, TrajectoryTrace
@@ -14,6 +18,24 @@ from provgen.errors import InputError
 from provgen.models.diffusion import record_stages
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.batches import seeded_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingStep:
+    """One step of a sampler."""
+
+    number: int
+    """From 0."""
+    timestep: Tensor
+    """int64 scalar."""
+    level: Tensor
+    """a_t, a scalar on the scheduler's device."""
+    images: Tensor
+    """What the denoiser was given, (query, channel, height, width)."""
+    stages: list[Tensor]
+    """What its encoder made of it."""
+    denoised: Tensor
+    """What the next step is given; after the last step the sample."""
 
 
 class DiffusionTracer:
@@ -28,24 +50,54 @@ class DiffusionTracer:
 
     def generate(self, request: Request) -> Generated:
         """Sample by DDIM; see `Tracer`."""
-        labels = request.class_labels
-        images = self._initial_noise(len(labels), request.generator)
-        self._set_timesteps(request.num_inference_steps)
-        first_step = int((self._levels() < LEAST_SIGNAL).sum())
+        labels, first_step = request.class_labels, self._first_step(request.num_inference_steps)
         trace, closed_trace = TrajectoryTrace(first_step), TrajectoryTrace(first_step)
-        for step, timestep in enumerate(request.progress_bar(self.scheduler.timesteps)):
-            is_traced = request.is_traced and step >= first_step
-            level = self.scheduler.alphas_cumprod[timestep]
-            signal = level.to(images.device).expand(len(images))
+        for step in self.steps(request):
+            level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
+            if request.is_traced and step.number >= first_step:
+                trace.add(network_probs(self.provenance, step.stages, signal, labels), level)
+            if request.is_traced and step.number >= first_step and request.closed_form is not None:
+                closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
+        return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
+
+    def steps(self, request: Request) -> Iterator[SamplingStep]:
+        """Sample by DDIM, and show every step."""
+        labels = request.class_labels
+        self._set_timesteps(request.num_inference_steps)
+        images = self._initial_noise(len(labels), request.generator)
+        for number, timestep in enumerate(request.progress_bar(self.scheduler.timesteps)):
             with record_stages(self.unet) as stages:
                 noise = self.unet(images, timestep, class_labels=labels).sample
-            if is_traced:
-                trace.add(network_probs(self.provenance, stages, signal, labels), float(level))
-            if is_traced and request.closed_form is not None:
-                closed_trace.add(request.closed_form.probs(images, signal, labels), float(level))
             noise = self._guided(noise, images, timestep, request)
-            images = self.scheduler.step(noise, timestep, images).prev_sample
-        return Generated(images=images, trace=trace, closed_trace=closed_trace, is_trajectory=True)
+            denoised = self.scheduler.step(noise, timestep, images).prev_sample
+            yield SamplingStep(
+                number=number,
+                timestep=timestep,
+                level=self.scheduler.alphas_cumprod[timestep],
+                images=images,
+                stages=stages,
+                denoised=denoised,
+            )
+            images = denoised
+
+    def sampled(self, request: Request) -> tuple[Tensor, NoisyQueries]:
+        """Sample by DDIM; give the images, and what each was at every step that is worth tracing."""
+        first_step = self._first_step(request.num_inference_steps)
+        steps = list(self.steps(request))
+        images = torch.stack([step.images for step in steps[first_step:]])
+        return steps[-1].denoised, self._noisy(images)
+
+    def noised(self, clean_images: Tensor, *, num_inference_steps: int, seed: int) -> NoisyQueries:
+        """Noise images to the sampler's levels, the same noise for every image, which then depends on no batch.
+
+        Args:
+            clean_images: In [-1, 1], (query, channel, height, width).
+            num_inference_steps: Sampling steps whose levels are used.
+            seed: Of the noise.
+        """
+        first_step = self._first_step(num_inference_steps)
+        timesteps = self.scheduler.timesteps[first_step:]
+        return self._noisy(torch.stack([self._noised(clean_images, int(t), seed) for t in timesteps]))
 
     def trace(
         self,
@@ -71,6 +123,18 @@ class DiffusionTracer:
                 self.unet(noisy, timestep, class_labels=class_labels)
             trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
         return trace
+
+    def _noisy(self, images: Tensor) -> NoisyQueries:
+        """Name the last steps, as many as there are `images`."""
+        timesteps = self.scheduler.timesteps[-len(images) :]
+        return NoisyQueries(
+            images=images, timesteps=timesteps, signal=self.scheduler.alphas_cumprod[timesteps]
+        )
+
+    def _first_step(self, num_inference_steps: int) -> int:
+        """Give the first sampling step that is worth tracing."""
+        self._set_timesteps(num_inference_steps)
+        return int((self._levels() < LEAST_SIGNAL).sum())
 
     def _noised(self, clean: Tensor, timestep: int, seed: int) -> Tensor:
         """Add the same seeded noise to every image, so that a trace does not depend on its batch."""
