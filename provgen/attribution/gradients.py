@@ -1,0 +1,126 @@
+"""Attribution by gradients of the trained generator: dot products, and TRAK and D-TRAK in exact dual form."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from provgen.attribution.attributor import AttributionScores, Queries, untuned
+from provgen.attribution.count_sketch import CountSketch
+from provgen.attribution.gradient_store import GradientStore
+from provgen.attribution.loss_gradients import LossGradients
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Of the kernel matrix, in units of its mean diagonal: the published values depend on the projection's scale."""
+
+IMAGES_AT_ONCE = 32
+
+
+class GradientFeatures:
+    """Projected loss gradients of training images, kept on disk, and of queries.
+
+    A generated image is treated like any other: noised again.
+    """
+
+    def __init__(
+        self, gradients: LossGradients, folder: Path, *, sketch_size: int | None, seed: int = 0
+    ) -> None:
+        """Choose the features.
+
+        Args:
+            gradients: Of the generator that is explained.
+            folder: Of the store.
+            sketch_size: Columns of the projection; None keeps the whole gradient, exact and large.
+            seed: Of the projection.
+        """
+        self.gradients = gradients
+        self.folder = folder
+        self.seed = seed
+        self.sketch = None
+        if sketch_size is not None:
+            device = gradients.unet.device
+            self.sketch = CountSketch(gradients.size, sketch_size, seed=seed, device=device)
+
+    def fit(self, train: ImageSet) -> None:
+        """Make, or finish, the features of the training images."""
+        size = self.gradients.size if self.sketch is None else self.sketch.size
+        self.store = GradientStore(self.folder, shape=(len(train), size), made_of=self._made_of(train))
+
+        def make_rows(start: int, stop: int) -> Tensor:
+            some = slice(start, stop)
+            return self._features(to_unit_range(train.images[some]), train.labels[some])
+
+        self.store.fill(make_rows, batch_size=IMAGES_AT_ONCE)
+
+    def products(self, queries: Queries) -> Tensor:
+        """Give inner products of queries and training images, float64 (query, train)."""
+        batches = zip(
+            queries.images.split(IMAGES_AT_ONCE), queries.class_labels.split(IMAGES_AT_ONCE), strict=True
+        )
+        return torch.cat([self.store.products(self._features(*batch)) for batch in batches])
+
+    def _features(self, images: Tensor, labels: Tensor) -> Tensor:
+        device = self.gradients.unet.device
+        found = self.gradients(images.to(device), labels.to(device))
+        return (found if self.sketch is None else self.sketch(found)).cpu()
+
+    def _made_of(self, train: ImageSet) -> dict[str, str | int]:
+        weights, images = hashlib.sha256(), hashlib.sha256()
+        for name, parameter in self.gradients.parameters.items():
+            weights.update(name.encode())
+            weights.update(parameter.cpu().numpy().tobytes())
+        for tensor in (train.images, train.labels):
+            images.update(tensor.cpu().numpy().tobytes())
+        return {
+            "weights": weights.hexdigest(),
+            "images": images.hexdigest(),
+            "target": self.gradients.target,
+            "num_timesteps": len(self.gradients.timesteps),
+            "noise_seed": self.gradients.seed,
+            "projection_seed": self.seed,
+        }
+
+
+class GradientDot:
+    """Inner products of gradients (TracIn with one checkpoint, Pruthi et al. 2020, arXiv 2002.08484)."""
+
+    def __init__(self, features: GradientFeatures) -> None:
+        self.features = features
+
+    def fit(self, train: ImageSet) -> None:
+        """Make the features."""
+        self.features.fit(train)
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Multiply."""
+        return untuned(self.features.products(queries))
+
+
+class Trak:
+    """tau(q, i) = phi_q (Phi^T Phi + lambda I)^-1 phi_i (Park et al. 2023, arXiv 2303.14186), lambda tuned.
+
+    TRAK or D-TRAK by the gradients it is given. The dual form phi_q Phi^T (Phi Phi^T + lambda I)^-1 is the same
+    number from a (train, train) matrix, in float64: in float32 the primal form loses small lambdas.
+    """
+
+    def __init__(self, features: GradientFeatures) -> None:
+        self.features = features
+
+    def fit(self, train: ImageSet) -> None:
+        """Make the features, and diagonalise their kernel matrix once for every lambda."""
+        self.features.fit(train)
+        self.values, self.vectors = torch.linalg.eigh(self.features.store.gram())
+
+    def attribute(self, queries: Queries) -> AttributionScores:
+        """Solve for every lambda."""
+        turned = self.features.products(queries) @ self.vectors
+        mean = self.values.mean()
+        scores = [(turned / (self.values + ridge * mean)) @ self.vectors.T for ridge in RIDGES]
+        return AttributionScores(
+            values=torch.stack(scores), settings=tuple(f"lambda={ridge:g}" for ridge in RIDGES)
+        )
