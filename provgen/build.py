@@ -67,7 +67,9 @@ def make_accelerator(settings: Settings | None = None) -> Accelerator:
     return accelerator
 
 
-def make_trainer(settings: Settings, data: RunData, accelerator: Accelerator) -> CoTrainer:
+def make_trainer(
+    settings: Settings, data: RunData, accelerator: Accelerator, *, is_shared: bool = True
+) -> CoTrainer:
     """Build both networks, seeded apart so that the denoiser does not depend on the provenance network."""
     kind, training, chosen = make_kind(settings, data.train), settings.training, settings.provenance
     if settings.generator.kind == "none":
@@ -84,11 +86,12 @@ def make_trainer(settings: Settings, data: RunData, accelerator: Accelerator) ->
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup_steps,
         ema_decay=training.ema_decay,
+        is_shared=is_shared,
     )
 
 
 def make_batches(settings: Settings, train: ImageSet, accelerator: Accelerator) -> BatchStream:
-    """Make the stream of global batches.
+    """Make the stream of global batches, which the processes share.
 
     Raises:
         InputError: The global batch does not divide evenly over the processes.
@@ -98,10 +101,15 @@ def make_batches(settings: Settings, train: ImageSet, accelerator: Accelerator) 
         raise InputError(
             f"training.batch_size must be a multiple of the {accelerator.num_processes} processes, got {size}"
         )
+    return make_stream(settings, train)
+
+
+def make_stream(settings: Settings, train: ImageSet) -> BatchStream:
+    """Make the stream of batches that one optimiser step is made of each."""
     kind = make_kind(settings, train)
     return BatchStream(
         train,
-        batch_size=size,
+        batch_size=settings.training.batch_size,
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         label_dropout=kind.label_dropout,
         seed=settings.training.seed,
@@ -200,7 +208,7 @@ def _head_arguments(settings: Settings, labels: Tensor, num_classes: int) -> dic
 def _num_cells(chosen: ProvenanceSettings, labels: Tensor) -> int:
     if chosen.cells == "classes":
         return len(labels.unique())
-    cells = chosen.num_cells or max(1, round(len(labels) ** 0.5 / 4))
+    cells = chosen.num_cells or max(1, round(len(labels) ** 0.5 / 5))
     if cells > len(labels):
         raise InputError(
             f"provenance.num_cells must be null or at most the {len(labels)} examples covered, got {cells}"

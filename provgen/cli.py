@@ -61,6 +61,12 @@ def paper(context: typer.Context) -> None:
     run_recipe("paper", context.args)
 
 
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def retrain(context: typer.Context) -> None:
+    """Train a run's generator again on random halves of its images, to test traces with."""
+    run_recipe("retrain", context.args)
+
+
 def main() -> None:
     """Entry point of the `provgen` command."""
     app()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from provgen.errors import InputError
 from provgen.experiment_file import Description, read_description
@@ -21,6 +21,7 @@ OF_THE_DRIVER = ("output_dir", "training.seed")
 """Settings that every run gets a value of its own of."""
 
 Values = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class Part:
             raise InputError(f"--part must be a number of how many, such as 1/2, got {text}")
         return cls(int(match[1]), int(match[2]))
 
-    def share(self, runs: Sequence[VariantRun]) -> list[VariantRun]:
+    def share(self, runs: Sequence[T]) -> list[T]:
         """Take every `count`-th run, so that parts are about equally long."""
         return list(runs[self.number - 1 :: self.count])
 

@@ -52,8 +52,12 @@ class CoTrainer:
         learning_rate: float,
         warmup_steps: int,
         ema_decay: float,
+        is_shared: bool = True,
     ) -> None:
-        """Prepare both networks for distributed training; without a provenance network, train the generator alone."""
+        """Prepare both networks for distributed training; without a provenance network, train the generator alone.
+
+        With `is_shared` False, every process trains networks of its own.
+        """
         self.accelerator = accelerator
         self.observer = observer
         self.networks: dict[str, ModelMixin | ProvenanceNetwork] = {observer.name: network}
@@ -61,7 +65,10 @@ class CoTrainer:
             self.networks["provenance"] = provenance
         parameters = [p for network in self.networks.values() for p in network.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
-        self.prepared = {name: accelerator.prepare(net) for name, net in self.networks.items()}
+        self.prepared = {
+            name: accelerator.prepare_model(net, evaluation_mode=not is_shared)
+            for name, net in self.networks.items()
+        }
         self.averages = {
             name: EMAModel(net.parameters(), decay=ema_decay, foreach=True)
             for name, net in self.networks.items()

@@ -1,0 +1,79 @@
+"""Train the generator of a run again on random halves of its images, and measure how each does on queries.
+
+    provgen retrain --run runs/digits --num-subsets 64 --seeds 2
+    accelerate launch --config_file accelerate_config.yaml recipes/retrain.py --run runs/digits
+
+Every process trains models of its own. The same command goes on where it was stopped, model by model; several may run
+side by side with --part 1/2 and --part 2/2. Writes masks.npz, queries.npz and losses/ into RUN/retrained.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from provgen import build, cli, retraining, runs
+from provgen.data.splits import subset_masks
+from provgen.experiments import Part
+from provgen.retrained_files import RetrainedFolder
+from provgen.settings import flat_settings
+
+SEED = 1000
+"""Training seed of the first model of a subset; runs that are explained have small ones."""
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Run folder of a trained generator.")],
+    num_subsets: Annotated[int, typer.Option(min=2, help="Subsets of the training images.")] = 64,
+    fraction: Annotated[float, typer.Option(min=0.01, max=0.99, help="Size of each, as a share.")] = 0.5,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each subset.")] = 2,
+    num_queries: Annotated[int, typer.Option(min=2, help="Generated images, and held-out ones.")] = 100,
+    keep_epochs: Annotated[
+        bool, typer.Option("--keep-epochs", help="Fewer steps for fewer images; otherwise the same steps.")
+    ] = False,
+    part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
+) -> None:
+    """Train subset models and measure their losses on generated and held-out queries; the same command resumes."""
+    share, accelerator = Part.parse(part), build.make_accelerator()
+    trained = runs.open_trained_run(run, accelerator.device)
+    name = "retrained_epochs" if keep_epochs else "retrained"
+    queries = retraining.make_queries(trained, num_queries)
+    masks = subset_masks(trained.data.train.labels, num_subsets=num_subsets, fraction=fraction, seed=0)
+    folder = RetrainedFolder(run / name)
+    if accelerator.is_main_process:
+        folder.start(masks, queries, made_of(trained, fraction, keep_epochs=keep_epochs))
+    accelerator.wait_for_everyone()
+
+    models = [(subset, seed) for seed in range(seeds) for subset in range(num_subsets)]
+    mine = share.share(models)[accelerator.process_index :: accelerator.num_processes]
+    waiting = [model for model in mine if not folder.has(*model)]
+    print(
+        f"{len(mine)} models into {folder.root}, {len(mine) - len(waiting)} of them measured before",
+        flush=True,
+    )
+    start = time.perf_counter()
+    for done, (subset, seed) in enumerate(waiting, start=1):
+        settings = retraining.subset_settings(
+            trained.settings, seed=SEED + seed, share_of_steps=fraction if keep_epochs else 1.0
+        )
+        data = retraining.subset_data(trained.data, masks[subset])
+        network = retraining.train_generator(settings, data, accelerator)
+        folder.save(subset, seed, retraining.query_losses(network, settings, queries))
+        left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
+        print(f"[{done}/{len(waiting)}] subset {subset}, seed {seed}; about {left:.0f} min left", flush=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{len(folder.measured())} of {len(models)} models measured in {folder.root}")
+    accelerator.end_training()
+
+
+def made_of(trained: runs.TrainedRun, fraction: float, *, keep_epochs: bool) -> dict[str, Any]:
+    """Say what the models depend on, so that others are never mixed with them."""
+    kept = flat_settings(trained.settings)
+    settings = {key: value for key, value in kept.items() if key not in ("data.path", "output_dir")}
+    return {"settings": settings, "fraction": fraction, "keep_epochs": keep_epochs}
+
+
+if __name__ == "__main__":
+    cli.run(main)
