@@ -208,7 +208,7 @@ def _head_arguments(settings: Settings, labels: Tensor, num_classes: int) -> dic
 def _num_cells(chosen: ProvenanceSettings, labels: Tensor) -> int:
     if chosen.cells == "classes":
         return len(labels.unique())
-    cells = chosen.num_cells or max(1, round(len(labels) ** 0.5 / 5))
+    cells = chosen.num_cells or min(len(labels), max(2, round(len(labels) ** 0.5 / 5)))
     if cells > len(labels):
         raise InputError(
             f"provenance.num_cells must be null or at most the {len(labels)} examples covered, got {cells}"
