@@ -78,7 +78,7 @@ class ProvenanceSettings:
     cells: Literal["kmeans", "classes"] = "kmeans"
     """Two-stage head: what its cells are."""
     num_cells: int | None = None
-    """Two-stage head: k-means cells, at least 1; null for a fifth of the square root of the example count, at least 2."""
+    """Two-stage head: k-means cells; null for a fifth of the square root of the example count, but at least 2."""
     beam: int | None = 4
     """Two-stage head: cells looked into while tracing, at least 1; null looks into all."""
     shared_stages: int | None = None
