@@ -67,6 +67,12 @@ def retrain(context: typer.Context) -> None:
     run_recipe("retrain", context.args)
 
 
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def faithfulness(context: typer.Context) -> None:
+    """Compare attribution methods on retrained generators."""
+    run_recipe("faithfulness", context.args)
+
+
 def main() -> None:
     """Entry point of the `provgen` command."""
     app()

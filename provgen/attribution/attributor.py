@@ -43,6 +43,16 @@ class AttributionScores:
         return scores
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a fitted method keeps of the training set."""
+
+    num_bytes: int
+    """In the smallest form that would do, such as pixels of one byte."""
+    seconds: float = 0.0
+    """Spent by earlier calls of `fit` on what this one found on disk."""
+
+
 class Attributor(Protocol):
     """An attribution method: what it needs of the training set once, and what it says of queries."""
 
@@ -52,6 +62,10 @@ class Attributor(Protocol):
 
     def attribute(self, queries: Queries) -> AttributionScores:
         """Score every training example for every query, each query by itself."""
+        ...
+
+    def kept(self) -> Kept:
+        """Say what answers need."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class GradientStore:
         self.folder = folder
         self.shape = shape
         self.made_of = {"schema_version": 1, "shape": list(shape), **made_of}
-        self.done = self._read_done()
+        self.done, self.seconds_before = self._read_state()
         folder.mkdir(parents=True, exist_ok=True)
         mode = "r+" if self.done else "w+"
         self._rows: NDArray[np.float32] = np.lib.format.open_memmap(
@@ -41,11 +42,12 @@ class GradientStore:
 
     def fill(self, make_rows: Callable[[int, int], Tensor], *, batch_size: int) -> None:
         """Make what is missing: `make_rows(start, stop)` gives the features (stop - start, feature)."""
+        begun = time.perf_counter()
         for start in range(self.done, self.shape[0], batch_size):
             stop = min(start + batch_size, self.shape[0])
             self._rows[start:stop] = make_rows(start, stop).cpu().numpy()
             self._rows.flush()  # type: ignore[attr-defined]  # a memory map
-            self._write_done(stop)
+            self._write_state(stop, self.seconds_before + time.perf_counter() - begun)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Read features (stop - start, feature) into memory."""
@@ -69,15 +71,17 @@ class GradientStore:
         """Size on disk."""
         return sum(path.stat().st_size for path in self.folder.iterdir())
 
-    def _read_done(self) -> int:
+    def _read_state(self) -> tuple[int, float]:
+        """Read how many rows are there, and the seconds that were spent on them."""
         try:
             state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            return 0
+            return 0, 0.0
         is_ours = state.get("made_of") == self.made_of and (self.folder / "features.npy").is_file()
-        return int(state["done"]) if is_ours else 0
+        return (int(state["done"]), float(state["seconds"])) if is_ours else (0, 0.0)
 
-    def _write_done(self, done: int) -> None:
+    def _write_state(self, done: int, seconds: float) -> None:
         with atomic_path(self.folder / "state.json") as partial:
-            partial.write_text(json.dumps({"made_of": self.made_of, "done": done}) + "\n", encoding="utf-8")
+            state = {"made_of": self.made_of, "done": done, "seconds": seconds}
+            partial.write_text(json.dumps(state) + "\n", encoding="utf-8")
         self.done = done

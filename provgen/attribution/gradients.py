@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from provgen.attribution.attributor import AttributionScores, Queries, untuned
+from provgen.attribution.attributor import AttributionScores, Kept, Queries, untuned
 from provgen.attribution.count_sketch import CountSketch
 from provgen.attribution.gradient_store import GradientStore
 from provgen.attribution.loss_gradients import LossGradients
@@ -64,6 +64,10 @@ class GradientFeatures:
         )
         return torch.cat([self.store.products(self._features(*batch)) for batch in batches])
 
+    def kept(self) -> Kept:
+        """The store."""
+        return Kept(num_bytes=self.store.num_bytes(), seconds=self.store.seconds_before)
+
     def _features(self, images: Tensor, labels: Tensor) -> Tensor:
         device = self.gradients.unet.device
         found = self.gradients(images.to(device), labels.to(device))
@@ -100,6 +104,10 @@ class GradientDot:
         """Multiply."""
         return untuned(self.features.products(queries))
 
+    def kept(self) -> Kept:
+        """Gradients."""
+        return self.features.kept()
+
 
 class Trak:
     """tau(q, i) = phi_q (Phi^T Phi + lambda I)^-1 phi_i (Park et al. 2023, arXiv 2303.14186), lambda tuned.
@@ -124,3 +132,7 @@ class Trak:
         return AttributionScores(
             values=torch.stack(scores), settings=tuple(f"lambda={ridge:g}" for ridge in RIDGES)
         )
+
+    def kept(self) -> Kept:
+        """Gradients."""
+        return self.features.kept()

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from provgen.attribution.attributor import AttributionScores, Queries
+from provgen.attribution.attributor import AttributionScores, Kept, Queries
 from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
 from provgen.data.dataset import ImageSet
@@ -21,6 +21,9 @@ LOWEST, HIGHEST = (0.01, 0.05, 0.2), (0.5, 0.9, 0.99)
 """Ends of the windows of signal levels that are tried."""
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+Along = Literal["trajectory", "noised"]
 
 
 class StepPosterior(Protocol):
@@ -57,7 +60,11 @@ class PosteriorAttributor:
     """
 
     def __init__(
-        self, make_posterior: Callable[[ImageSet], StepPosterior], *, along: Literal["trajectory", "noised"]
+        self,
+        make_posterior: Callable[[ImageSet], StepPosterior],
+        *,
+        along: Along,
+        num_bytes: int,
     ) -> None:
         """Keep what to ask.
 
@@ -65,9 +72,11 @@ class PosteriorAttributor:
             make_posterior: Gives the posterior over a training set.
             along: Ask at the steps that the sampler passed through, or of the image noised again. An image that
                 was not generated has no trajectory and is always noised.
+            num_bytes: What the posterior needs beside the generator.
         """
         self.make_posterior = make_posterior
         self.along = along
+        self.num_bytes = num_bytes
 
     def fit(self, train: ImageSet) -> None:
         """Make the posterior."""
@@ -84,6 +93,10 @@ class PosteriorAttributor:
             log_probs = self._log_probs(noisy, labels)
             named |= {f"{told}, {name}": scores for name, scores in averages(log_probs, noisy.signal)}
         return AttributionScores(values=torch.stack(list(named.values())), settings=tuple(named))
+
+    def kept(self) -> Kept:
+        """Pixels, or the provenance network."""
+        return Kept(num_bytes=self.num_bytes)
 
     def _log_probs(self, noisy: NoisyQueries, labels: Tensor) -> Tensor:
         steps = zip(noisy.images, noisy.timesteps, noisy.signal, strict=True)

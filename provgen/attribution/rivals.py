@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from provgen.attribution.attributor import AttributionScores, Queries, untuned
+from provgen.attribution.attributor import AttributionScores, Kept, Queries, untuned
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 
@@ -36,6 +36,10 @@ class RandomScores:
             torch.stack([torch.rand(self.num_examples, generator=generator) for _ in queries.images])
         )
 
+    def kept(self) -> Kept:
+        """Nothing."""
+        return Kept(num_bytes=0)
+
 
 class SameClass:
     """Everything of the query's class, alike; for a query without a class everything."""
@@ -50,6 +54,10 @@ class SameClass:
         same = queries.class_labels[:, None] == self.labels
         return untuned((same | (queries.class_labels == self.null_label)[:, None]).double())
 
+    def kept(self) -> Kept:
+        """Labels."""
+        return Kept(num_bytes=self.labels.nbytes)
+
 
 class PixelCosine:
     """Cosine of the angle between the pixels, in [-1, 1]: the cheapest baseline of Zheng et al. 2024."""
@@ -61,6 +69,10 @@ class PixelCosine:
     def attribute(self, queries: Queries) -> AttributionScores:
         """Compare directions."""
         return untuned(F.normalize(queries.images.flatten(1).double(), dim=1) @ self.directions.T)
+
+    def kept(self) -> Kept:
+        """Pixels."""
+        return Kept(num_bytes=self.directions.numel())
 
 
 class PixelNeighbors:
@@ -77,6 +89,10 @@ class PixelNeighbors:
         counts = [k for k in NEIGHBORS if k < len(self.pixels)]
         values = torch.stack([(ranks < k).double() for k in counts])
         return AttributionScores(values=values, settings=tuple(f"k={k}" for k in counts))
+
+    def kept(self) -> Kept:
+        """Pixels."""
+        return Kept(num_bytes=self.pixels.numel())
 
 
 class PixelKernel:
@@ -99,6 +115,10 @@ class PixelKernel:
         return AttributionScores(
             values=torch.stack(values), settings=tuple(f"s={share:g} apart" for share in BANDWIDTHS)
         )
+
+    def kept(self) -> Kept:
+        """Pixels."""
+        return Kept(num_bytes=self.pixels.numel())
 
 
 def _kernel(squares: Tensor, bandwidth: float) -> Tensor:

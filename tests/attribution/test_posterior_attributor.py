@@ -62,7 +62,7 @@ def posteriors(tracer, images, closed_form_of):
 
 
 def attributed(make_posterior, images, queries, along):
-    method = PosteriorAttributor(make_posterior, along=along)
+    method = PosteriorAttributor(make_posterior, along=along, num_bytes=5)
     method.fit(images)
     return method.attribute(queries)
 

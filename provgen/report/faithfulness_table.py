@@ -1,0 +1,106 @@
+"""The table of attribution methods: how faithful, and at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from provgen.analysis.datamodeling import NoiseCeiling
+from provgen.analysis.statistics import Estimate
+from provgen.run_folder import atomic_path
+
+SCHEMA_VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdsRow:
+    """One method on one kind of query."""
+
+    method: str
+    queries: str
+    """`generated` or `holdout`."""
+    setting: str
+    """What was chosen on the calibration subsets."""
+    lds: Estimate
+    over: Mapping[str, Estimate]
+    """By how much it exceeds reference methods, paired."""
+    ceiling: NoiseCeiling | None
+    """None with one training seed, which does not show how noisy training is."""
+    fit_seconds: float
+    seconds_per_query: float
+    stored_bytes: int
+
+
+def markdown_table(rows: Sequence[LdsRow]) -> str:
+    """Lay out one table for each kind of query, best method first; LDS in percent with 95 % intervals."""
+    kinds = list(dict.fromkeys(row.queries for row in rows))
+    return "\n".join(_table(kind, [row for row in rows if row.queries == kind]) for kind in kinds)
+
+
+def _table(kind: str, rows: Sequence[LdsRow]) -> str:
+    others = list(rows[0].over)
+    ceiling = rows[0].ceiling
+    best = "unknown (one training seed)"
+    if ceiling is not None:
+        best = f"{100 * ceiling.value:.1f} % (correlation of training seeds {ceiling.seed_correlation:.2f})"
+    titles = [
+        "method",
+        "LDS, %",
+        *(f"over {name}" for name in others),
+        "set-up, s",
+        "query, ms",
+        "kept, MB",
+        "setting",
+    ]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 2), "---"]]
+    for row in sorted(rows, key=lambda row: -row.lds.value):
+        lines.append([
+            row.method,
+            _percent(row.lds),
+            *(_percent(row.over[name]) if name != row.method else "-" for name in others),
+            f"{row.fit_seconds:.1f}",
+            f"{1e3 * row.seconds_per_query:.2f}",
+            f"{row.stored_bytes / 1e6:.2f}",
+            row.setting or "-",
+        ])  # fmt: skip
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"Queries: {kind}; {rows[0].lds.n} subset models; noise ceiling {best}\n\n{text}\n"
+
+
+def _percent(estimate: Estimate) -> str:
+    value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
+    """Write one flat row for each method and kind of query."""
+    flat = [
+        {
+            "method": row.method,
+            "queries": row.queries,
+            "setting": row.setting,
+            **_columns("lds", row.lds),
+            **{
+                key: value
+                for name, e in row.over.items()
+                for key, value in _columns(f"over {name}", e).items()
+            },
+            "noise_ceiling": None if row.ceiling is None else row.ceiling.value,
+            "seed_correlation": None if row.ceiling is None else row.ceiling.seed_correlation,
+            "fit_seconds": row.fit_seconds,
+            "seconds_per_query": row.seconds_per_query,
+            "stored_bytes": row.stored_bytes,
+        }
+        for row in rows
+    ]
+    table = pa.Table.from_pylist(flat).replace_schema_metadata({"schema_version": SCHEMA_VERSION})
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def _columns(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high}

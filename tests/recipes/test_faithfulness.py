@@ -1,0 +1,77 @@
+"""The table of methods: everything in it can be recomputed from the files, and the second call costs less."""
+
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from provgen import faithfulness, runs
+from provgen.analysis.datamodeling import datamodeling_scores, noise_ceiling
+from provgen.attribution.rivals import PixelCosine
+from provgen.data.splits import stratified_subset
+from provgen.retrained_files import RetrainedFolder
+
+CALL = ("--calibration-subsets", 2, "--timesteps", 2, "--resamples", 20)
+
+
+@pytest.fixture(scope="module")
+def root(root_of, run_recipe, tmp_path_factory):
+    root = shutil.copytree(root_of("diffusion"), tmp_path_factory.mktemp("faithful") / "run")
+    retrain = ("--num-subsets", 6, "--seeds", 2, "--num-queries", 4)
+    assert run_recipe("retrain", "--run", root, *retrain) == 0
+    assert run_recipe("faithfulness", "--run", root, *CALL) == 0
+    return root
+
+
+def table_of(root) -> list[dict]:
+    return pq.read_table(root / "faithfulness" / "table.parquet").to_pylist()
+
+
+def test_every_method_meets_both_kinds_of_queries(root):
+    rows = table_of(root)
+    assert {row["queries"] for row in rows} == {"generated", "holdout"}
+    assert len(rows) == 24
+    assert len({(row["method"], row["queries"]) for row in rows}) == 24
+    for row in rows:
+        assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
+        assert -1 <= row["lds"] <= 1
+    assert all(row["over random"] == 0 for row in rows if row["method"] == "random")
+    same = [row for row in rows if row["method"] == "same class"]
+    assert [row["lds"] for row in same] == [0, 0], "halves have the same share of every class"
+
+
+def test_a_row_is_recomputed_from_the_files(root):
+    trained = runs.open_trained_run(root, torch.device("cpu"))
+    retrained = RetrainedFolder(root / "retrained").load()
+    images = faithfulness.trace_queries(
+        trained,
+        {"holdout": trained.data.holdout.select(stratified_subset(trained.data.holdout.labels, 4, seed=0))},
+    )
+    method = PixelCosine()
+    method.fit(trained.data.train)
+    split = faithfulness.Split.draw(6, 4, calibration=2, seed=0)
+    scores = method.attribute(images["holdout"]).of("")
+    predicted = scores[~split.queries] @ retrained.masks[~split.subsets].double().T
+    losses = retrained.losses["holdout"][:, ~split.queries][:, :, ~split.subsets]
+    expected = datamodeling_scores(predicted, -losses.mean(dim=0)).mean()
+    (row,) = [r for r in table_of(root) if r["method"] == "pixel cosine" and r["queries"] == "holdout"]
+    assert row["lds"] == pytest.approx(float(expected))
+    assert row["noise_ceiling"] == pytest.approx(noise_ceiling(-losses).value)
+
+
+def test_the_second_call_finds_its_gradients_and_says_the_same(root, run_recipe, capsys):
+    before = {(row["method"], row["queries"]): row["lds"] for row in table_of(root)}
+    store = root / "faithfulness" / "d-trak-2" / "features.npy"
+    stamp = store.stat().st_mtime_ns
+    assert run_recipe("faithfulness", "--run", root, *CALL) == 0
+    assert "noise ceiling" in capsys.readouterr().out
+    assert store.stat().st_mtime_ns == stamp
+    assert {(row["method"], row["queries"]): row["lds"] for row in table_of(root)} == before
+
+
+def test_without_subset_models_it_says_what_to_do(root_of, run_recipe, capsys):
+    assert run_recipe("faithfulness", "--run", root_of("diffusion")) == 2
+    error = capsys.readouterr().err
+    assert "provgen retrain" in error
+    assert len(error.splitlines()) == 1
