@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from provgen.analysis.datamodeling import datamodeling_scores, predicted_outputs
 from provgen.attribution.attributor import AttributionScores, Attributor, Queries
 from provgen.attribution.diffusion_tracer import DiffusionTracer
+from provgen.attribution.embeddings import EmbeddingCosine
 from provgen.attribution.gradients import GradientDot, GradientFeatures, Trak
 from provgen.attribution.loss_gradients import LossGradients, Target
+from provgen.attribution.patches import PatchPosterior
 from provgen.attribution.posterior_attributor import (
     Along,
     PosteriorAttributor,
@@ -33,6 +36,8 @@ SKETCH_SIZE = 32768
 """Columns that gradients are projected to, as published; fewer parameters are kept whole."""
 
 NUM_INFERENCE_STEPS = 50
+
+PATCH_SIZES = (3, 5)
 
 
 def make_methods(
@@ -71,17 +76,29 @@ def make_methods(
         methods[f"provenance network, {along}"] = PosteriorAttributor(
             lambda _: network_steps(unet, provenance), along=along, num_bytes=weights
         )
+    side = trained.settings.data.image_size
+    for patch_size in sorted({min(side, size) for size in PATCH_SIZES}):
+        methods[f"patch posterior {patch_size}x{patch_size}, trajectory"] = PosteriorAttributor(
+            partial(_patch_posterior, patch_size=patch_size), along="trajectory", num_bytes=pixels
+        )
     scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
+    methods["embedding cosine"] = EmbeddingCosine(unet, scheduler, seed=0)
     targets: dict[str, Target] = {"TRAK": "noise", "D-TRAK": "zero"}
     for steps in num_timesteps:
         for name, target in targets.items():
             gradients = LossGradients(unet, scheduler, target=target, num_timesteps=steps, seed=0)
-            size = SKETCH_SIZE if gradients.size > SKETCH_SIZE else None
-            features = GradientFeatures(gradients, folder / f"{name.lower()}-{steps}", sketch_size=size)
+            sketch_size = SKETCH_SIZE if gradients.size > SKETCH_SIZE else None
+            store = folder / f"{name.lower()}-{steps}"
+            features = GradientFeatures(gradients, store, sketch_size=sketch_size)
             if name == "TRAK":
                 methods[f"gradient dot, {steps} timesteps"] = GradientDot(features)
             methods[f"{name}, {steps} timesteps"] = Trak(features)
     return methods
+
+
+def _patch_posterior(train: ImageSet, *, patch_size: int) -> PatchPosterior:
+    pixels = to_unit_range(train.images)
+    return PatchPosterior(pixels, train.labels, null_label=train.num_classes, patch_size=patch_size)
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def scored(trained_of, tmp_path_factory):
 
 def test_every_method_scores_every_example_for_every_query(scored):
     trained, queries, found = scored
-    assert len(found) == 12
+    assert len(found) == 15
     for name, method in found.items():
         for kind in queries:
             values = method.scores[kind].values

@@ -76,7 +76,7 @@ class LossGradients:
         draws = [
             randn_tensor(
                 images.shape[1:],
-                generator=seeded_generator(self.seed, 7, int(timestep)),
+                generator=seeded_generator(self.seed, 9, int(timestep)),
                 device=images.device,
                 dtype=images.dtype,
             )

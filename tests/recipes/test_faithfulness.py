@@ -31,8 +31,8 @@ def table_of(root) -> list[dict]:
 def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
-    assert len(rows) == 24
-    assert len({(row["method"], row["queries"]) for row in rows}) == 24
+    assert len(rows) == 30
+    assert len({(row["method"], row["queries"]) for row in rows}) == 30
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1

@@ -1,0 +1,51 @@
+"""Cosines of a denoiser's features: by hand, and without a batch that matters."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from provgen.attribution.attributor import Queries
+from provgen.attribution.embeddings import EmbeddingCosine
+from provgen.attribution.noisy_queries import NoisyQueries
+from provgen.data.images import to_unit_range
+from provgen.models.diffusion import make_training_scheduler, record_stages
+from provgen.training.batches import seeded_generator
+
+
+@pytest.fixture(scope="module")
+def train(random_images):
+    return random_images(9, num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def denoiser(train, tiny_networks):
+    return tiny_networks(train)[0]
+
+
+def queries_of(images):
+    none = NoisyQueries(
+        images=images[None], timesteps=torch.zeros(1, dtype=torch.int64), signal=torch.ones(1)
+    )
+    return Queries(images=images, class_labels=torch.zeros(len(images), dtype=torch.int64), noisy=none)
+
+
+@torch.no_grad()
+def test_by_hand(train, denoiser):
+    scheduler = make_training_scheduler("linear")
+    method = EmbeddingCosine(denoiser, scheduler, seed=2)
+    method.fit(train)
+    pixels = to_unit_range(train.images)
+    found = method.attribute(queries_of(pixels[[4, 1]])).of("")
+    level = scheduler.alphas_cumprod[method.timestep]
+    assert level == pytest.approx(0.9, abs=0.005)
+    noise = torch.randn(1, 8, 8, generator=seeded_generator(2, 8))
+    features = []
+    for image in pixels:
+        noisy = level.sqrt() * image + (1 - level).sqrt() * noise
+        with record_stages(denoiser) as stages:
+            denoiser(noisy[None], method.timestep, class_labels=torch.tensor([3]))
+        features.append(stages[-1].flatten())
+    expected = [[F.cosine_similarity(features[q], f, dim=0) for f in features] for q in (4, 1)]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    assert found.argmax(dim=1).tolist() == [4, 1]
+    assert method.kept().num_bytes == 4 * 9 * len(features[0])
