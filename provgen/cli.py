@@ -73,6 +73,12 @@ def faithfulness(context: typer.Context) -> None:
     run_recipe("faithfulness", context.args)
 
 
+@app.command(name="leave-out", context_settings=PASS_THROUGH, add_help_option=False)
+def leave_out(context: typer.Context) -> None:
+    """Train again without the sources that a method names, and generate the same samples."""
+    run_recipe("leave_out", context.args)
+
+
 def main() -> None:
     """Entry point of the `provgen` command."""
     app()
@@ -95,7 +101,7 @@ def find_config(path: Path | None) -> Path | None:
 
 def run_recipe(name: str, arguments: list[str]) -> None:
     """Run the `main` of a recipe file with command-line arguments, in this process."""
-    command = {"generate_and_attribute": "generate"}.get(name, name)
+    command = {"generate_and_attribute": "generate", "leave_out": "leave-out"}.get(name, name)
     run(load_recipe(name), prog_name=f"provgen {command}", arguments=arguments)
 
 

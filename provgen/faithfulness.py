@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
 from provgen.models.diffusion import make_training_scheduler
+from provgen.run_folder import atomic_path
 from provgen.runs import TrainedRun
 
 SKETCH_SIZE = 32768
@@ -209,3 +211,42 @@ def tune(scores: AttributionScores, masks: Tensor, outputs: Tensor, split: Split
 def reported(scores: Tensor, masks: Tensor, split: Split) -> Tensor:
     """Predict the outputs that are reported, float64 (query, subset), from scores (query, train)."""
     return predicted_outputs(scores[~split.queries], masks[~split.subsets])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What calibration chose for generated queries."""
+
+    calibration_subsets: int
+    """How many subset models were looked at."""
+    settings: Mapping[str, str]
+    """By method."""
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        with atomic_path(path) as partial:
+            partial.write_text(
+                json.dumps({"schema_version": 1, **asdict(self)}, indent=1) + "\n", encoding="utf-8"
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Tuned:
+        """Read it.
+
+        Raises:
+            InputError: It is not there.
+        """
+        if not path.is_file():
+            raise InputError(f"{path} is missing; run `provgen faithfulness` first")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls(calibration_subsets=content["calibration_subsets"], settings=content["settings"])
+
+    def require(self, methods: Sequence[str]) -> None:
+        """Refuse methods that were not tuned.
+
+        Raises:
+            InputError: Names the first, and those that were.
+        """
+        unknown = [name for name in methods if name not in self.settings]
+        if unknown:
+            raise InputError(f"unknown method {unknown[0]!r}; tuned are: {'; '.join(self.settings)}")

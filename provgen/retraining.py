@@ -16,6 +16,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.manifest import Manifest
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
+from provgen.pipeline import ProvenancePipeline
 from provgen.runs import RunData, TrainedRun
 from provgen.settings import Settings
 
@@ -76,6 +77,16 @@ def make_queries(trained: TrainedRun, count: int) -> dict[str, ImageSet]:
 def query_losses(network: Any, settings: Settings, queries: Mapping[str, ImageSet]) -> dict[str, Tensor]:
     """Measure a generator's loss on every query with noise that is the same for every generator: (query,) by kind."""
     return {kind: evaluation.losses(network, settings, images) for kind, images in queries.items()}
+
+
+def regenerate(network: Any, trained: TrainedRun, *, label: int, seed: int) -> Tensor:
+    """Sample with another denoiser from the noise of a sample of `trained`: uint8 (channel, height, width)."""
+    pipeline = ProvenancePipeline(None, unet=network, scheduler=trained.pipeline.scheduler)
+    pipeline = pipeline.with_manifest(trained.data.manifest)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed)]
+    images: Tensor = pipeline([label], generator=generator, top_k=None, output_type="pt").images
+    return images[0]
 
 
 def _generated(images: Tensor, trained: TrainedRun) -> ImageSet:

@@ -76,6 +76,8 @@ def main(
             )
             for name in methods
         ]
+    tuned = faithfulness.Tuned(calibration_subsets=calibration_subsets, settings=settings["generated"])
+    tuned.save(folder / "tuned.json")
     write_parquet(folder / "table.parquet", rows)
     (folder / "table.md").write_text(markdown_table(rows), encoding="utf-8")
     print(markdown_table(rows))

@@ -6,10 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from provgen import faithfulness, runs
+from provgen import faithfulness, retraining, runs
 from provgen.analysis.datamodeling import datamodeling_scores, noise_ceiling
 from provgen.attribution.rivals import PixelCosine
 from provgen.data.splits import stratified_subset
+from provgen.leave_out_files import LeaveOutFolder, LeftOut
 from provgen.retrained_files import RetrainedFolder
 
 CALL = ("--calibration-subsets", 2, "--timesteps", 2, "--resamples", 20)
@@ -75,3 +76,46 @@ def test_without_subset_models_it_says_what_to_do(root_of, run_recipe, capsys):
     error = capsys.readouterr().err
     assert "provgen retrain" in error
     assert len(error.splitlines()) == 1
+
+
+LEAVE_OUT = (
+    "--num-queries", 2, "--share", 0.2, "--seeds", 1, "--method", "random", "--method", "D-TRAK, 2 timesteps",
+)  # fmt: skip
+
+
+def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, capsys, new_accelerator):
+    assert run_recipe("leave_out", "--run", root, *LEAVE_OUT) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 models measured" in said
+    assert "D-TRAK, 2 timesteps | 2 |" in said
+    folder, trained = LeaveOutFolder(root / "leave_out"), runs.open_trained_run(root, torch.device("cpu"))
+    split = faithfulness.Split.draw(6, 4, calibration=2, seed=0)
+    queries = (~split.queries).nonzero().flatten()[:2].tolist()
+    model = LeftOut(seed=0, share=0.2, query=queries[1], method="D-TRAK, 2 timesteps")
+    left_out = folder.left_out(model)
+    assert len(left_out.unique()) == round(0.2 * len(trained.data.train))
+    # By hand: train on the others, and generate from the noise of the sample.
+    mask = torch.ones(len(trained.data.train), dtype=torch.bool)
+    mask[left_out] = False
+    settings = retraining.subset_settings(trained.settings, seed=2000)
+    data = retraining.subset_data(trained.data, mask)
+    network = retraining.train_generator(settings, data, new_accelerator())
+    expected = retraining.regenerate(network, trained, label=queries[1], seed=queries[1])
+    assert torch.equal(folder.load(model).image, expected)
+    # Its own denoiser gives the sample itself.
+    itself = retraining.regenerate(trained.pipeline.unet, trained, label=queries[1], seed=queries[1])
+    samples = retraining.make_queries(trained, 4)["generated"]
+    assert (itself.int() - samples.images[queries[1]].int()).abs().max() <= 1
+
+    assert run_recipe("leave_out", "--run", root, *LEAVE_OUT) == 0
+    assert "4 of them measured before" in capsys.readouterr().out
+
+
+def test_a_method_that_was_not_tuned_is_refused(root, run_recipe, capsys):
+    assert run_recipe("leave_out", "--run", root, "--method", "tarot") == 2
+    assert "unknown method 'tarot'" in capsys.readouterr().err
+
+
+def test_leaving_out_needs_the_comparison_first(root_of, run_recipe, capsys):
+    assert run_recipe("leave_out", "--run", root_of("diffusion")) == 2
+    assert "provgen faithfulness" in capsys.readouterr().err
