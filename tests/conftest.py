@@ -189,6 +189,7 @@ def forget_accelerators() -> None:
 def run_recipe(tmp_path_factory, repository):
     """Run a copy of a recipe in this process, as `python COPY ARGUMENTS` would; return the exit status."""
     folder = tmp_path_factory.mktemp("recipes")
+    (folder / "data").mkdir()
 
     def call(name: str, *arguments: object) -> int:
         copy = folder / f"{name}.py"
