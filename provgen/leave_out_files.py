@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +11,9 @@ import torch
 from torch import Tensor
 
 from provgen.run_folder import atomic_path
+
+NOTHING = "nothing"
+"""Left out by the models that others are compared with: one for each training seed."""
 
 
 @dataclass(frozen=True, order=True)
@@ -25,11 +27,16 @@ class LeftOut:
     """Number of the sample."""
     method: str
 
+    def __str__(self) -> str:
+        return f"{self.method}, {self.share:.0%}, sample {self.query}, seed {self.seed}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What such a model makes of the sample."""
 
+    left_out: Tensor
+    """Examples it was trained without, int64 (left_out,)."""
     image: Tensor
     """From the same noise, uint8 (channel, height, width)."""
     loss: float
@@ -50,32 +57,21 @@ class LeaveOutFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def has(self, model: LeftOut) -> bool:
-        """Whether a model has been measured."""
-        return self._path(model).is_file()
+    def has(self, model: LeftOut, left_out: Tensor) -> bool:
+        """Whether a model has been measured without these very examples."""
+        return self._path(model).is_file() and torch.equal(self.load(model).left_out, left_out)
 
-    def save(self, model: LeftOut, left_out: Tensor, outcome: Outcome) -> None:
-        """Write what became of the sample without the examples `left_out`, int64 (left_out,)."""
+    def save(self, model: LeftOut, outcome: Outcome) -> None:
+        """Write what became of the sample."""
         with atomic_path(self._path(model)) as partial, partial.open("wb") as file:
-            np.savez(file, left_out=left_out.numpy(), image=outcome.image.numpy(), loss=outcome.loss)
-
-    def left_out(self, model: LeftOut) -> Tensor:
-        """Read which examples a model was trained without."""
-        with np.load(self._path(model)) as file:
-            return torch.from_numpy(file["left_out"])
+            np.savez(file, left_out=outcome.left_out.numpy(), image=outcome.image.numpy(), loss=outcome.loss)
 
     def load(self, model: LeftOut) -> Outcome:
         """Read what became of the sample."""
         with np.load(self._path(model)) as file:
-            return Outcome(image=torch.from_numpy(file["image"]), loss=float(file["loss"]))
-
-    def measured(self, planned: list[LeftOut]) -> Iterator[tuple[LeftOut, Outcome]]:
-        """Read the models that are there."""
-        for model in planned:
-            if self.has(model):
-                yield model, self.load(model)
+            left_out, image = torch.from_numpy(file["left_out"]), torch.from_numpy(file["image"])
+            return Outcome(left_out=left_out, image=image, loss=float(file["loss"]))
 
     def _path(self, model: LeftOut) -> Path:
-        seed, share, query, method = astuple(model)
-        name = "".join(letter if letter.isalnum() else "_" for letter in method)
-        return self.root / f"{name}-{share:g}" / f"query-{query:04d}-seed-{seed}.npz"
+        name = "".join(letter if letter.isalnum() else "_" for letter in model.method)
+        return self.root / f"{name}-{model.share:g}" / f"query-{model.query:04d}-seed-{model.seed}.npz"

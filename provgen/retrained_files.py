@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
-from provgen.run_folder import atomic_path
+from provgen.run_folder import atomic_path, claim_folder
 
 KINDS = ("generated", "holdout")
+"""Of queries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryImages:
+    """Images that subset models are asked about."""
+
+    images: Tensor
+    """uint8 (query, channel, height, width)."""
+    labels: Tensor
+    """int64 (query,), the null label where there is no class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,40 +36,42 @@ class Retrained:
     """bool (subset, train)."""
     losses: dict[str, Tensor]
     """By kind of query, float64 (seed, query, subset)."""
+    queries: dict[str, QueryImages]
+    """By kind."""
 
 
 class RetrainedFolder:
-    """masks.npz, made_of.json, and a small file of losses for every model, each whole or not there."""
+    """made_of.json, masks.npz, queries.npz, and a small file for every model, each whole or not there."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def start(self, masks: Tensor, queries: Mapping[str, ImageSet], made_of: Mapping[str, Any]) -> None:
+    def start(self, masks: Tensor, queries: Mapping[str, QueryImages], made_of: Mapping[str, Any]) -> None:
         """Start the folder, or go on with it.
 
         Args:
-            masks: bool (subset, train); a folder may be started again with more subsets.
-            queries: By kind.
-            made_of: What the models are of: the run's settings.
+            masks: bool (subset, train); a folder may be started again with more or fewer subsets.
+            queries: By kind; those that are there already stay.
+            made_of: What the models are of.
 
         Raises:
             InputError: There are models of something else in it.
         """
-        content = {"schema_version": 1, **made_of, **{kind: list(queries[kind].sha256) for kind in KINDS}}
-        wanted = json.dumps(content, indent=1, sort_keys=True)
-        path = self.root / "made_of.json"
-        if path.is_file() and path.read_text(encoding="utf-8") != wanted:
-            raise InputError(
-                f"{self.root} holds models of another run, other options or other queries; remove the folder to "
-                "start again"
-            )
-        if path.is_file() and not _agree(self._masks(), masks):
-            raise InputError(f"{self.root} holds models of other subsets; remove the folder to start again")
-        if not path.is_file() or len(self._masks()) < len(masks):
-            with atomic_path(self.root / "masks.npz") as partial, partial.open("wb") as file:
-                np.savez_compressed(file, masks=np.packbits(masks.numpy(), axis=1), train=masks.shape[1])
-        with atomic_path(path) as partial:
-            partial.write_text(wanted, encoding="utf-8")
+        claim_folder(self.root, made_of)
+        if not (self.root / "queries.npz").is_file():
+            arrays = {f"{k}_{name}": v.numpy() for k in KINDS for name, v in vars(queries[k]).items()}
+            self._write(self.root / "queries.npz", **arrays)
+        if not (self.root / "masks.npz").is_file() or len(self._masks()) < len(masks):
+            packed = np.packbits(masks.numpy(), axis=1)
+            self._write(self.root / "masks.npz", masks=packed, train=np.array(masks.shape[1]))
+
+    def queries(self) -> dict[str, QueryImages] | None:
+        """Read the queries; None before the start."""
+        if not (self.root / "queries.npz").is_file():
+            return None
+        with np.load(self.root / "queries.npz") as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+        return {k: QueryImages(images=arrays[f"{k}_images"], labels=arrays[f"{k}_labels"]) for k in KINDS}
 
     def has(self, subset: int, seed: int) -> bool:
         """Whether a model has been measured."""
@@ -68,8 +79,7 @@ class RetrainedFolder:
 
     def save(self, subset: int, seed: int, losses: Mapping[str, Tensor]) -> None:
         """Write what one model makes of the queries, (query,) by kind."""
-        with atomic_path(self._path(subset, seed)) as partial, partial.open("wb") as file:
-            np.savez(file, **{kind: losses[kind].float().numpy() for kind in KINDS})  # type: ignore[arg-type]
+        self._write(self._path(subset, seed), **{kind: losses[kind].float().numpy() for kind in KINDS})
 
     def measured(self) -> list[tuple[int, int]]:
         """List the `(subset, seed)` of the models that are there."""
@@ -77,33 +87,31 @@ class RetrainedFolder:
         return [(int(subset), int(seed)) for _, subset, _, seed in names]
 
     def load(self) -> Retrained:
-        """Read the subsets of which every seed is there.
+        """Read as many models as have the same seeds for every subset.
 
         Raises:
-            InputError: There are fewer than two.
+            InputError: There are fewer than two subsets.
         """
-        measured = self.measured()
-        seeds = sorted({seed for _, seed in measured})
-        whole = [n for n in sorted({n for n, _ in measured}) if all((n, seed) in measured for seed in seeds)]
-        if len(whole) < 2:
+        subsets, seeds = _rectangle(self.measured())
+        queries = self.queries()
+        if len(subsets) < 2 or queries is None:
             raise InputError(
-                f"{len(whole)} subset models in {self.root}, at least 2 are needed; run `provgen retrain` first"
+                f"{len(subsets)} subset models in {self.root}, at least 2 are needed; run `provgen retrain` first"
             )
         return Retrained(
-            masks=self._masks()[torch.tensor(whole)],
-            losses={kind: self._losses(kind, seeds, whole) for kind in KINDS},
+            masks=self._masks()[torch.tensor(subsets)],
+            losses={kind: self._losses(kind, seeds, subsets) for kind in KINDS},
+            queries=queries,
         )
 
     def _losses(self, kind: str, seeds: Sequence[int], subsets: Sequence[int]) -> Tensor:
         """Read losses of one kind of query, (seed, query, subset)."""
-        rows = []
-        for seed in seeds:
-            columns = []
-            for subset in subsets:
-                with np.load(self._path(subset, seed)) as file:
-                    columns.append(torch.from_numpy(file[kind]).double())
-            rows.append(torch.stack(columns, dim=1))
+        rows = [torch.stack([self._loss(kind, n, seed) for n in subsets], dim=1) for seed in seeds]
         return torch.stack(rows)
+
+    def _loss(self, kind: str, subset: int, seed: int) -> Tensor:
+        with np.load(self._path(subset, seed)) as file:
+            return torch.from_numpy(file[kind]).double()
 
     def _masks(self) -> Tensor:
         with np.load(self.root / "masks.npz") as file:
@@ -113,8 +121,19 @@ class RetrainedFolder:
     def _path(self, subset: int, seed: int) -> Path:
         return self.root / "losses" / f"subset-{subset:04d}-seed-{seed}.npz"
 
+    @staticmethod
+    def _write(path: Path, **arrays: Any) -> None:
+        with atomic_path(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
-def _agree(saved: Tensor, masks: Tensor) -> bool:
-    """Whether the shorter list of subsets is the beginning of the longer one."""
-    count = min(len(saved), len(masks))
-    return saved.shape[1] == masks.shape[1] and torch.equal(saved[:count], masks[:count])
+
+def _rectangle(models: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Choose subsets and the first so many seeds that all of them have: as many models as possible."""
+    there, best = set(models), ([], [])  # type: ignore[var-annotated]
+    seeds = sorted({seed for _, seed in models})
+    for count in range(1, len(seeds) + 1):
+        first = seeds[:count]
+        whole = [n for n in sorted({n for n, _ in models}) if all((n, seed) in there for seed in first)]
+        if len(whole) * count >= len(best[0]) * len(best[1]):
+            best = (whole, first)
+    return best

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,8 +16,9 @@ from provgen.data.manifest import Manifest
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
 from provgen.pipeline import ProvenancePipeline
-from provgen.runs import RunData, TrainedRun
-from provgen.settings import Settings
+from provgen.retrained_files import QueryImages
+from provgen.runs import MAY_CHANGE, RunData, TrainedRun
+from provgen.settings import Settings, flat_settings
 
 
 def subset_settings(settings: Settings, *, seed: int, share_of_steps: float = 1.0) -> Settings:
@@ -52,31 +52,62 @@ def train_generator(settings: Settings, data: RunData, accelerator: Accelerator)
     trainer = build.make_trainer(settings, data, accelerator, is_shared=False)
     for step in range(settings.training.max_steps):
         trainer.step(stream.batch(step).to(accelerator.device), step)
+    accelerator.free_memory()  # it would hold on to every model it has prepared
     return evaluation.averaged_networks(trainer)[trainer.observer.name]
 
 
-def make_queries(trained: TrainedRun, count: int) -> dict[str, ImageSet]:
+def make_queries(trained: TrainedRun, count: int) -> dict[str, QueryImages]:
     """Make `count` queries of either kind, `generated` (seeds 0, 1, ..., classes in turn) and `holdout`.
 
     Raises:
-        InputError: The run has no generator, or too few held-out images.
+        InputError: The run is no diffusion model, or holds too few images out.
     """
-    trained.pipeline.require_generator(count)
-    holdout = trained.data.holdout
+    if trained.pipeline.unet is None:
+        raise InputError(
+            "traces are tested on diffusion models, and this run is none; train one with generator.kind=diffusion"
+        )
+    holdout, train = trained.data.holdout, trained.data.train
     if len(holdout) < count:
         raise InputError(
             f"the run holds {len(holdout)} images out, fewer than {count} queries; ask for fewer --num-queries"
         )
-    output = evaluation.sample(trained.pipeline, trained.settings, trained.data, count=count)
+    samples = evaluation.sample(trained.pipeline, trained.settings, trained.data, count=count).images
+    classes = torch.arange(count) % train.num_classes if train.num_classes else torch.zeros(count).long()
+    rows = stratified_subset(holdout.labels, count, seed=0)
     return {
-        "generated": _generated(output.images, trained),
-        "holdout": holdout.select(stratified_subset(holdout.labels, count, seed=0)),
+        "generated": QueryImages(images=samples, labels=classes),
+        "holdout": QueryImages(images=holdout.images[rows], labels=holdout.labels[rows]),
     }
 
 
-def query_losses(network: Any, settings: Settings, queries: Mapping[str, ImageSet]) -> dict[str, Tensor]:
+def query_losses(
+    network: Any, settings: Settings, train: ImageSet, queries: Mapping[str, QueryImages]
+) -> dict[str, Tensor]:
     """Measure a generator's loss on every query with noise that is the same for every generator: (query,) by kind."""
-    return {kind: evaluation.losses(network, settings, images) for kind, images in queries.items()}
+    return {
+        kind: evaluation.losses(network, settings, as_image_set(some, train))
+        for kind, some in queries.items()
+    }
+
+
+def as_image_set(queries: QueryImages, train: ImageSet) -> ImageSet:
+    """Give queries the classes of the training images."""
+    count = len(queries.images)
+    return ImageSet(
+        images=queries.images,
+        labels=queries.labels,
+        class_names=train.class_names,
+        paths=tuple(f"query/{number:05d}" for number in range(count)),
+        sha256=("",) * count,
+        contributors=(None,) * count,
+        licenses=(None,) * count,
+    )
+
+
+def made_of(settings: Settings, **more: Any) -> dict[str, Any]:
+    """Say what models depend on, so that those of other settings are never mixed with them."""
+    free = MAY_CHANGE - {"training.max_steps"}
+    return {**{key: value for key, value in flat_settings(settings).items() if key not in free}, **more}
 
 
 def regenerate(network: Any, trained: TrainedRun, *, label: int, seed: int) -> Tensor:
@@ -87,20 +118,3 @@ def regenerate(network: Any, trained: TrainedRun, *, label: int, seed: int) -> T
     generator = [torch.Generator().manual_seed(seed)]
     images: Tensor = pipeline([label], generator=generator, top_k=None, output_type="pt").images
     return images[0]
-
-
-def _generated(images: Tensor, trained: TrainedRun) -> ImageSet:
-    """Name samples as `evaluation.sample` makes them, classes in turn."""
-    count, train = len(images), trained.data.train
-    is_told = trained.pipeline.is_told_classes and train.num_classes > 0
-    return ImageSet(
-        images=images,
-        labels=torch.arange(count) % train.num_classes
-        if is_told
-        else torch.full((count,), train.num_classes),
-        class_names=train.class_names,
-        paths=tuple(f"generated/{number:05d}" for number in range(count)),
-        sha256=tuple(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images),
-        contributors=(None,) * count,
-        licenses=(None,) * count,
-    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -107,6 +109,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def claim_folder(root: Path, made_of: Mapping[str, Any]) -> None:
+    """Start a folder of results that is filled piece by piece, or go on with it.
+
+    Raises:
+        InputError: There are results of something else in it.
+    """
+    path = root / "made_of.json"
+    wanted = json.dumps({"schema_version": 1, **made_of}, indent=1, sort_keys=True) + "\n"
+    if not path.is_file():
+        with atomic_path(path) as partial:
+            partial.write_text(wanted, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != wanted:
+        raise InputError(
+            f"{root} holds results of another run or of other options; remove the folder to start again"
+        )
 
 
 def replace_path(new: Path, path: Path) -> None:

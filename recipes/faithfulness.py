@@ -2,22 +2,28 @@
 
     provgen faithfulness --run runs/digits
 
-Every method is tuned on the same few subset models and queries and reported on the rest. Writes table.parquet and
-table.md into RUN/faithfulness; gradients are kept there, and the same command goes on where it was stopped.
+Every method is tuned on the same few subset models and queries and reported on the rest. Writes retrained.parquet and
+retrained.md into RUN/faithfulness; gradients are kept there, and the same command goes on where it was stopped.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from torch import Tensor
 
-from provgen import build, cli, faithfulness, retraining, runs
+from provgen import build, cli, faithfulness, runs
+from provgen.analysis.calibration_split import Split, Tuned, reported, tune
 from provgen.analysis.datamodeling import LdsComparison, noise_ceiling
 from provgen.errors import InputError
 from provgen.report.faithfulness_table import LdsRow, markdown_table, write_parquet
 from provgen.retrained_files import KINDS, RetrainedFolder
+from provgen.run_folder import atomic_path
 
-REFERENCES = ("random", "pixel kernel")
+REFERENCES = {
+    "generated": ("random", "pixel kernel", "provenance network, trajectory"),
+    "holdout": ("random", "pixel kernel", "provenance network, noised"),
+}
 """Methods that every other is compared with, pair by pair."""
 
 
@@ -27,6 +33,7 @@ def main(
     timesteps: Annotated[
         list[int] | None, typer.Option(help="Noise levels of gradient methods; repeatable. Default: 10.")
     ] = None,
+    models: Annotated[str, typer.Option(help="Folder of subset models in the run.")] = "retrained",
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
 ) -> None:
     """Write the table of methods: LDS with interval and ceiling, seconds and bytes."""
@@ -34,54 +41,53 @@ def main(
     if accelerator.num_processes > 1:
         raise InputError("faithfulness runs in one process; start it without accelerate launch")
     trained = runs.open_trained_run(run, accelerator.device)
-    retrained = RetrainedFolder(run / "retrained").load()
-    num_queries = retrained.losses["generated"].shape[1]
-    images = retraining.make_queries(trained, num_queries)
-    queries = faithfulness.trace_queries(trained, images)
-    split = faithfulness.Split.draw(
-        len(retrained.masks), num_queries, calibration=calibration_subsets, seed=0
-    )
-    outputs = {kind: -retrained.losses[kind].mean(dim=0) for kind in KINDS}
+    retrained = RetrainedFolder(run / models).load()
+    seeds, num_queries, num_subsets = retrained.losses["generated"].shape
+    print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
+    split = Split.draw(num_subsets, num_queries, calibration=calibration_subsets, seed=0)
+    queries = faithfulness.trace_queries(trained, retrained.queries)
+    folder, steps = run / "faithfulness", tuple(timesteps or [10])
+    methods = faithfulness.make_methods(trained, folder, num_timesteps=steps)
 
-    folder = run / "faithfulness"
-    methods = faithfulness.make_methods(trained, folder, num_timesteps=tuple(timesteps or [10]))
-    predicted: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+    predicted: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     settings: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
-    costs = {}
+    costs: dict[str, faithfulness.Cost] = {}
     for name, method in methods.items():
-        costs[name] = found = faithfulness.score(method, trained.data.train, queries)
+        scores, costs[name] = faithfulness.score(method, trained.data.train, queries)
         for kind in KINDS:
-            scores = found.scores[kind]
-            settings[kind][name] = chosen = faithfulness.tune(scores, retrained.masks, outputs[kind], split)
-            predicted[kind][name] = faithfulness.reported(scores.of(chosen), retrained.masks, split)
-        print(f"{name}: {found.fit_seconds + found.seconds_per_query * 2 * num_queries:.0f} s", flush=True)
+            if kind == "holdout" and name.endswith("trajectory"):
+                continue  # they have none
+            outputs = -retrained.losses[kind].mean(dim=0)
+            settings[kind][name] = chosen = tune(scores[kind], retrained.masks, outputs, split)
+            predicted[kind][name] = reported(scores[kind].of(chosen), retrained.masks, split)
+        print(f"{name}: {costs[name].fit_seconds:.0f} s to set up", flush=True)
 
     rows = []
     for kind in KINDS:
-        measured = outputs[kind][~split.queries][:, ~split.subsets]
-        compared = LdsComparison(predicted[kind], measured, seed=0, resamples=resamples)
         losses = retrained.losses[kind][:, ~split.queries][:, :, ~split.subsets]
-        ceiling = noise_ceiling(-losses) if len(losses) > 1 else None
+        compared = LdsComparison(predicted[kind], -losses.mean(dim=0), seed=0, resamples=resamples)
+        ceiling = noise_ceiling(-losses, seed=0, resamples=resamples) if seeds > 1 else None
         rows += [
             LdsRow(
                 method=name,
                 queries=kind,
                 setting=settings[kind][name],
                 lds=compared.estimate(name),
-                over={other: compared.difference(name, other) for other in REFERENCES},
+                over={other: compared.difference(name, other) for other in REFERENCES[kind]},
                 ceiling=ceiling,
                 fit_seconds=costs[name].fit_seconds,
                 seconds_per_query=costs[name].seconds_per_query,
                 stored_bytes=costs[name].stored_bytes,
             )
-            for name in methods
+            for name in predicted[kind]
         ]
-    tuned = faithfulness.Tuned(calibration_subsets=calibration_subsets, settings=settings["generated"])
+    calibration = split.queries.nonzero().flatten().tolist()
+    tuned = Tuned(calibration_queries=calibration, timesteps=steps, settings=settings["generated"])
     tuned.save(folder / "tuned.json")
-    write_parquet(folder / "table.parquet", rows)
-    (folder / "table.md").write_text(markdown_table(rows), encoding="utf-8")
-    print(markdown_table(rows))
-    print(f"tables in {folder}")
+    write_parquet(folder / f"{models}.parquet", rows)
+    with atomic_path(folder / f"{models}.md") as partial:
+        partial.write_text(markdown_table(rows), encoding="utf-8")
+    print(f"{markdown_table(rows)}\ntables in {folder}")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,25 @@ RUN/leave_out. The same command goes on where it was stopped; parts 1/2 and 2/2 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from accelerate import Accelerator
 from torch import Tensor
 
-from provgen import build, cli, evaluation, faithfulness, retraining, runs
+from provgen import build, cli, faithfulness, retraining, runs
+from provgen.analysis.calibration_split import Tuned
 from provgen.analysis.leave_out import strongest
-from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+from provgen.errors import InputError
 from provgen.experiments import Part
-from provgen.leave_out_files import LeaveOutFolder, LeftOut, Outcome, plan
+from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut, Outcome, plan
 from provgen.report.leave_out_table import effect_table, leave_out_effects
-from provgen.retrained_files import RetrainedFolder
-from provgen.run_folder import atomic_path
+from provgen.retrained_files import QueryImages, RetrainedFolder
+from provgen.run_folder import atomic_path, claim_folder, require_run
+from provgen.settings import Settings
+from provgen.settings_file import load_settings
 
 METHODS = [
     "random",
@@ -33,8 +37,6 @@ METHODS = [
     "D-TRAK, 10 timesteps",
 ]
 REFERENCES = ("random", "pixel kernel")
-SEED = 2000
-"""Training seed of the first model of each kind."""
 
 
 def main(
@@ -49,92 +51,124 @@ def main(
     part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
 ) -> None:
     """Train without what a method names; report how far the sample moves, and its loss."""
-    portion, accelerator = Part.parse(part), build.make_accelerator()
-    trained, names, shares = (
-        runs.open_trained_run(run, accelerator.device),
-        method or METHODS,
-        share or [0.05, 0.2],
-    )
-    tuned = faithfulness.Tuned.load(run / "faithfulness" / "tuned.json")
+    portion, names, shares = Part.parse(part), method or METHODS, share or [0.05, 0.2]
+    if bad := [some for some in shares if not 0 < some <= 0.9]:
+        raise InputError(f"--share must be above 0 and at most 0.9, got {bad[0]}")
+    accelerator = build.make_accelerator(load_settings(require_run(run).config, []))
+    trained = runs.open_trained_run(run, accelerator.device)
+    tuned = Tuned.load(run / "faithfulness" / "tuned.json")
     tuned.require(names)
-    retrained = RetrainedFolder(run / "retrained").load()
-    count = retrained.losses["generated"].shape[1]
-    samples = retraining.make_queries(trained, count)["generated"]
-    split = faithfulness.Split.draw(
-        len(retrained.masks), count, calibration=tuned.calibration_subsets, seed=0
-    )
-    # Those that no method was tuned on.
-    queries = (~split.queries).nonzero().flatten()[:num_queries]
-
-    planned = plan(names, shares, queries.tolist(), seeds)
-    mine = portion.share(planned)[accelerator.process_index :: accelerator.num_processes]
+    samples = RetrainedFolder(run / "retrained").load().queries["generated"]
     folder = LeaveOutFolder(run / "leave_out")
-    waiting = [model for model in mine if not folder.has(model)]
-    print(
-        f"{len(mine)} models into {folder.root}, {len(mine) - len(waiting)} of them measured before",
-        flush=True,
-    )
-    ranked = rank_sources(trained, tuned, names, samples, run / "faithfulness") if waiting else {}
+    if accelerator.is_main_process:
+        claim_folder(folder.root, retraining.made_of(trained.settings))
+    accelerator.wait_for_everyone()
+
+    # Samples that no method was tuned on.
+    others = [n for n in range(len(samples.images)) if n not in set(tuned.calibration_queries)]
+    planned = plan(names, shares, others[:num_queries], seeds)
+    nothing = [
+        LeftOut(seed=seed, share=0.0, query=n, method=NOTHING)
+        for seed in range(seeds)
+        for n in others[:num_queries]
+    ]
+    left_out = rank_sources(trained, tuned, planned, samples, run / "faithfulness")
+    left_out |= {model: torch.empty(0, dtype=torch.int64) for model in nothing}
+    mine = portion.share([*nothing[::num_queries], *planned])
+    missing = [model for model in mine if not folder.has(model, left_out[model])]
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    waiting = missing[accelerator.process_index :: accelerator.num_processes]
+    if accelerator.is_main_process:
+        print(
+            f"{len(planned) + seeds} models into {folder.root}, {len(missing)} of this part are missing",
+            flush=True,
+        )
     start = time.perf_counter()
     for done, model in enumerate(waiting, start=1):
-        left_out = strongest(ranked[model.method][model.query], round(model.share * len(trained.data.train)))
-        folder.save(model, left_out, train_without(trained, left_out, model, samples, accelerator))
+        network, settings = train_without(trained, left_out[model], model.seed, accelerator)
+        # Nothing is left out once for all samples.
+        for some in [m for m in nothing if m.seed == model.seed] if model.method == NOTHING else [model]:
+            folder.save(some, outcome(network, settings, trained, samples, some, left_out[some]))
         left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
         print(f"[{done}/{len(waiting)}] {model}; about {left:.0f} min left", flush=True)
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        outcomes = dict(folder.measured(planned))
-        table = leave_out_table(trained, samples, outcomes, names, shares)
+        there = {m: folder.load(m) for m in [*nothing, *planned] if folder.has(m, left_out[m])}
+        table = leave_out_table(there, names, shares, trained.data.train.labels, samples.labels)
         with atomic_path(folder.root / "table.md") as partial:
             partial.write_text(table, encoding="utf-8")
-        print(f"{len(outcomes)} of {len(planned)} models measured\n\n{table}\ntable in {folder.root}")
+        print(
+            f"{len(set(there) & set(planned))} of {len(planned)} models measured\n\n{table}\ntable in {folder.root}"
+        )
     accelerator.end_training()
 
 
 def rank_sources(
-    trained: runs.TrainedRun, tuned: faithfulness.Tuned, names: Sequence[str], samples: ImageSet, folder: Path
-) -> dict[str, Tensor]:
-    """Score all training examples for every sample, as tuned: (query, train) by method."""
+    trained: runs.TrainedRun, tuned: Tuned, planned: Sequence[LeftOut], samples: QueryImages, folder: Path
+) -> dict[LeftOut, Tensor]:
+    """Choose what every model is trained without, int64 (left_out,): the strongest sources, by methods as tuned."""
     queries = faithfulness.trace_queries(trained, {"generated": samples})["generated"]
-    timesteps = sorted({int(name.split()[-2]) for name in tuned.settings if name.endswith("timesteps")})
-    methods = faithfulness.make_methods(trained, folder, num_timesteps=tuple(timesteps))
-    ranked = {}
-    for name in names:
-        methods[name].fit(trained.data.train)
-        ranked[name] = methods[name].attribute(queries).of(tuned.settings[name])
-    return ranked
+    methods = faithfulness.make_methods(trained, folder, num_timesteps=tuple(tuned.timesteps))
+    train = trained.data.train
+    distances = torch.cdist(queries.images.flatten(1), to_unit_range(train.images).flatten(1))
+    scores = {}
+    for name in dict.fromkeys(model.method for model in planned):
+        methods[name].fit(train)
+        scores[name] = methods[name].attribute(queries).of(tuned.settings[name])
+    return {
+        m: strongest(scores[m.method][m.query], distances[m.query], max(1, round(m.share * len(train))))
+        for m in planned
+    }
 
 
 def train_without(
-    trained: runs.TrainedRun, left_out: Tensor, model: LeftOut, samples: ImageSet, accelerator: Accelerator
-) -> Outcome:
-    """Train without some examples, and generate the sample again."""
+    trained: runs.TrainedRun, left_out: Tensor, seed: int, accelerator: Accelerator
+) -> tuple[Any, Settings]:
+    """Train without some examples, with the run's own seed first."""
     mask = torch.ones(len(trained.data.train), dtype=torch.bool)
     mask[left_out] = False
-    settings = retraining.subset_settings(trained.settings, seed=SEED + model.seed)
-    network = retraining.train_generator(settings, retraining.subset_data(trained.data, mask), accelerator)
-    sample = samples.select(torch.tensor([model.query]))
+    settings = retraining.subset_settings(trained.settings, seed=trained.settings.training.seed + seed)
+    data = retraining.subset_data(trained.data, mask)
+    return retraining.train_generator(settings, data, accelerator), settings
+
+
+def outcome(
+    network: Any,
+    settings: Settings,
+    trained: runs.TrainedRun,
+    samples: QueryImages,
+    model: LeftOut,
+    left_out: Tensor,
+) -> Outcome:
+    """Make a sample again, and measure the loss on it."""
+    label, row = samples.labels[model.query], slice(model.query, model.query + 1)
+    query = QueryImages(images=samples.images[row], labels=samples.labels[row])
+    losses = retraining.query_losses(network, settings, trained.data.train, {"generated": query})
     return Outcome(
-        image=retraining.regenerate(network, trained, label=int(sample.labels[0]), seed=model.query),
-        loss=float(evaluation.losses(network, settings, sample)[0]),
+        left_out=left_out,
+        image=retraining.regenerate(network, trained, label=int(label), seed=model.query),
+        loss=float(losses["generated"][0]),
     )
 
 
 def leave_out_table(
-    trained: runs.TrainedRun,
-    samples: ImageSet,
-    outcomes: Mapping[LeftOut, Outcome],
+    there: Mapping[LeftOut, Outcome],
     names: Sequence[str],
     shares: Sequence[float],
+    train_labels: Tensor,
+    query_labels: Tensor,
 ) -> str:
     """Compare methods over the queries of which every method has every seed."""
     lines = []
     for some in shares:
-        found = {model: outcome for model, outcome in outcomes.items() if model.share == some}
-        for title, effects in leave_out_effects(found, samples.images, names).items():
-            lines.append(f"{some:.0%} of {len(trained.data.train)} training images left out: {title}\n")
-            lines.append(effect_table(effects, [name for name in REFERENCES if name in names]))
+        found = {model: end for model, end in there.items() if model.share in (0, some)}
+        if not any(model.share for model in found):
+            continue
+        effects = leave_out_effects(found, names, train_labels=train_labels, query_labels=query_labels)
+        for title, by_method in effects.items():
+            lines.append(f"{some:.0%} of {len(train_labels)} training images left out: {title}\n")
+            lines.append(effect_table(by_method, [name for name in REFERENCES if name in names]))
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ side by side with --part 1/2 and --part 2/2. Writes masks.npz, queries.npz and l
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,8 @@ from provgen import build, cli, retraining, runs
 from provgen.data.splits import subset_masks
 from provgen.experiments import Part
 from provgen.retrained_files import RetrainedFolder
-from provgen.settings import flat_settings
+from provgen.run_folder import require_run
+from provgen.settings_file import load_settings
 
 SEED = 1000
 """Training seed of the first model of a subset; runs that are explained have small ones."""
@@ -35,23 +36,24 @@ def main(
     part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
 ) -> None:
     """Train subset models and measure their losses on generated and held-out queries; the same command resumes."""
-    share, accelerator = Part.parse(part), build.make_accelerator()
+    share, accelerator = Part.parse(part), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = runs.open_trained_run(run, accelerator.device)
-    name = "retrained_epochs" if keep_epochs else "retrained"
-    queries = retraining.make_queries(trained, num_queries)
-    masks = subset_masks(trained.data.train.labels, num_subsets=num_subsets, fraction=fraction, seed=0)
-    folder = RetrainedFolder(run / name)
+    train = trained.data.train
+    folder = RetrainedFolder(run / ("retrained_epochs" if keep_epochs else "retrained"))
+    masks = subset_masks(train.labels, num_subsets=num_subsets, fraction=fraction, seed=0)
     if accelerator.is_main_process:
-        folder.start(masks, queries, made_of(trained, fraction, keep_epochs=keep_epochs))
+        queries = folder.queries() or retraining.make_queries(trained, num_queries)
+        options = {"fraction": fraction, "keep_epochs": keep_epochs, "num_queries": num_queries}
+        folder.start(masks, queries, retraining.made_of(trained.settings, **options))
     accelerator.wait_for_everyone()
+    queries = folder.queries() or {}
 
     models = [(subset, seed) for seed in range(seeds) for subset in range(num_subsets)]
-    mine = share.share(models)[accelerator.process_index :: accelerator.num_processes]
-    waiting = [model for model in mine if not folder.has(*model)]
-    print(
-        f"{len(mine)} models into {folder.root}, {len(mine) - len(waiting)} of them measured before",
-        flush=True,
-    )
+    missing = [model for model in share.share(models) if not folder.has(*model)]
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    waiting = missing[accelerator.process_index :: accelerator.num_processes]
+    if accelerator.is_main_process:
+        print(f"{len(models)} models into {folder.root}, {len(missing)} of this part are missing", flush=True)
     start = time.perf_counter()
     for done, (subset, seed) in enumerate(waiting, start=1):
         settings = retraining.subset_settings(
@@ -59,20 +61,13 @@ def main(
         )
         data = retraining.subset_data(trained.data, masks[subset])
         network = retraining.train_generator(settings, data, accelerator)
-        folder.save(subset, seed, retraining.query_losses(network, settings, queries))
+        folder.save(subset, seed, retraining.query_losses(network, settings, train, queries))
         left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
         print(f"[{done}/{len(waiting)}] subset {subset}, seed {seed}; about {left:.0f} min left", flush=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"{len(folder.measured())} of {len(models)} models measured in {folder.root}")
     accelerator.end_training()
-
-
-def made_of(trained: runs.TrainedRun, fraction: float, *, keep_epochs: bool) -> dict[str, Any]:
-    """Say what the models depend on, so that others are never mixed with them."""
-    kept = flat_settings(trained.settings)
-    settings = {key: value for key, value in kept.items() if key not in ("data.path", "output_dir")}
-    return {"settings": settings, "fraction": fraction, "keep_epochs": keep_epochs}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Methods side by side: tuned on one part and reported on the other, with every method there is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from provgen import faithfulness, retraining
+from provgen.analysis.calibration_split import Split, Tuned, reported, tune
 from provgen.attribution.attributor import AttributionScores
-from provgen.faithfulness import Split
 
 
 def rand(*shape, seed=0):
@@ -40,7 +42,7 @@ def test_tuning_finds_the_setting_that_is_true(linear):
         values=torch.stack([rand(12, 40, seed=5), effects, -effects]), settings=("a", "b", "c")
     )
     split = Split.draw(30, 12, calibration=10, seed=0)
-    assert faithfulness.tune(scores, masks, outputs, split) == "b"
+    assert tune(scores, masks, outputs, split) == "b"
 
 
 def test_tuning_looks_at_nothing_that_is_reported(linear):
@@ -50,13 +52,13 @@ def test_tuning_looks_at_nothing_that_is_reported(linear):
     split = Split.draw(30, 12, calibration=10, seed=0)
     changed = -outputs
     changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]
-    assert faithfulness.tune(scores, masks, changed, split) == "a"
+    assert tune(scores, masks, changed, split) == "a"
 
 
 def test_what_is_reported_was_not_calibrated_on(linear):
     masks, effects, outputs = linear
     split = Split.draw(30, 12, calibration=10, seed=0)
-    predicted = faithfulness.reported(effects, masks, split)
+    predicted = reported(effects, masks, split)
     torch.testing.assert_close(predicted, outputs[~split.queries][:, ~split.subsets])
 
 
@@ -76,16 +78,18 @@ def scored(trained_of, tmp_path_factory):
 
 def test_every_method_scores_every_example_for_every_query(scored):
     trained, queries, found = scored
-    assert len(found) == 15
-    for name, method in found.items():
+    assert len(found) == 17
+    for name, (scores, cost) in found.items():
         for kind in queries:
-            values = method.scores[kind].values
+            values = scores[kind].values
             assert values.shape[1:] == (4, len(trained.data.train)), name
             assert values.isfinite().all(), name
-        assert method.seconds_per_query > 0
-        assert (method.stored_bytes == 0) == (name == "random")
-    assert found["TRAK, 2 timesteps"].fit_seconds > 0
-    assert found["gradient dot, 2 timesteps"].stored_bytes == found["TRAK, 2 timesteps"].stored_bytes
+        assert (cost.stored_bytes == 0) == (name == "random")
+    pixels, weights = (
+        found[f"{name}, noised"][1].stored_bytes for name in ("closed form", "provenance network")
+    )
+    assert pixels == trained.data.train.images.numel() == 40 * 64
+    assert weights == 4 * sum(p.numel() for p in trained.pipeline.provenance.parameters())
 
 
 def test_queries_are_those_of_the_subset_models(scored):
@@ -98,9 +102,15 @@ def test_queries_are_those_of_the_subset_models(scored):
     assert generated.class_labels.tolist() == [0, 1, 2, 3]
     # The last step of the trajectory is nearly the image: the same seeds were sampled again.
     last = generated.trajectory.images[-1]
-    signal = float(generated.trajectory.signal[-1])
-    assert signal > 0.99
+    assert float(generated.trajectory.signal[-1]) > 0.99
     assert (last - generated.images).abs().mean() < 0.2
+
+
+def test_a_run_that_generates_other_images_is_refused(trained_of, message_of):
+    trained = trained_of("diffusion")
+    queries = retraining.make_queries(trained, 2)
+    other = {"generated": replace(queries["generated"], images=255 - queries["generated"].images)}
+    assert "provgen retrain" in message_of(faithfulness.trace_queries, trained, other)
 
 
 def test_the_posterior_along_the_trajectory_is_the_trace(scored):
@@ -108,12 +118,27 @@ def test_the_posterior_along_the_trajectory_is_the_trace(scored):
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     output = trained.pipeline([0, 1, 2, 3], generator=generators, top_k=3)
     setting = "class told, probabilities, 0.05 < a_t < 0.9, temperature 1"
-    scores = found["provenance network, trajectory"].scores["generated"].of(setting)
+    scores = found["provenance network, trajectory"][0]["generated"].of(setting)
     torch.testing.assert_close(
         scores.gather(1, output.attribution.example_index), output.attribution.posterior, atol=1e-5, rtol=1e-4
     )
 
 
-def test_another_kind_of_generator_is_refused(trained_of, tmp_path, message_of):
-    message = message_of(faithfulness.make_methods, trained_of("vae"), tmp_path, num_timesteps=(2,))
-    assert "generator.kind=diffusion" in message
+@pytest.mark.parametrize("steps", [0, 3, 2000])
+def test_timesteps_divide_the_noise_levels(steps, trained_of, tmp_path, message_of):
+    trained = trained_of("diffusion")
+    assert "--timesteps" in message_of(
+        faithfulness.make_methods, trained, tmp_path, num_timesteps=(10, steps)
+    )
+
+
+def test_another_kind_of_generator_is_refused(trained_of, message_of):
+    assert "generator.kind=diffusion" in message_of(retraining.make_queries, trained_of("vae"), 3)
+
+
+def test_what_was_tuned_is_read_back(tmp_path, message_of):
+    tuned = Tuned(calibration_queries=[3, 1], timesteps=[10], settings={"pixel kernel": "s=1 apart"})
+    tuned.save(tmp_path / "tuned.json")
+    assert Tuned.load(tmp_path / "tuned.json") == tuned
+    assert "pixel kernel" in message_of(tuned.require, ["tarot"])
+    assert "provgen faithfulness" in message_of(Tuned.load, tmp_path / "other.json")

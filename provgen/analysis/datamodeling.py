@@ -97,23 +97,40 @@ class NoiseCeiling:
 
     seed_correlation: float
     """Mean correlation r over the subsets between the outputs of two training seeds."""
-    value: float
+    estimate: Estimate
     """sqrt(S r / (1 + (S - 1) r)) for the mean of S seeds; 0 where r is not positive."""
 
 
-def noise_ceiling(outputs: Tensor) -> NoiseCeiling:
+def noise_ceiling(outputs: Tensor, *, seed: int, resamples: int = 1000) -> NoiseCeiling:
     """Estimate the ceiling from the agreement of training seeds.
 
     Correlation with the mean of S measurements of reliability r each is attenuated by the square root of their joint
-    reliability (Spearman 1910 and Brown 1910, British Journal of Psychology 3).
+    reliability (Spearman 1910 and Brown 1910, British Journal of Psychology 3). r is the mean over queries, and the
+    square root is concave: where queries differ in r, this is an upper bound of the mean of their ceilings.
 
     Args:
         outputs: (seed, query, subset), at least two seeds.
+        seed: Of the bootstrap over subsets and queries.
+        resamples: Bootstrap resamples.
     """
-    seeds = len(outputs)
-    pairs = [datamodeling_scores(outputs[a], outputs[b]) for a, b in combinations(range(seeds), 2)]
-    r = float(torch.stack(pairs).mean())
-    return NoiseCeiling(r, sqrt(seeds * r / (1 + (seeds - 1) * r)) if r > 0 else 0.0)
+    values, random = _numpy(outputs), np.random.default_rng(seed)
+    r = _seed_correlation(values)
+    draws = []
+    for _ in range(resamples):
+        queries, subsets = (random.integers(size, size=size) for size in values.shape[1:])
+        draws.append(_ceiling(_seed_correlation(values[:, queries][:, :, subsets]), len(values)))
+    interval = percentile_interval(np.array(draws))
+    return NoiseCeiling(r, Estimate(_ceiling(r, len(values)), *interval, values.shape[2]))
+
+
+def _seed_correlation(outputs: Matrix) -> float:
+    """Mean over queries and pairs of seeds of outputs (seed, query, subset)."""
+    ranks = [_standard_ranks(some) for some in outputs]
+    return float(np.mean([(a * b).sum(axis=1).mean() for a, b in combinations(ranks, 2)]))
+
+
+def _ceiling(r: float, seeds: int) -> float:
+    return sqrt(seeds * r / (1 + (seeds - 1) * r)) if r > 0 else 0.0
 
 
 def _spearman(first: Matrix, second: Matrix) -> Matrix:

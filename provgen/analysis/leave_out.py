@@ -10,9 +10,14 @@ from torch import Tensor
 from provgen.analysis.statistics import Estimate, mean_estimate
 
 
-def strongest(scores: Tensor, count: int) -> Tensor:
-    """Give the examples with the largest scores (train,): int64 (count,), the lowest index first at a tie."""
-    return scores.argsort(descending=True, stable=True)[:count]
+def strongest(scores: Tensor, distances: Tensor, count: int) -> Tensor:
+    """Give the examples with the largest scores (train,): int64 (count,).
+
+    Many methods have nothing to say of most examples: where scores are equal, the smallest of `distances` (train,)
+    goes first.
+    """
+    near = distances.argsort(stable=True)
+    return near[scores[near].argsort(descending=True, stable=True)][:count]
 
 
 def paired_effect(

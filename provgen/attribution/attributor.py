@@ -13,7 +13,7 @@ from provgen.data.dataset import ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """Images whose sources are asked for."""
+    """Images whose sources are asked for, on the CPU; who needs another device moves them."""
 
     images: Tensor
     """In [-1, 1], (query, channel, height, width)."""

@@ -83,9 +83,10 @@ class DiffusionTracer:
     def sampled(self, request: Request) -> tuple[Tensor, NoisyQueries]:
         """Sample by DDIM; give the images, and what each was at every step that is worth tracing."""
         first_step = self._first_step(request.num_inference_steps)
-        steps = list(self.steps(request))
-        images = torch.stack([step.images for step in steps[first_step:]])
-        return steps[-1].denoised, self._noisy(images)
+        images = []
+        for step in self.steps(request):
+            images += [step.images] * (step.number >= first_step)
+        return step.denoised, self._noisy(torch.stack(images))
 
     def noised(self, clean_images: Tensor, *, num_inference_steps: int, seed: int) -> NoisyQueries:
         """Noise images to the sampler's levels, the same noise for every image, which then depends on no batch.

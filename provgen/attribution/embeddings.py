@@ -57,4 +57,4 @@ class EmbeddingCosine:
         null = torch.full_like(timesteps, self.null_label)
         with record_stages(self.unet) as stages:
             self.unet(noisy, timesteps, class_labels=null)
-        return stages[-1].flatten(1)
+        return stages[-1].flatten(1).cpu()

@@ -36,6 +36,9 @@ class GradientStore:
         self.done, self.seconds_before = self._read_state()
         folder.mkdir(parents=True, exist_ok=True)
         mode = "r+" if self.done else "w+"
+        if not self.done:
+            # First, or a kill before the first batch would leave the state of other features beside empty rows.
+            self._write_state(0, 0.0)
         self._rows: NDArray[np.float32] = np.lib.format.open_memmap(
             folder / "features.npy", mode=mode, dtype=np.float32, shape=shape
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -19,12 +18,6 @@ class NoisyQueries:
     signal: Tensor
     """a_t of the steps, (step,)."""
 
-    def select(self, rows: Tensor) -> NoisyQueries:
-        """Keep the queries `rows`, int64 (selected,)."""
-        return NoisyQueries(images=self.images[:, rows], timesteps=self.timesteps, signal=self.signal)
-
-    @staticmethod
-    def concatenate(parts: list[NoisyQueries]) -> NoisyQueries:
-        """Join further queries at the same steps."""
-        images = torch.cat([part.images for part in parts], dim=1)
-        return NoisyQueries(images=images, timesteps=parts[0].timesteps, signal=parts[0].signal)
+    def cpu(self) -> NoisyQueries:
+        """Move the images to the CPU, where the steps are."""
+        return NoisyQueries(images=self.images.cpu(), timesteps=self.timesteps, signal=self.signal)

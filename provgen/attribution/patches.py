@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,12 +44,13 @@ class PatchPosterior:
         ruled_out = impossible(class_labels, self.labels, self.null_label, None)
         size = max(1, MAX_BYTES // self.images.nbytes)
         batches = zip(noisy.split(size), ruled_out.split(size), strict=True)
-        probs = [self._probs(images.to(self.images), signal, out) for images, out in batches]
-        return torch.cat(probs).log().clamp_min(torch.finfo(noisy.dtype).min)
+        return torch.cat([self._log_probs(images.to(self.images), signal, out) for images, out in batches])
 
-    def _probs(self, noisy: Tensor, signal: Tensor, ruled_out: Tensor) -> Tensor:
+    def _log_probs(self, noisy: Tensor, signal: Tensor, ruled_out: Tensor) -> Tensor:
         squares = (noisy[:, None] - signal.sqrt() * self.images).square().sum(dim=2)
         patches = F.avg_pool2d(squares, self.patch_size, stride=1) * self.patch_size**2
         logits = -patches / (2 * (1 - signal))
-        logits = logits.masked_fill(ruled_out[:, :, None, None], -torch.inf)
-        return logits.softmax(dim=1).mean(dim=(2, 3))
+        logits = logits.masked_fill(ruled_out[:, :, None, None], torch.finfo(logits.dtype).min)
+        # In logarithms: at little noise all places of most images underflow, and their order would be lost.
+        places = logits.shape[2] * logits.shape[3]
+        return logits.log_softmax(dim=1).logsumexp(dim=(2, 3)) - math.log(places)

@@ -44,10 +44,11 @@ def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPoste
 
     @torch.no_grad()
     def logits(noisy: Tensor, timestep: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+        noisy, labels = noisy.to(unet.device), class_labels.to(unet.device)
         with record_stages(unet) as stages:
-            unet(noisy, timestep, class_labels=class_labels)
-        found: Tensor = provenance.index_logits(stages, signal.expand(len(noisy)), class_labels)
-        return found
+            unet(noisy, timestep, class_labels=labels)
+        found: Tensor = provenance.index_logits(stages, signal.to(unet.device).expand(len(noisy)), labels)
+        return found.cpu()
 
     return logits
 

@@ -46,7 +46,9 @@ def _table(kind: str, rows: Sequence[LdsRow]) -> str:
     ceiling = rows[0].ceiling
     best = "unknown (one training seed)"
     if ceiling is not None:
-        best = f"{100 * ceiling.value:.1f} % (correlation of training seeds {ceiling.seed_correlation:.2f})"
+        best = (
+            f"{_percent(ceiling.estimate)} % (correlation of training seeds {ceiling.seed_correlation:.2f})"
+        )
     titles = [
         "method",
         "LDS, %",
@@ -89,7 +91,7 @@ def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
                 for name, e in row.over.items()
                 for key, value in _columns(f"over {name}", e).items()
             },
-            "noise_ceiling": None if row.ceiling is None else row.ceiling.value,
+            "noise_ceiling": None if row.ceiling is None else row.ceiling.estimate.value,
             "seed_correlation": None if row.ceiling is None else row.ceiling.seed_correlation,
             "fit_seconds": row.fit_seconds,
             "seconds_per_query": row.seconds_per_query,

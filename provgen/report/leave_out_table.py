@@ -3,46 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from provgen.analysis.leave_out import distance_moved, paired_effect
 from provgen.analysis.statistics import Estimate
-from provgen.leave_out_files import LeftOut, Outcome
+from provgen.leave_out_files import NOTHING, LeftOut, Outcome
 
-MOVED = "distance from the sample of the run, Euclidean, pixels in [-1, 1]"
-LOSS = "denoising loss on the sample, x 1000"
+MOVED = "distance from what the same seed makes with all images, Euclidean, pixels in [-1, 1]"
+LOSS = "denoising loss on the sample above that with all images, x 1000"
+OF_CLASS = "share of the sample's class that was left out"
 
 
 def leave_out_effects(
-    outcomes: Mapping[LeftOut, Outcome], samples: Tensor, methods: Sequence[str]
+    outcomes: Mapping[LeftOut, Outcome],
+    methods: Sequence[str],
+    *,
+    train_labels: Tensor,
+    query_labels: Tensor,
 ) -> dict[str, dict[str, Tensor]]:
     """Collect effects (seed, query) by title and method, of the queries that have every seed of every method.
 
     Args:
-        outcomes: Of one share.
-        samples: Of the run, uint8 (query, channel, height, width).
+        outcomes: Of one share, and those with nothing left out.
         methods: Those that are compared.
+        train_labels: int64 (train,).
+        query_labels: int64 (query,), of all samples.
     """
-    by_place = {(model.method, model.seed, model.query): outcome for model, outcome in outcomes.items()}
+    share = max(model.share for model in outcomes)
     seeds = sorted({model.seed for model in outcomes})
     queries = [
         query
         for query in sorted({model.query for model in outcomes})
-        if all((method, seed, query) in by_place for method in methods for seed in seeds)
-    ]
-    if not queries:
-        return {}
-    moved, losses = {}, {}
-    before = samples[queries]
-    for method in methods:
-        chosen = [[by_place[method, seed, query] for query in queries] for seed in seeds]
-        moved[method] = torch.stack(
-            [distance_moved(before, torch.stack([o.image for o in row])) for row in chosen]
+        if all(
+            LeftOut(seed=seed, share=share, query=query, method=method) in outcomes
+            for method in methods
+            for seed in seeds
         )
-        losses[method] = torch.tensor([[1e3 * outcome.loss for outcome in row] for row in chosen])
-    return {MOVED: moved, LOSS: losses}
+    ]
+    effects: dict[str, dict[str, Tensor]] = {MOVED: {}, LOSS: {}, OF_CLASS: {}}
+    for method in methods if queries else []:
+        models = [
+            [LeftOut(seed=seed, share=share, query=query, method=method) for query in queries]
+            for seed in seeds
+        ]
+        pairs = [
+            [(outcomes[m], outcomes[replace(m, share=0.0, method=NOTHING)]) for m in row] for row in models
+        ]
+        effects[MOVED][method] = torch.stack([
+            distance_moved(torch.stack([b.image for _, b in row]), torch.stack([a.image for a, _ in row]))
+            for row in pairs
+        ])  # fmt: skip
+        effects[LOSS][method] = torch.tensor([[1e3 * (a.loss - b.loss) for a, b in row] for row in pairs])
+        effects[OF_CLASS][method] = torch.tensor([
+            [_share_of_class(outcomes[m].left_out, train_labels, query_labels[m.query]) for m in row]
+            for row in models
+        ])  # fmt: skip
+    return effects if queries else {}
+
+
+def _share_of_class(left_out: Tensor, train_labels: Tensor, label: Tensor) -> float:
+    of_class = train_labels == label
+    return float(of_class[left_out].sum() / of_class.sum().clamp_min(1))
 
 
 def effect_table(effects: Mapping[str, Tensor], references: Sequence[str]) -> str:

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from provgen.analysis.leave_out import distance_moved, paired_effect, strongest
-from provgen.leave_out_files import LeaveOutFolder, LeftOut, Outcome, plan
-from provgen.report.leave_out_table import LOSS, MOVED, effect_table, leave_out_effects
+from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut, Outcome, plan
+from provgen.report.leave_out_table import LOSS, MOVED, OF_CLASS, effect_table, leave_out_effects
 
 
-def test_the_strongest_are_the_largest_and_ties_go_to_the_first():
-    assert strongest(torch.tensor([0.1, 0.5, 0.5, 0.9]), 3).tolist() == [3, 1, 2]
+def test_the_strongest_are_the_largest_and_ties_go_to_the_nearest():
+    scores, distances = torch.tensor([0.1, 0.0, 0.5, 0.0, 0.9, 0.0]), torch.tensor([9.0, 3, 9, 1, 9, 2])
+    assert strongest(scores, distances, 5).tolist() == [4, 2, 0, 3, 5]
 
 
 def test_a_distance_by_hand():
@@ -32,39 +33,41 @@ def test_paired_effects_by_hand():
 
 @pytest.fixture
 def outcomes():
-    """Two methods, two seeds, three queries; query 4 lacks a model."""
-    models = plan(["near", "random"], [0.1], [0, 2, 4], 2)
+    """Two methods, two seeds, three queries; query 4 lacks a model. With nothing left out images are at 51."""
     made = {}
-    for model in models:
-        image = torch.full((1, 2, 2), 51 if model.method == "near" else 0, dtype=torch.uint8)
-        made[model] = Outcome(image=image, loss=0.002 * (model.seed + 1) if model.method == "near" else 0.001)
+    for model in [*plan(["near", "random"], [0.1], [0, 2, 4], 2), *plan([NOTHING], [0.0], [0, 2, 4], 2)]:
+        level = {"near": 0, "random": 51, NOTHING: 51}[model.method]
+        made[model] = Outcome(
+            left_out=torch.tensor([3, 1] if model.method == "near" else [0]),
+            image=torch.full((1, 2, 2), level, dtype=torch.uint8),
+            loss=0.001 + 0.002 * (model.seed + 1) * (model.method == "near"),
+        )
     del made[LeftOut(seed=1, share=0.1, query=4, method="random")]
     return made
 
 
-def test_effects_are_of_queries_that_have_every_model(outcomes):
-    samples = torch.zeros(6, 1, 2, 2, dtype=torch.uint8)
-    effects = leave_out_effects(outcomes, samples, ["near", "random"])
+def test_effects_are_against_the_same_seed_and_of_queries_that_have_every_model(outcomes):
+    labels = {"train_labels": torch.tensor([0, 1, 2, 2, 2]), "query_labels": torch.tensor([2, 9, 1, 9, 0])}
+    effects = leave_out_effects(outcomes, ["near", "random"], **labels)
     assert effects[MOVED]["near"].shape == (2, 2)  # seed, query
-    assert effects[MOVED]["near"].flatten().tolist() == pytest.approx(
-        [0.8] * 4
-    )  # 2 pixels side: 0.4 x sqrt(4)
+    assert effects[MOVED]["near"].flatten().tolist() == pytest.approx([0.8] * 4)  # 0.4 in each of 4 pixels
     assert effects[MOVED]["random"].max() == 0
     assert effects[LOSS]["near"].flatten().tolist() == pytest.approx([2, 2, 4, 4])
+    assert effects[OF_CLASS]["near"][0].tolist() == pytest.approx([1 / 3, 1])
     table = effect_table(effects[MOVED], ["random"])
     assert table.splitlines()[2] == "| near | 2 | 0.80 [0.80, 0.80] | 0.80 [0.80, 0.80] |"
-    assert leave_out_effects({}, samples, ["near"]) == {}
+    some = {model: outcome for model, outcome in outcomes.items() if model.seed == 0}
+    assert leave_out_effects(some, ["near", "other"], **labels) == {}
 
 
-def test_files_give_back_what_was_saved(tmp_path, outcomes):
+def test_files_give_back_what_was_saved_and_know_what_was_left_out(tmp_path, outcomes):
     folder = LeaveOutFolder(tmp_path)
-    planned = plan(["near", "random"], [0.1], [0, 2, 4], 2)
-    assert [model.seed for model in planned] == [0] * 6 + [1] * 6
     for model, outcome in outcomes.items():
-        folder.save(model, torch.tensor([3, 1]), outcome)
-    found = dict(folder.measured(planned))
-    assert found.keys() == outcomes.keys()
-    for model, outcome in found.items():
-        assert torch.equal(outcome.image, outcomes[model].image)
-        assert outcome.loss == outcomes[model].loss
-        assert folder.left_out(model).tolist() == [3, 1]
+        assert not folder.has(model, outcome.left_out)
+        folder.save(model, outcome)
+    for model, outcome in outcomes.items():
+        assert folder.has(model, outcome.left_out)
+        assert not folder.has(model, torch.tensor([4]))
+        found = folder.load(model)
+        assert torch.equal(found.image, outcome.image)
+        assert found.loss == outcome.loss

@@ -69,3 +69,12 @@ def test_slices_and_batches_change_nothing(train, pixels, noisy, monkeypatch):
     )
     assert whole[0, train.labels == 1].exp().max() == 0
     assert whole.exp().sum(dim=1).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_with_hardly_any_noise_the_order_of_far_images_is_kept(train, pixels):
+    signal = torch.tensor(0.9999, dtype=torch.float32)
+    posterior = PatchPosterior(pixels.float(), train.labels, null_label=2, patch_size=3)
+    found = posterior(pixels[:1].float(), torch.tensor(0), signal, torch.tensor([2]))[0]
+    assert found.isfinite().all()
+    assert len(found.unique()) == 6
+    assert int(found.argmax()) == 0

@@ -1,7 +1,5 @@
 """Rivals that know no generator: hand-worked cases, symmetries, and limits."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -121,14 +119,3 @@ def test_guessing_is_reproducible_and_depends_on_the_seed(train, queries):
     first = fitted("random", train).attribute(queries)
     assert torch.equal(again.attribute(queries).values, first.values)
     assert not torch.equal(other.attribute(queries).values, first.values)
-
-
-def test_who_moves_queries_moves_their_steps(train):
-    steps = NoisyQueries(
-        images=torch.arange(12.0).view(2, 3, 1, 1, 2), timesteps=torch.tensor([9, 1]), signal=torch.ones(2)
-    )
-    chosen = steps.select(torch.tensor([2, 0]))
-    assert chosen.images[1, 0].tolist() == [[[10, 11]]]
-    joined = NoisyQueries.concatenate([steps, chosen])
-    assert torch.equal(joined.select(torch.tensor([3, 4])).images, chosen.images)
-    assert replace(joined, images=steps.images).images.shape == (2, 3, 1, 1, 2)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from provgen import faithfulness, retraining, runs
+from provgen.analysis.calibration_split import Split
 from provgen.analysis.datamodeling import datamodeling_scores, noise_ceiling
 from provgen.attribution.rivals import PixelCosine
-from provgen.data.splits import stratified_subset
-from provgen.leave_out_files import LeaveOutFolder, LeftOut
+from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut
 from provgen.retrained_files import RetrainedFolder
 
 CALL = ("--calibration-subsets", 2, "--timesteps", 2, "--resamples", 20)
@@ -26,13 +26,13 @@ def root(root_of, run_recipe, tmp_path_factory):
 
 
 def table_of(root) -> list[dict]:
-    return pq.read_table(root / "faithfulness" / "table.parquet").to_pylist()
+    return pq.read_table(root / "faithfulness" / "retrained.parquet").to_pylist()
 
 
 def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
-    assert len(rows) == 30
+    assert len(rows) == 17 + 13, "held-out images have no trajectory"
     assert len({(row["method"], row["queries"]) for row in rows}) == 30
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
@@ -45,20 +45,17 @@ def test_every_method_meets_both_kinds_of_queries(root):
 def test_a_row_is_recomputed_from_the_files(root):
     trained = runs.open_trained_run(root, torch.device("cpu"))
     retrained = RetrainedFolder(root / "retrained").load()
-    images = faithfulness.trace_queries(
-        trained,
-        {"holdout": trained.data.holdout.select(stratified_subset(trained.data.holdout.labels, 4, seed=0))},
-    )
     method = PixelCosine()
     method.fit(trained.data.train)
-    split = faithfulness.Split.draw(6, 4, calibration=2, seed=0)
-    scores = method.attribute(images["holdout"]).of("")
-    predicted = scores[~split.queries] @ retrained.masks[~split.subsets].double().T
+    queries = faithfulness.trace_queries(trained, retrained.queries)
+    split = Split.draw(6, 4, calibration=2, seed=0)
+    scores = method.attribute(queries["holdout"]).of("")[~split.queries]
+    predicted = scores @ retrained.masks[~split.subsets].double().T
     losses = retrained.losses["holdout"][:, ~split.queries][:, :, ~split.subsets]
     expected = datamodeling_scores(predicted, -losses.mean(dim=0)).mean()
     (row,) = [r for r in table_of(root) if r["method"] == "pixel cosine" and r["queries"] == "holdout"]
     assert row["lds"] == pytest.approx(float(expected))
-    assert row["noise_ceiling"] == pytest.approx(noise_ceiling(-losses).value)
+    assert row["noise_ceiling"] == pytest.approx(noise_ceiling(-losses, seed=0, resamples=10).estimate.value)
 
 
 def test_the_second_call_finds_its_gradients_and_says_the_same(root, run_recipe, capsys):
@@ -89,26 +86,30 @@ def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, cap
     assert "4 of 4 models measured" in said
     assert "D-TRAK, 2 timesteps | 2 |" in said
     folder, trained = LeaveOutFolder(root / "leave_out"), runs.open_trained_run(root, torch.device("cpu"))
-    split = faithfulness.Split.draw(6, 4, calibration=2, seed=0)
-    queries = (~split.queries).nonzero().flatten()[:2].tolist()
-    model = LeftOut(seed=0, share=0.2, query=queries[1], method="D-TRAK, 2 timesteps")
-    left_out = folder.left_out(model)
-    assert len(left_out.unique()) == round(0.2 * len(trained.data.train))
-    # By hand: train on the others, and generate from the noise of the sample.
+    split = Split.draw(6, 4, calibration=2, seed=0)
+    query = (~split.queries).nonzero().flatten()[1].item()
+    found = folder.load(LeftOut(seed=0, share=0.2, query=query, method="D-TRAK, 2 timesteps"))
+    assert len(found.left_out.unique()) == round(0.2 * len(trained.data.train))
+    # By hand: train on the others with the run's own seed, and generate from the noise of the sample.
     mask = torch.ones(len(trained.data.train), dtype=torch.bool)
-    mask[left_out] = False
-    settings = retraining.subset_settings(trained.settings, seed=2000)
+    mask[found.left_out] = False
     data = retraining.subset_data(trained.data, mask)
-    network = retraining.train_generator(settings, data, new_accelerator())
-    expected = retraining.regenerate(network, trained, label=queries[1], seed=queries[1])
-    assert torch.equal(folder.load(model).image, expected)
-    # Its own denoiser gives the sample itself.
-    itself = retraining.regenerate(trained.pipeline.unet, trained, label=queries[1], seed=queries[1])
-    samples = retraining.make_queries(trained, 4)["generated"]
-    assert (itself.int() - samples.images[queries[1]].int()).abs().max() <= 1
+    network = retraining.train_generator(trained.settings, data, new_accelerator())
+    expected = retraining.regenerate(network, trained, label=query, seed=query)
+    assert torch.equal(found.image, expected)
+    # With nothing left out the same seed makes the sample itself.
+    samples = retraining.make_queries(trained, 4)["generated"].images
+    itself = folder.load(LeftOut(seed=0, share=0.0, query=query, method=NOTHING)).image
+    assert (itself.int() - samples[query].int()).abs().max() <= 1
 
     assert run_recipe("leave_out", "--run", root, *LEAVE_OUT) == 0
-    assert "4 of them measured before" in capsys.readouterr().out
+    assert "0 of this part are missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [0, 0.95, 1])
+def test_a_share_that_leaves_nothing_is_refused(root, run_recipe, capsys, share):
+    assert run_recipe("leave_out", "--run", root, "--share", share) == 2
+    assert "--share" in capsys.readouterr().err
 
 
 def test_a_method_that_was_not_tuned_is_refused(root, run_recipe, capsys):

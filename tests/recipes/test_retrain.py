@@ -8,7 +8,7 @@ import torch
 from provgen import build, evaluation, retraining, runs
 from provgen.data.splits import subset_masks
 from provgen.experiments import Part
-from provgen.retrained_files import RetrainedFolder
+from provgen.retrained_files import RetrainedFolder, _rectangle
 from provgen.run_folder import RunFolder
 
 ASKED = ("--num-subsets", 3, "--seeds", 2, "--num-queries", 3)
@@ -49,7 +49,9 @@ def test_a_loss_is_that_of_a_model_trained_by_hand(retrained, root, trained_of, 
     for step in range(settings.training.max_steps):
         trainer.step(stream.batch(step), step)
     network = evaluation.averaged_networks(trainer)["denoiser"]
-    losses = retraining.query_losses(network, settings, retraining.make_queries(trained, 3))
+    losses = retraining.query_losses(
+        network, settings, trained.data.train, retraining.make_queries(trained, 3)
+    )
     for kind, expected in losses.items():
         found = retrained.load().losses[kind][seed, :, subset]
         torch.testing.assert_close(found.float(), expected)
@@ -63,7 +65,7 @@ def test_the_same_command_trains_nothing_twice(retrained, root, run_recipe, caps
     assert not retrained.has(1, 0)
     assert run_recipe("retrain", "--run", root, *ASKED) == 0
     assert "6 models into" in (said := capsys.readouterr().out)
-    assert "5 of them measured before" in said
+    assert "1 of this part are missing" in said
     assert path.read_bytes() == before
     assert kept.stat().st_mtime_ns == stamp
 
@@ -92,9 +94,28 @@ def test_other_options_are_refused_and_nothing_is_lost(retrained, root, run_reci
     assert torch.equal(retrained.load().losses["generated"], before.losses["generated"])
 
 
-def test_too_many_queries_are_refused(root, run_recipe, capsys):
-    assert run_recipe("retrain", "--run", root, "--num-queries", 500) == 2
+def test_too_many_queries_are_refused(root_of, run_recipe, capsys):
+    assert run_recipe("retrain", "--run", root_of("diffusion"), "--num-queries", 500) == 2
     assert "--num-queries" in capsys.readouterr().err
+
+
+def test_what_is_logged_may_change_what_is_trained_may_not(tiny_settings):
+    made = retraining.made_of(tiny_settings())
+    assert retraining.made_of(tiny_settings("training.log_every=7", "output_dir=elsewhere")) == made
+    assert retraining.made_of(tiny_settings("training.max_steps=21")) != made
+    assert retraining.made_of(tiny_settings(), fraction=0.5) != made
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ([(n, 0) for n in range(5)] + [(0, 1)], ([0, 1, 2, 3, 4], [0])),
+        ([(n, 0) for n in range(5)] + [(n, 1) for n in range(4)], ([0, 1, 2, 3], [0, 1])),
+        ([], ([], [])),
+    ],
+)
+def test_as_many_models_as_possible_are_used(there, expected):
+    assert _rectangle(there) == expected
 
 
 def test_an_empty_folder_says_what_to_do(tmp_path, message_of):
