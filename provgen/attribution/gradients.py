@@ -53,7 +53,7 @@ class GradientFeatures:
 
         def make_rows(start: int, stop: int) -> Tensor:
             some = slice(start, stop)
-            return self._features(to_unit_range(train.images[some]), train.labels[some])
+            return self.project(to_unit_range(train.images[some]), train.labels[some])
 
         self.store.fill(make_rows, batch_size=IMAGES_AT_ONCE)
 
@@ -62,13 +62,14 @@ class GradientFeatures:
         batches = zip(
             queries.images.split(IMAGES_AT_ONCE), queries.class_labels.split(IMAGES_AT_ONCE), strict=True
         )
-        return torch.cat([self.store.products(self._features(*batch)) for batch in batches])
+        return torch.cat([self.store.products(self.project(*batch)) for batch in batches])
 
     def kept(self) -> Kept:
         """The store."""
         return Kept(num_bytes=self.store.num_bytes(), seconds=self.store.seconds_before)
 
-    def _features(self, images: Tensor, labels: Tensor) -> Tensor:
+    def project(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Give the features (query, feature) of images in [-1, 1] with labels (query,), on the CPU."""
         device = self.gradients.unet.device
         found = self.gradients(images.to(device), labels.to(device))
         return (found if self.sketch is None else self.sketch(found)).cpu()

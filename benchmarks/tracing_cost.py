@@ -1,0 +1,120 @@
+"""What does a trace cost beside a D-TRAK query? Along the trajectory, of an outside image, and by gradients.
+
+    python benchmarks/tracing_cost.py runs/digits
+
+All of them take turns within one run, so that a drifting machine slows them alike. A trace along the trajectory costs
+what sampling with traces takes beyond sampling without; medians over turns are printed with their spread.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from provgen import build, cli, evaluation, runs
+from provgen.attribution.gradients import GradientFeatures
+from provgen.attribution.loss_gradients import LossGradients
+from provgen.faithfulness import SKETCH_SIZE
+from provgen.models.diffusion import make_training_scheduler
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Run folder of a diffusion model.")],
+    images: Annotated[int, typer.Option(min=1, help="Images traced per turn.")] = 64,
+    queries: Annotated[int, typer.Option(min=1, help="D-TRAK queries per turn.")] = 4,
+    timesteps: Annotated[int, typer.Option(help="Noise levels of a D-TRAK query.")] = 100,
+    turns: Annotated[int, typer.Option(min=5)] = 9,
+) -> None:
+    """Print milliseconds per image, and ratios."""
+    trained = runs.open_trained_run(run, build.make_accelerator().device)
+    with tempfile.TemporaryDirectory() as folder:
+        variants = {
+            "sampling with a trace": sampler(trained, images, top_k=8),
+            "sampling alone": sampler(trained, images, top_k=None),
+            "a trace of an outside image": outside(trained, images),
+            f"a D-TRAK query, {timesteps} timesteps": gradient_query(
+                trained, queries, timesteps, Path(folder)
+            ),
+        }
+        for variant in variants.values():
+            variant()
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for turn in range(turns):
+            order = list(variants) if turn % 2 == 0 else list(reversed(variants))
+            for name in order:
+                seconds[name].append(variants[name]())
+    for name, values in seconds.items():
+        print(f"{name}: {spread(values)} ms an image")
+    with_trace, alone, image, query = seconds.values()
+    along = [a - b for a, b in zip(with_trace, alone, strict=True)]
+    print(f"a trace along the trajectory: {spread(along)} ms an image")
+    print(f"D-TRAK / trace along the trajectory: {median(query) / max(median(along), 1e-9):.0f}")
+    print(f"D-TRAK / trace of an outside image: {median(query) / median(image):.0f}")
+
+
+def sampler(trained: runs.TrainedRun, images: int, *, top_k: int | None) -> Callable[[], float]:
+    """Make a function that samples and gives seconds an image."""
+    pipeline = trained.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [number % max(1, trained.data.train.num_classes) for number in range(images)]
+
+    def turn() -> float:
+        generators = [torch.Generator().manual_seed(number) for number in range(images)]
+        start = time.perf_counter()
+        pipeline(labels, generator=generators, top_k=top_k, output_type="pt")
+        return (time.perf_counter() - start) / images
+
+    return turn
+
+
+def outside(trained: runs.TrainedRun, images: int) -> Callable[[], float]:
+    """Make a function that traces held-out images and gives seconds an image."""
+    chosen = trained.data.holdout.images[:images]
+
+    def turn() -> float:
+        start = time.perf_counter()
+        trained.pipeline.attribute(chosen, top_k=8)
+        return (time.perf_counter() - start) / len(chosen)
+
+    return turn
+
+
+def gradient_query(
+    trained: runs.TrainedRun, queries: int, timesteps: int, folder: Path
+) -> Callable[[], float]:
+    """Make a function that asks D-TRAK and gives seconds a query: gradient, projection, products.
+
+    What the products are taken with does not matter for the time, so the training features are random numbers.
+    """
+    unet, train = trained.pipeline.unet, trained.data.train
+    scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
+    gradients = LossGradients(unet, scheduler, target="zero", num_timesteps=timesteps, seed=0)
+    features = GradientFeatures(gradients, folder, sketch_size=min(SKETCH_SIZE, gradients.size))
+    stored = torch.randn(len(train), min(SKETCH_SIZE, gradients.size))
+    sampled = evaluation.sample(trained.pipeline, trained.settings, trained.data, count=queries).images
+    clean = sampled.float() / 127.5 - 1
+    labels = torch.arange(queries) % max(1, train.num_classes)
+
+    def turn() -> float:
+        start = time.perf_counter()
+        found: Tensor = features.project(clean, labels)
+        float((found @ stored.T).sum())
+        return (time.perf_counter() - start) / queries
+
+    return turn
+
+
+def spread(values: list[float]) -> str:
+    """Write median and 10 to 90 % of seconds in milliseconds."""
+    low, *_, high = quantiles(values, n=10)
+    return f"{1e3 * median(values):.3f} ({1e3 * low:.3f} to {1e3 * high:.3f})"
+
+
+if __name__ == "__main__":
+    cli.run(main)
