@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from provgen.attribution.attributor import AttributionScores, Attributor, Queries
+from provgen.attribution.attributor import AttributionScores, Attributor, Cost, Queries
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.embeddings import EmbeddingCosine
 from provgen.attribution.gradients import GradientDot, GradientFeatures, Trak
@@ -158,18 +157,6 @@ def _request(labels: Tensor, null_label: int) -> Request:
         closed_form=None,
         progress_bar=lambda steps: steps,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a method costs."""
-
-    fit_seconds: float
-    """Once for a training set, earlier calls included."""
-    seconds_per_query: float
-    """Mean over all queries, taken together, under all settings: an upper bound."""
-    stored_bytes: int
-    """What answers need beside the generator."""
 
 
 def score(

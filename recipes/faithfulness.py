@@ -2,10 +2,12 @@
 
     provgen faithfulness --run runs/digits
 
-Every method is tuned on the same few subset models and queries and reported on the rest. Writes retrained.parquet and
-retrained.md into RUN/faithfulness; gradients are kept there, and the same command goes on where it was stopped.
+Every method, and a mixture of all, is tuned on the same few subset models and queries and reported on the rest. Writes
+retrained.parquet and retrained.md into RUN/faithfulness; gradients are kept there, and the same command goes on where it
+was stopped.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,8 @@ from torch import Tensor
 from provgen import build, cli, faithfulness, runs
 from provgen.analysis.calibration_split import Split, Tuned, reported, tune
 from provgen.analysis.datamodeling import LdsComparison, noise_ceiling
+from provgen.attribution.attributor import Cost
+from provgen.attribution.mixture import fit_mixture
 from provgen.errors import InputError
 from provgen.report.faithfulness_table import LdsRow, markdown_table, write_parquet
 from provgen.retrained_files import KINDS, RetrainedFolder
@@ -49,9 +53,9 @@ def main(
     folder, steps = run / "faithfulness", tuple(timesteps or [10])
     methods = faithfulness.make_methods(trained, folder, num_timesteps=steps)
 
-    predicted: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+    chosen_scores: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     settings: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
-    costs: dict[str, faithfulness.Cost] = {}
+    costs: dict[str, Cost] = {}
     for name, method in methods.items():
         scores, costs[name] = faithfulness.score(method, trained.data.train, queries)
         for kind in KINDS:
@@ -59,13 +63,21 @@ def main(
                 continue  # they have none
             outputs = -retrained.losses[kind].mean(dim=0)
             settings[kind][name] = chosen = tune(scores[kind], retrained.masks, outputs, split)
-            predicted[kind][name] = reported(scores[kind].of(chosen), retrained.masks, split)
+            chosen_scores[kind][name] = scores[kind].of(chosen)
         print(f"{name}: {costs[name].fit_seconds:.0f} s to set up", flush=True)
 
     rows = []
     for kind in KINDS:
+        mixed, weights = mixtures(
+            chosen_scores[kind], retrained.masks, -retrained.losses[kind].mean(dim=0), split
+        )
+        settings[kind] |= weights
+        predicted = {
+            name: reported(some, retrained.masks, split)
+            for name, some in (chosen_scores[kind] | mixed).items()
+        }
         losses = retrained.losses[kind][:, ~split.queries][:, :, ~split.subsets]
-        compared = LdsComparison(predicted[kind], -losses.mean(dim=0), seed=0, resamples=resamples)
+        compared = LdsComparison(predicted, -losses.mean(dim=0), seed=0, resamples=resamples)
         ceiling = noise_ceiling(-losses, seed=0, resamples=resamples) if seeds > 1 else None
         rows += [
             LdsRow(
@@ -75,19 +87,42 @@ def main(
                 lds=compared.estimate(name),
                 over={other: compared.difference(name, other) for other in REFERENCES[kind]},
                 ceiling=ceiling,
-                fit_seconds=costs[name].fit_seconds,
-                seconds_per_query=costs[name].seconds_per_query,
-                stored_bytes=costs[name].stored_bytes,
+                cost=costs.get(name),
             )
-            for name in predicted[kind]
+            for name in predicted
         ]
     calibration = split.queries.nonzero().flatten().tolist()
-    tuned = Tuned(calibration_queries=calibration, timesteps=steps, settings=settings["generated"])
+    tuned = Tuned(
+        calibration_queries=calibration,
+        timesteps=steps,
+        settings={name: settings["generated"][name] for name in methods},
+    )
     tuned.save(folder / "tuned.json")
     write_parquet(folder / f"{models}.parquet", rows)
     with atomic_path(folder / f"{models}.md") as partial:
         partial.write_text(markdown_table(rows), encoding="utf-8")
     print(f"{markdown_table(rows)}\ntables in {folder}")
+
+
+def mixtures(
+    scores: Mapping[str, Tensor], masks: Tensor, outputs: Tensor, split: Split
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Mix the evidence of all methods, and of all but the provenance network, as calibration says.
+
+    Returns:
+        Scores (query, train) of both, and their weights in words.
+    """
+    mixed, words = {}, {}
+    everything = [name for name in scores if name not in ("random", "same class")]
+    without = [name for name in everything if not name.startswith("provenance network")]
+    for title, names in (("mixture", everything), ("mixture without the provenance network", without)):
+        evidence = {name: scores[name] for name in names}
+        seen = {name: some[split.queries] for name, some in evidence.items()}
+        mixture = fit_mixture(seen, masks[split.subsets], outputs[split.queries][:, split.subsets])
+        mixed[title] = mixture(evidence)
+        ranked = sorted(mixture.weights.items(), key=lambda item: -item[1])
+        words[title] = "; ".join(f"{weight:.2f} {name}" for name, weight in ranked if weight >= 0.005)
+    return mixed, words
 
 
 if __name__ == "__main__":

@@ -53,6 +53,18 @@ class Kept:
     """Spent by earlier calls of `fit` on what this one found on disk."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a method costs."""
+
+    fit_seconds: float
+    """Once for a training set, earlier calls included."""
+    seconds_per_query: float
+    """Mean over all queries, taken together, under all settings: an upper bound."""
+    stored_bytes: int
+    """What answers need beside the generator."""
+
+
 class Attributor(Protocol):
     """An attribution method: what it needs of the training set once, and what it says of queries."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from provgen.analysis.datamodeling import NoiseCeiling
 from provgen.analysis.statistics import Estimate
+from provgen.attribution.attributor import Cost
 from provgen.run_folder import atomic_path
 
 SCHEMA_VERSION = "1"
@@ -30,9 +31,8 @@ class LdsRow:
     """By how much it exceeds reference methods, paired."""
     ceiling: NoiseCeiling | None
     """None with one training seed, which does not show how noisy training is."""
-    fit_seconds: float
-    seconds_per_query: float
-    stored_bytes: int
+    cost: Cost | None
+    """None for a mixture, which costs what its parts do."""
 
 
 def markdown_table(rows: Sequence[LdsRow]) -> str:
@@ -64,13 +64,21 @@ def _table(kind: str, rows: Sequence[LdsRow]) -> str:
             row.method,
             _percent(row.lds),
             *(_percent(row.over[name]) if name != row.method else "-" for name in others),
-            f"{row.fit_seconds:.1f}",
-            f"{1e3 * row.seconds_per_query:.2f}",
-            f"{row.stored_bytes / 1e6:.2f}",
+            *_costs(row.cost),
             row.setting or "-",
         ])  # fmt: skip
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"Queries: {kind}; {rows[0].lds.n} subset models; noise ceiling {best}\n\n{text}\n"
+
+
+def _costs(cost: Cost | None) -> list[str]:
+    if cost is None:
+        return ["-"] * 3
+    return [
+        f"{cost.fit_seconds:.1f}",
+        f"{1e3 * cost.seconds_per_query:.2f}",
+        f"{cost.stored_bytes / 1e6:.2f}",
+    ]
 
 
 def _percent(estimate: Estimate) -> str:
@@ -93,9 +101,7 @@ def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
             },
             "noise_ceiling": None if row.ceiling is None else row.ceiling.estimate.value,
             "seed_correlation": None if row.ceiling is None else row.ceiling.seed_correlation,
-            "fit_seconds": row.fit_seconds,
-            "seconds_per_query": row.seconds_per_query,
-            "stored_bytes": row.stored_bytes,
+            **({} if row.cost is None else asdict(row.cost)),
         }
         for row in rows
     ]

@@ -32,11 +32,16 @@ def table_of(root) -> list[dict]:
 def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
-    assert len(rows) == 17 + 13, "held-out images have no trajectory"
+    assert len(rows) == 19 + 15, "held-out images have no trajectory"
     assert len({(row["method"], row["queries"]) for row in rows}) == 30
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1
+    mixed = [row for row in rows if row["method"] == "mixture without the provenance network"]
+    assert not any("provenance" in row["setting"] for row in mixed)
+    for row in (row for row in rows if row["method"].startswith("mixture")):
+        assert row["stored_bytes"] is None
+        assert sum(float(part.split()[0]) for part in row["setting"].split("; ")) > 0.9
     assert all(row["over random"] == 0 for row in rows if row["method"] == "random")
     same = [row for row in rows if row["method"] == "same class"]
     assert [row["lds"] for row in same] == [0, 0], "halves have the same share of every class"
