@@ -3,8 +3,8 @@
     provgen faithfulness --run runs/digits
 
 Every method, and a mixture of all, is tuned on the same few subset models and queries and reported on the rest. Writes
-retrained.parquet and retrained.md into RUN/faithfulness; gradients are kept there, and the same command goes on where it
-was stopped.
+retrained.parquet and retrained.md into RUN/faithfulness; gradients are kept there, and the same command goes on where
+it was stopped.
 """
 
 from collections.abc import Mapping

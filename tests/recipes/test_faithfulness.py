@@ -33,7 +33,7 @@ def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
     assert len(rows) == 19 + 15, "held-out images have no trajectory"
-    assert len({(row["method"], row["queries"]) for row in rows}) == 30
+    assert len({(row["method"], row["queries"]) for row in rows}) == 34
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1
