@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from provgen.attribution.attributor import AttributionScores, Kept, Queries, untuned
 from provgen.attribution.count_sketch import CountSketch
 from provgen.attribution.gradient_store import GradientStore
-from provgen.attribution.loss_gradients import LossGradients
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 
@@ -21,15 +21,33 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 IMAGES_AT_ONCE = 32
 
 
+class Gradients(Protocol):
+    """Gradients of single images with respect to everything that is trained."""
+
+    size: int
+    """Numbers of a gradient."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are wanted."""
+        ...
+
+    def __call__(self, images: Tensor, class_labels: Tensor) -> Tensor:
+        """Give float32 (query, parameter) for images (query, channel, height, width) with labels (query,)."""
+        ...
+
+    def made_of(self) -> dict[str, str | int]:
+        """Say everything that they depend on."""
+        ...
+
+
 class GradientFeatures:
     """Projected loss gradients of training images, kept on disk, and of queries.
 
     A generated image is treated like any other: noised again.
     """
 
-    def __init__(
-        self, gradients: LossGradients, folder: Path, *, sketch_size: int | None, seed: int = 0
-    ) -> None:
+    def __init__(self, gradients: Gradients, folder: Path, *, sketch_size: int | None, seed: int = 0) -> None:
         """Choose the features.
 
         Args:
@@ -43,7 +61,7 @@ class GradientFeatures:
         self.seed = seed
         self.sketch = None
         if sketch_size is not None:
-            device = gradients.unet.device
+            device = gradients.device
             self.sketch = CountSketch(gradients.size, sketch_size, seed=seed, device=device)
 
     def fit(self, train: ImageSet) -> None:
@@ -70,25 +88,15 @@ class GradientFeatures:
 
     def project(self, images: Tensor, labels: Tensor) -> Tensor:
         """Give the features (query, feature) of images in [-1, 1] with labels (query,), on the CPU."""
-        device = self.gradients.unet.device
+        device = self.gradients.device
         found = self.gradients(images.to(device), labels.to(device))
         return (found if self.sketch is None else self.sketch(found)).cpu()
 
     def _made_of(self, train: ImageSet) -> dict[str, str | int]:
-        weights, images = hashlib.sha256(), hashlib.sha256()
-        for name, parameter in self.gradients.parameters.items():
-            weights.update(name.encode())
-            weights.update(parameter.cpu().numpy().tobytes())
+        images = hashlib.sha256()
         for tensor in (train.images, train.labels):
             images.update(tensor.cpu().numpy().tobytes())
-        return {
-            "weights": weights.hexdigest(),
-            "images": images.hexdigest(),
-            "target": self.gradients.target,
-            "num_timesteps": len(self.gradients.timesteps),
-            "noise_seed": self.gradients.seed,
-            "projection_seed": self.seed,
-        }
+        return self.gradients.made_of() | {"images": images.hexdigest(), "projection_seed": self.seed}
 
 
 class GradientDot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 import torch
@@ -59,6 +60,25 @@ class LossGradients:
             rows = torch.cat([found[name].flatten(1) for name in self.parameters], dim=1)
             total += rows * (len(timesteps) / len(self.timesteps))
         return total
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        device: torch.device = self.unet.device
+        return device
+
+    def made_of(self) -> dict[str, str | int]:
+        """Say everything that the gradients depend on."""
+        weights = hashlib.sha256()
+        for name, parameter in self.parameters.items():
+            weights.update(name.encode())
+            weights.update(parameter.cpu().numpy().tobytes())
+        return {
+            "weights": weights.hexdigest(),
+            "target": self.target,
+            "num_timesteps": len(self.timesteps),
+            "noise_seed": self.seed,
+        }
 
     def _loss(
         self, parameters: dict[str, Tensor], image: Tensor, label: Tensor, timesteps: Tensor, noise: Tensor

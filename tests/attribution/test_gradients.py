@@ -1,6 +1,7 @@
 """Gradient attribution: a plain loop, the projection's mean, the primal form, and a store that resumes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,3 +191,62 @@ def test_products_and_gram_in_slices(tmp_path):
     store.fill(lambda start, stop: rows[start:stop], batch_size=3)
     torch.testing.assert_close(store.gram(rows_at_once=2), rows.double() @ rows.double().T)
     torch.testing.assert_close(store.products(rows[:2], rows_at_once=3), rows[:2].double() @ rows.double().T)
+
+
+class LinearGradients:
+    """Gradients of the squared error of a linear model that predicts the label from the pixels."""
+
+    device = torch.device("cpu")
+    size = 9
+
+    def __init__(self):
+        self.model = torch.nn.Linear(8, 1)
+        torch.nn.init.normal_(self.model.weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.zeros_(self.model.bias)
+
+    def __call__(self, images, class_labels):
+        pixels = images.flatten(1)
+        residual = self.model(pixels).detach()[:, 0] - class_labels
+        return 2 * residual[:, None] * torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1)
+
+    def made_of(self):
+        return {}
+
+
+@pytest.mark.slow
+def test_trak_agrees_with_dattri(random_images, tmp_path):
+    """Without a ridge TRAK does not see an invertible map, and a projection to as many columns is one.
+
+    So dattri's Gaussian projection drops out, and both give phi_q (Phi^T Phi)^-1 phi_i up to one factor.
+    """
+    trak, task = pytest.importorskip("dattri.algorithm.trak"), pytest.importorskip("dattri.task")
+    images = random_images(40, num_classes=3)
+    narrow = replace(images, images=images.images[:, :, :1])  # 1 x 8 pixels
+    gradients = LinearGradients()
+
+    def loss(parameters, batch):
+        pixels, labels = batch
+        return (
+            (torch.func.functional_call(gradients.model, parameters, pixels)[..., 0] - labels).square().sum()
+        )
+
+    pixels = to_unit_range(narrow.images)
+    rows = torch.utils.data.TensorDataset(pixels.flatten(1), narrow.labels.float())
+    loader = torch.utils.data.DataLoader(rows, batch_size=8)
+    attributor = trak.TRAKAttributor(
+        task.AttributionTask(loss_func=loss, model=gradients.model, checkpoints=gradients.model.state_dict()),
+        correct_probability_func=lambda _, batch: 0 * batch[1],  # (1 - p) is 1: no classifier
+        projector_kwargs={"proj_dim": gradients.size, "device": "cpu"},
+    )
+    attributor.cache(loader)
+    theirs = attributor.attribute(loader).T.double()
+
+    method = Trak(GradientFeatures(gradients, tmp_path, sketch_size=None))
+    method.fit(narrow)
+    queries = Queries(images=pixels, class_labels=narrow.labels, noisy=NoisyQueries(
+        images=pixels[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), signal=torch.ones(1)
+    ))  # fmt: skip
+    ours = method.attribute(queries).of("lambda=1e-06")
+    scale = (ours * theirs).sum() / theirs.square().sum()
+    torch.testing.assert_close(ours, scale * theirs, atol=2e-3, rtol=2e-2)
+    assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > 0.999
