@@ -62,7 +62,7 @@ def holdout_losses(run: RunFolder) -> Tensor:
     kind = make_kind(settings, data.train)
     return generator_losses(
         trainer.observer, denoiser, data.holdout, noise_shape=kind.noise_shape(), draws=DRAWS, seed=0
-    )
+    ).mean(dim=1)
 
 
 def report_index(run: RunFolder, seed: int) -> None:

@@ -61,13 +61,18 @@ def posterior_of(trained: TrainedRun) -> NetworkPosterior:
 
 def losses(network: ModelMixin, settings: Settings, images: ImageSet) -> Tensor:
     """Measure the generator's own loss on each image with fixed noise, (query,)."""
+    return losses_by_draw(network, settings, images, draws=LOSS_DRAWS).mean(dim=1)
+
+
+def losses_by_draw(network: ModelMixin, settings: Settings, images: ImageSet, *, draws: int) -> Tensor:
+    """Measure the generator's own loss on each image at every one of `draws` noise levels, (query, draw)."""
     kind = make_kind(settings, images)
     return generator_losses(
         kind.make_observer(network.device),
         network,
         images,
         noise_shape=kind.noise_shape(),
-        draws=1 if settings.generator.kind == "none" else LOSS_DRAWS,  # without noise one is as good as many
+        draws=1 if settings.generator.kind == "none" else draws,  # without noise one is as good as many
         seed=0,
     )
 

@@ -34,10 +34,15 @@ class Retrained:
 
     masks: Tensor
     """bool (subset, train)."""
-    losses: dict[str, Tensor]
-    """By kind of query, float64 (seed, query, subset)."""
+    level_losses: dict[str, Tensor]
+    """By kind of query, float32 (seed, query, subset, level), from clean to noisy."""
     queries: dict[str, QueryImages]
     """By kind."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Mean over the noise levels by kind of query, float64 (seed, query, subset)."""
+        return {kind: some.double().mean(dim=3) for kind, some in self.level_losses.items()}
 
 
 class RetrainedFolder:
@@ -78,7 +83,7 @@ class RetrainedFolder:
         return self._path(subset, seed).is_file()
 
     def save(self, subset: int, seed: int, losses: Mapping[str, Tensor]) -> None:
-        """Write what one model makes of the queries, (query,) by kind."""
+        """Write what one model makes of the queries, (query, level) by kind."""
         self._write(self._path(subset, seed), **{kind: losses[kind].float().numpy() for kind in KINDS})
 
     def measured(self) -> list[tuple[int, int]]:
@@ -100,18 +105,18 @@ class RetrainedFolder:
             )
         return Retrained(
             masks=self._masks()[torch.tensor(subsets)],
-            losses={kind: self._losses(kind, seeds, subsets) for kind in KINDS},
+            level_losses={kind: self._losses(kind, seeds, subsets) for kind in KINDS},
             queries=queries,
         )
 
     def _losses(self, kind: str, seeds: Sequence[int], subsets: Sequence[int]) -> Tensor:
-        """Read losses of one kind of query, (seed, query, subset)."""
+        """Read losses of one kind of query, (seed, query, subset, level)."""
         rows = [torch.stack([self._loss(kind, n, seed) for n in subsets], dim=1) for seed in seeds]
         return torch.stack(rows)
 
     def _loss(self, kind: str, subset: int, seed: int) -> Tensor:
         with np.load(self._path(subset, seed)) as file:
-            return torch.from_numpy(file[kind]).double()
+            return torch.from_numpy(file[kind])
 
     def _masks(self) -> Tensor:
         with np.load(self.root / "masks.npz") as file:

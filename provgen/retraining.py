@@ -20,6 +20,9 @@ from provgen.retrained_files import QueryImages
 from provgen.runs import MAY_CHANGE, RunData, TrainedRun
 from provgen.settings import Settings, flat_settings
 
+LEVELS = 100
+"""Noise levels, one in each hundredth of the schedule, at which a subset model is asked about a query."""
+
 
 def subset_settings(settings: Settings, *, seed: int, share_of_steps: float = 1.0) -> Settings:
     """Give the settings of a model that is trained on a part of the images.
@@ -83,9 +86,13 @@ def make_queries(trained: TrainedRun, count: int) -> dict[str, QueryImages]:
 def query_losses(
     network: Any, settings: Settings, train: ImageSet, queries: Mapping[str, QueryImages]
 ) -> dict[str, Tensor]:
-    """Measure a generator's loss on every query with noise that is the same for every generator: (query,) by kind."""
+    """Measure a generator's loss on every query at every level, with noise that is the same for every generator.
+
+    Returns:
+        (query, level) by kind, from clean to noisy.
+    """
     return {
-        kind: evaluation.losses(network, settings, as_image_set(some, train))
+        kind: evaluation.losses_by_draw(network, settings, as_image_set(some, train), draws=LEVELS)
         for kind, some in queries.items()
     }
 

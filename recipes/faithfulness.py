@@ -46,7 +46,8 @@ def main(
         raise InputError("faithfulness runs in one process; start it without accelerate launch")
     trained = runs.open_trained_run(run, accelerator.device)
     retrained = RetrainedFolder(run / models).load()
-    seeds, num_queries, num_subsets = retrained.losses["generated"].shape
+    losses = retrained.losses
+    seeds, num_queries, num_subsets = losses["generated"].shape
     print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
     split = Split.draw(num_subsets, num_queries, calibration=calibration_subsets, seed=0)
     queries = faithfulness.trace_queries(trained, retrained.queries)
@@ -61,7 +62,7 @@ def main(
         for kind in KINDS:
             if kind == "holdout" and name.endswith("trajectory"):
                 continue  # they have none
-            outputs = -retrained.losses[kind].mean(dim=0)
+            outputs = -losses[kind].mean(dim=0)
             settings[kind][name] = chosen = tune(scores[kind], retrained.masks, outputs, split)
             chosen_scores[kind][name] = scores[kind].of(chosen)
         print(f"{name}: {costs[name].fit_seconds:.0f} s to set up", flush=True)
@@ -69,16 +70,16 @@ def main(
     rows = []
     for kind in KINDS:
         mixed, weights = mixtures(
-            chosen_scores[kind], retrained.masks, -retrained.losses[kind].mean(dim=0), split
+            chosen_scores[kind], retrained.masks, -losses[kind].mean(dim=0), split
         )
         settings[kind] |= weights
         predicted = {
             name: reported(some, retrained.masks, split)
             for name, some in (chosen_scores[kind] | mixed).items()
         }
-        losses = retrained.losses[kind][:, ~split.queries][:, :, ~split.subsets]
-        compared = LdsComparison(predicted, -losses.mean(dim=0), seed=0, resamples=resamples)
-        ceiling = noise_ceiling(-losses, seed=0, resamples=resamples) if seeds > 1 else None
+        outputs = -losses[kind][:, ~split.queries][:, :, ~split.subsets]
+        compared = LdsComparison(predicted, outputs.mean(dim=0), seed=0, resamples=resamples)
+        ceiling = noise_ceiling(outputs, seed=0, resamples=resamples) if seeds > 1 else None
         rows += [
             LdsRow(
                 method=name,

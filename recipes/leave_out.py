@@ -148,7 +148,7 @@ def outcome(
     return Outcome(
         left_out=left_out,
         image=retraining.regenerate(network, trained, label=int(label), seed=model.query),
-        loss=float(losses["generated"][0]),
+        loss=float(losses["generated"].mean()),
     )
 
 

@@ -27,7 +27,7 @@ def generator_losses(
     draws: int,
     seed: int,
 ) -> Tensor:
-    """Mean loss of each image: squared error of the noise, or reconstruction and divergence of an autoencoder.
+    """Loss of each image in every draw: squared error of the noise, or reconstruction and divergence of an autoencoder.
 
     Timesteps are stratified over the schedule: draw d of an image falls into the d-th of `draws` equal parts.
 
@@ -40,10 +40,10 @@ def generator_losses(
         seed: Of timesteps and noise; equal seeds give equal noise to every generator.
 
     Returns:
-        (query,), mean over the draws, on the CPU.
+        (query, draw) on the CPU, from clean to noisy where there are noise levels.
     """
     generator = seeded_generator(seed, 3)
-    total = torch.zeros(len(images))
+    losses = torch.zeros(len(images), draws)
     for draw in range(draws):
         noise = randn_tensor(
             (len(images), *noise_shape), generator=generator, dtype=torch.get_default_dtype()
@@ -59,5 +59,5 @@ def generator_losses(
         )
         for rows in torch.arange(len(images)).split(BATCH):
             part = batch.select(rows).to(network.device)
-            total[rows] += observer.observe(network, part, shows_stages=False).loss.cpu()
-    return total / draws
+            losses[rows, draw] = observer.observe(network, part, shows_stages=False).loss.cpu()
+    return losses

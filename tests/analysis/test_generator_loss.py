@@ -40,9 +40,10 @@ def images(random_images):
 
 def measure(observer, network, images, **changed):
     shape = tuple(images.images.shape[1:])
-    return generator_losses(
-        observer, network, images, **{"noise_shape": shape, "draws": 4, "seed": 0, **changed}
-    )
+    asked = {"noise_shape": shape, "draws": 4, "seed": 0, **changed}
+    losses = generator_losses(observer, network, images, **asked)
+    assert losses.shape == (len(images), asked["draws"])
+    return losses.mean(dim=1)
 
 
 def test_predicting_no_noise_costs_one(observer, silent, images):

@@ -35,6 +35,8 @@ def test_every_model_is_there_with_a_loss_for_every_query(retrained, root):
         losses = found.losses[kind]
         assert losses.shape == (2, 3, 3)  # seed, query, subset
         assert losses.isfinite().all()
+        assert found.level_losses[kind].shape == (2, 3, 3, retraining.LEVELS)
+        torch.testing.assert_close(losses, found.level_losses[kind].double().mean(dim=3))
         assert (losses > 0).all()
         assert len(losses.flatten().unique()) == 18
 
@@ -53,8 +55,8 @@ def test_a_loss_is_that_of_a_model_trained_by_hand(retrained, root, trained_of, 
         network, settings, trained.data.train, retraining.make_queries(trained, 3)
     )
     for kind, expected in losses.items():
-        found = retrained.load().losses[kind][seed, :, subset]
-        torch.testing.assert_close(found.float(), expected)
+        found = retrained.load().level_losses[kind][seed, :, subset]
+        torch.testing.assert_close(found, expected)
 
 
 def test_the_same_command_trains_nothing_twice(retrained, root, run_recipe, capsys):
