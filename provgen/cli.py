@@ -79,6 +79,12 @@ def leave_out(context: typer.Context) -> None:
     run_recipe("leave_out", context.args)
 
 
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def planted(context: typer.Context) -> None:
+    """Trace images whose sources are known, beside the best that can be done."""
+    run_recipe("planted", context.args)
+
+
 def main() -> None:
     """Entry point of the `provgen` command."""
     app()

@@ -69,9 +69,7 @@ def main(
 
     rows = []
     for kind in KINDS:
-        mixed, weights = mixtures(
-            chosen_scores[kind], retrained.masks, -losses[kind].mean(dim=0), split
-        )
+        mixed, weights = mixtures(chosen_scores[kind], retrained.masks, -losses[kind].mean(dim=0), split)
         settings[kind] |= weights
         predicted = {
             name: reported(some, retrained.masks, split)

@@ -1,0 +1,171 @@
+"""Trace images whose sources are known, beside the best that any tracer could do.
+
+    provgen planted --run runs/digits
+
+Planted are draws from a kernel density around the training images, with their parents; samples of the closed-form
+denoiser, which end on training images; and, on the folder that recipes/data/planted.py writes, samples that bear the
+mark of a cluster. Exact copies count as one source. Writes planted.md into RUN.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from provgen import build, cli, faithfulness, runs
+from provgen.analysis.planted import bayes_hits, plant, source_groups
+from provgen.analysis.statistics import mean_estimate, proportion
+from provgen.attribution.attributor import Queries
+from provgen.attribution.diffusion_tracer import DiffusionTracer
+from provgen.attribution.ideal_denoiser import ideal_samples
+from provgen.attribution.posterior import ClosedFormPosterior
+from provgen.attribution.posterior_attributor import network_steps
+from provgen.attribution.trajectory import WINDOW
+from provgen.data.images import to_unit_range
+from provgen.report.planted_table import FIRST, precision_table, reliability_table
+from provgen.run_folder import atomic_path
+
+SETTING = f"no class told, probabilities, {WINDOW[0]} < a_t < {WINDOW[1]}, temperature 1"
+"""The trace as it is made without calibration."""
+
+LEVELS = (0.5, 0.8, 0.95)
+"""Signal levels a that give the bandwidths sqrt((1 - a) / a) of the kernel density."""
+
+MARK = "-marked"
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Run folder of a trained denoiser.")],
+    num_queries: Annotated[int, typer.Option(min=10, help="Of every kind.")] = 400,
+) -> None:
+    """Write how often planted sources are named, and how reliable beliefs are."""
+    trained = runs.open_trained_run(run, build.make_accelerator().device)
+    pixels = to_unit_range(trained.data.train.images)
+    groups = source_groups(pixels)
+    title = f"{num_queries} queries of every kind; {len(pixels)} training images, {int(groups.max()) + 1} distinct\n"
+    parts = [title]
+    for level in LEVELS:
+        parts += kernel_density(trained, pixels, groups, num_queries, level)
+    parts += ideal_denoiser(trained, pixels, groups, num_queries)
+    if any(MARK in path for path in trained.data.train.paths):
+        parts += marked_cluster(trained, num_queries)
+    with atomic_path(run / "planted.md") as partial:
+        partial.write_text("\n".join(parts), encoding="utf-8")
+    print("\n".join(parts))
+
+
+def kernel_density(
+    trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num_queries: int, level: float
+) -> list[str]:
+    """Draw images around training images, and trace them as images from outside; and by their own level alone."""
+    levels = trained.pipeline.scheduler.alphas_cumprod
+    timestep = (levels - level).abs().argmin()
+    signal = levels[timestep]
+    planted = plant(pixels, num_queries, bandwidth=float(((1 - signal) / signal).sqrt()), seed=0)
+    hits, _ = bayes_hits(planted, pixels, groups)
+    noisy = tracer_of(trained).noised(
+        planted.images, num_inference_steps=faithfulness.NUM_INFERENCE_STEPS, seed=0
+    )
+    labels = no_class(trained, num_queries)
+    scores = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
+    ask = network_steps(trained.pipeline.unet, trained.pipeline.provenance)
+    logits = ask(signal.sqrt() * planted.images, timestep, signal, labels)
+    scores = {"provenance network, that level alone": logits.softmax(dim=1), **scores}
+    return [
+        f"## Kernel density of bandwidth {planted.bandwidth:.2f} (a = {signal:.3f})\n",
+        precision_table(scores, planted.parents, groups, proportion(int(hits.sum()), num_queries)),
+        reliability_table(beliefs_of(scores), planted.parents, groups),
+    ]
+
+
+def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num_queries: int) -> list[str]:
+    """Sample with the closed-form denoiser, and trace the samples along their trajectories."""
+    labels = no_class(trained, num_queries)
+    closed_form = ClosedFormPosterior(
+        pixels, trained.data.train.labels, null_label=trained.data.train.num_classes
+    )
+    noise = torch.randn((num_queries, *pixels.shape[1:]), generator=torch.Generator().manual_seed(0))
+    images, trajectory = ideal_samples(
+        closed_form,
+        trained.pipeline.scheduler,
+        noise,
+        labels,
+        num_inference_steps=faithfulness.NUM_INFERENCE_STEPS,
+    )
+    distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
+    queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
+    scores = traced(trained, queries)
+    return [
+        "## Samples of the closed-form denoiser, along their trajectories\n",
+        f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
+        precision_table(scores, parents, groups, proportion(num_queries, num_queries)),
+        reliability_table(beliefs_of(scores), parents, groups),
+    ]
+
+
+def marked_cluster(trained: runs.TrainedRun, num_queries: int) -> list[str]:
+    """Generate the class whose images bear the mark in part; see whether samples with it have sources with it."""
+    train = trained.data.train
+    is_marked = torch.tensor([MARK in path for path in train.paths])
+    place = train.images[is_marked].min(dim=0).values == 255
+    label = int(train.labels[is_marked].mode().values)
+    trained.pipeline.set_progress_bar_config(disable=True)
+    made = trained.pipeline(
+        [label] * num_queries,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(num_queries)],
+        top_k=FIRST,
+        closed_form=trained.closed_form(),
+        output_type="pt",
+    )
+    bears = made.images[:, place].float().mean(dim=1) > 255 / 2
+    of_class = train.labels == label
+    guess = 100 * float(is_marked[of_class].float().mean())
+    lines = [
+        f"## A marked cluster: {int(is_marked.sum())} of {int(of_class.sum())} training images of class "
+        f"{train.class_names[label]!r}\n",
+        f"Share of the first {FIRST} sources that bear the mark, %; by guessing {guess:.1f}\n",
+        "| tracer | samples | with the mark | without it |\n| --- | ---: | ---: | ---: |",
+    ]
+    for name, attribution in (("provenance network", made.attribution), ("closed form", made.closed_form)):
+        share = is_marked[attribution.example_index].double().mean(dim=1)
+        found = [mean_estimate(100 * share[some], seed=0) for some in (bears, ~bears) if some.any()]
+        cells = " | ".join(f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]" for e in found)
+        lines.append(f"| {name} | {int(bears.sum())} + {int((~bears).sum())} | {cells} |")
+    return [*lines[:2], "\n".join(lines[2:]) + "\n"]
+
+
+def traced(trained: runs.TrainedRun, queries: Queries) -> dict[str, Tensor]:
+    """Ask every tracer: scores (query, train)."""
+    methods = faithfulness.make_methods(trained, trained.folder.root, num_timesteps=())
+    asked = {
+        "provenance network": ("provenance network, trajectory", SETTING),
+        "closed form": ("closed form, trajectory", SETTING),
+        "pixel distance": ("pixel kernel", "s=1 apart"),
+        "random": ("random", ""),
+    }
+    scores = {}
+    for name, (method, setting) in asked.items():
+        methods[method].fit(trained.data.train)
+        scores[name] = methods[method].attribute(queries).of(setting)
+    return scores
+
+
+def beliefs_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep the tracers whose scores are beliefs."""
+    return {name: some for name, some in scores.items() if name.startswith(("provenance", "closed"))}
+
+
+def tracer_of(trained: runs.TrainedRun) -> DiffusionTracer:
+    """Make the tracer of a denoiser."""
+    return DiffusionTracer(trained.pipeline.unet, trained.pipeline.provenance, trained.pipeline.scheduler)
+
+
+def no_class(trained: runs.TrainedRun, count: int) -> Tensor:
+    """Give the null label for every query, int64 (query,)."""
+    return torch.full((count,), trained.pipeline.null_label)
+
+
+if __name__ == "__main__":
+    cli.run(main)
