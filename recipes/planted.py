@@ -3,8 +3,8 @@
     provgen planted --run runs/digits
 
 Planted are draws from a kernel density around the training images, with their parents; samples of the closed-form
-denoiser, which end on training images; and, on the folder that recipes/data/planted.py writes, samples that bear the
-mark of a cluster. Exact copies count as one source. Writes planted.md into RUN.
+denoiser, which end on training images; and, on the folder that recipes/data/planted_digits.py writes, samples that
+bear the mark of a cluster. Exact copies count as one source. Writes planted.md into RUN.
 """
 
 from pathlib import Path

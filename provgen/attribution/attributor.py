@@ -72,8 +72,13 @@ class Attributor(Protocol):
         """Prepare for a training set."""
         ...
 
-    def attribute(self, queries: Queries) -> AttributionScores:
-        """Score every training example for every query, each query by itself."""
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:
+        """Score every training example for every query, each query by itself.
+
+        Args:
+            queries: What is asked about.
+            only: The one setting that is wanted, where others would take time; they may be there all the same.
+        """
         ...
 
     def kept(self) -> Kept:

@@ -35,7 +35,7 @@ class EmbeddingCosine:
         self.null_label = train.num_classes
         self.directions = self._directions(to_unit_range(train.images))
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Compare directions."""
         return untuned(self._directions(queries.images) @ self.directions.T)
 

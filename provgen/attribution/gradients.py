@@ -109,7 +109,7 @@ class GradientDot:
         """Make the features."""
         self.features.fit(train)
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Multiply."""
         return untuned(self.features.products(queries))
 
@@ -133,7 +133,7 @@ class Trak:
         self.features.fit(train)
         self.values, self.vectors = torch.linalg.eigh(self.features.store.gram())
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Solve for every lambda."""
         turned = self.features.products(queries) @ self.vectors
         mean = self.values.mean()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal, Protocol
 
@@ -11,7 +12,6 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from provgen.attribution.attributor import AttributionScores, Kept, Queries
-from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
 from provgen.data.dataset import ImageSet
 from provgen.models.diffusion import record_stages
@@ -22,8 +22,9 @@ LOWEST, HIGHEST = (0.01, 0.05, 0.2), (0.5, 0.9, 0.99)
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
-
 Along = Literal["trajectory", "noised"]
+Of = Literal["probabilities", "logarithms"]
+OF: tuple[Of, ...] = ("probabilities", "logarithms")
 
 
 class StepPosterior(Protocol):
@@ -51,6 +52,49 @@ def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPoste
         return found.cpu()
 
     return logits
+
+
+@dataclass(frozen=True)
+class Average:
+    """One way to make one attribution of posteriors at many levels."""
+
+    is_told: bool
+    """Whether the posteriors are told the query's class, so that other classes have nothing."""
+    of: Of
+    """What is averaged."""
+    low: float
+    """End of the window of signal levels."""
+    high: float
+    """Its other end; both are excluded."""
+    temperature: float
+    """Of the posteriors; above 1 they are flatter."""
+
+    @property
+    def name(self) -> str:
+        """All of it in words."""
+        told = "class told" if self.is_told else "no class told"
+        return f"{told}, {self.of}, {self.low:g} < a_t < {self.high:g}, temperature {self.temperature:g}"
+
+    def inside(self, signal: Tensor) -> Tensor:
+        """Say which levels (step,) are in the window, bool (step,)."""
+        return (self.low < signal) & (signal < self.high)
+
+    def __call__(self, log_probs: Tensor, signal: Tensor) -> Tensor:
+        """Average log-posteriors (step, query, train) at levels (step,).
+
+        Returns:
+            Scores (query, train) that sum to 1 for each query.
+        """
+        chosen = log_probs[self.inside(signal)] / self.temperature
+        if self.of == "probabilities":
+            return chosen.softmax(dim=2).mean(dim=0)
+        return chosen.mean(dim=0).softmax(dim=1)
+
+
+AVERAGES = tuple(
+    Average(is_told, of, low, high, temperature)
+    for is_told, low, high, temperature, of in product((True, False), LOWEST, HIGHEST, TEMPERATURES, OF)
+)
 
 
 class PosteriorAttributor:
@@ -84,38 +128,28 @@ class PosteriorAttributor:
         self.posterior = self.make_posterior(train)
         self.null_label = train.num_classes
 
-    def attribute(self, queries: Queries) -> AttributionScores:
-        """Ask at every level once, and average in every way."""
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:
+        """Ask at every level once, and average in every way, or in the `only` one."""
         is_along = self.along == "trajectory" and queries.trajectory is not None
         noisy = queries.trajectory if is_along and queries.trajectory is not None else queries.noisy
+        wanted = [a for a in AVERAGES if only in (None, a.name) and a.inside(noisy.signal).any()]
+        steps = (
+            torch.stack([average.inside(noisy.signal) for average in wanted]).any(dim=0).nonzero().flatten()
+        )
+        signal = noisy.signal[steps]
         null = torch.full_like(queries.class_labels, self.null_label)
         named: dict[str, Tensor] = {}
-        for told, labels in (("class told", queries.class_labels), ("no class told", null)):
-            log_probs = self._log_probs(noisy, labels)
-            named |= {f"{told}, {name}": scores for name, scores in averages(log_probs, noisy.signal)}
+        for is_told, labels in ((True, queries.class_labels), (False, null)):
+            some = [average for average in wanted if average.is_told == is_told]
+            if some:
+                logits = [
+                    self.posterior(noisy.images[n], noisy.timesteps[n], noisy.signal[n], labels)
+                    for n in steps
+                ]
+                log_probs = torch.stack([given.float().log_softmax(dim=1) for given in logits])
+                named |= {average.name: average(log_probs, signal) for average in some}
         return AttributionScores(values=torch.stack(list(named.values())), settings=tuple(named))
 
     def kept(self) -> Kept:
         """Pixels, or the provenance network."""
         return Kept(num_bytes=self.num_bytes)
-
-    def _log_probs(self, noisy: NoisyQueries, labels: Tensor) -> Tensor:
-        steps = zip(noisy.images, noisy.timesteps, noisy.signal, strict=True)
-        logits = [self.posterior(images, timestep, signal, labels) for images, timestep, signal in steps]
-        return torch.stack([some.float().log_softmax(dim=1) for some in logits])
-
-
-def averages(log_probs: Tensor, signal: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Average log-posteriors (step, query, train) at levels (step,) over every window, in every way.
-
-    Yields:
-        A name, and scores (query, train) that sum to 1 for each query.
-    """
-    windows = [
-        (low, high) for low, high in product(LOWEST, HIGHEST) if ((low < signal) & (signal < high)).any()
-    ]
-    for (low, high), temperature in product(windows, TEMPERATURES):
-        chosen = log_probs[(low < signal) & (signal < high)] / temperature
-        window = f"{low:g} < a_t < {high:g}, temperature {temperature:g}"
-        yield f"probabilities, {window}", chosen.softmax(dim=2).mean(dim=0)
-        yield f"logarithms, {window}", chosen.mean(dim=0).softmax(dim=1)

@@ -29,7 +29,7 @@ class RandomScores:
         """Count the examples."""
         self.num_examples = len(train)
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Draw scores, the same for a query whatever else is asked."""
         generator = torch.Generator().manual_seed(self.seed)
         return untuned(
@@ -49,7 +49,7 @@ class SameClass:
         self.labels = train.labels
         self.null_label = train.num_classes
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Give 1 to the class."""
         same = queries.class_labels[:, None] == self.labels
         return untuned((same | (queries.class_labels == self.null_label)[:, None]).double())
@@ -66,7 +66,7 @@ class PixelCosine:
         """Keep the directions."""
         self.directions = F.normalize(_pixels(train), dim=1)
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Compare directions."""
         return untuned(F.normalize(queries.images.flatten(1).double(), dim=1) @ self.directions.T)
 
@@ -82,7 +82,7 @@ class PixelNeighbors:
         """Keep the pixels."""
         self.pixels = _pixels(train)
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Give 1 to the k nearest, the lowest index first at equal distance."""
         distances = torch.cdist(queries.images.flatten(1).double(), self.pixels)
         ranks = distances.argsort(dim=1, stable=True).argsort(dim=1)
@@ -108,7 +108,7 @@ class PixelKernel:
         # The mean squared distance of two draws is twice the total variance.
         self.scale = float((2 * self.pixels.var(dim=0, correction=0).sum()).sqrt())
 
-    def attribute(self, queries: Queries) -> AttributionScores:
+    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Weigh by distance."""
         squares = torch.cdist(queries.images.flatten(1).double(), self.pixels).square()
         values = [_kernel(squares, share * self.scale) for share in BANDWIDTHS]

@@ -6,8 +6,9 @@ import torch
 from provgen.attribution.attributor import Queries
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.posterior_attributor import (
+    AVERAGES,
+    Average,
     PosteriorAttributor,
-    averages,
     closed_form_steps,
     network_steps,
 )
@@ -125,15 +126,28 @@ def test_averages_by_hand():
     """Two levels inside, one outside the window; two examples with odds 3 and 1/9 against each other."""
     odds = torch.tensor([3.0, 1 / 9, 5.0])
     log_probs = torch.stack([odds.log(), torch.zeros(3)], dim=1).log_softmax(dim=1)[:, None]
-    found = dict(averages(log_probs, torch.tensor([0.3, 0.4, 0.95])))
-    window = "0.05 < a_t < 0.5"
-    first = {name: float(scores[0, 0]) for name, scores in found.items()}
-    assert first[f"probabilities, {window}, temperature 1"] == pytest.approx((3 / 4 + 1 / 10) / 2)
+
+    def found(of, high, temperature):
+        scores = Average(is_told=False, of=of, low=0.05, high=high, temperature=temperature)(
+            log_probs, torch.tensor([0.3, 0.4, 0.95])
+        )
+        assert float(scores.sum()) == pytest.approx(1)
+        return float(scores[0, 0])
+
+    assert found("probabilities", 0.5, 1) == pytest.approx((3 / 4 + 1 / 10) / 2)
     mean_odds = (3 / 9) ** 0.5
-    assert first[f"logarithms, {window}, temperature 1"] == pytest.approx(mean_odds / (1 + mean_odds))
-    assert first[f"logarithms, {window}, temperature 2"] == pytest.approx(
-        mean_odds**0.5 / (1 + mean_odds**0.5)
-    )
-    all_three = "probabilities, 0.05 < a_t < 0.99, temperature 1"
-    assert first[all_three] == pytest.approx((3 / 4 + 1 / 10 + 5 / 6) / 3)
-    assert all(scores.sum() == pytest.approx(1) for scores in found.values())
+    assert found("logarithms", 0.5, 1) == pytest.approx(mean_odds / (1 + mean_odds))
+    assert found("logarithms", 0.5, 2) == pytest.approx(mean_odds**0.5 / (1 + mean_odds**0.5))
+    assert found("probabilities", 0.99, 1) == pytest.approx((3 / 4 + 1 / 10 + 5 / 6) / 3)
+
+
+@pytest.mark.parametrize("along", ["trajectory", "noised"])
+def test_one_setting_alone_is_the_same_one(images, queries, posteriors, along):
+    method = PosteriorAttributor(posteriors["network"], along=along, num_bytes=5)
+    method.fit(images)
+    everything = method.attribute(queries)
+    assert len(everything.settings) == len(set(everything.settings)) == len(AVERAGES) == 180
+    for name in everything.settings[::37]:
+        alone = method.attribute(queries, name)
+        assert alone.settings == (name,)
+        torch.testing.assert_close(alone.of(name), everything.of(name))

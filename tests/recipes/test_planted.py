@@ -12,7 +12,7 @@ from provgen.report.planted_table import precision_table, reliability_table
 
 def test_copies_and_marks_are_in_the_folder_and_in_the_report(tmp_path, run_recipe, capsys, tiny_overrides):
     folder, root = tmp_path / "digits", tmp_path / "run"
-    assert run_recipe("data/planted", folder) == 0
+    assert run_recipe("data/planted_digits", folder) == 0
     assert "20 are there 10 times" in capsys.readouterr().out
     images = load_image_folder(folder, 8)
     assert len(images) == 1797 + 20 * 9
@@ -22,7 +22,7 @@ def test_copies_and_marks_are_in_the_folder_and_in_the_report(tmp_path, run_reci
     corner = images.images[:, 0, -2:, :2].flatten(1)
     assert torch.equal((corner == 255).all(dim=1), marked)
     assert {images.class_names[label] for label in images.labels[marked].tolist()} == {"7"}
-    assert run_recipe("data/planted", folder) == 2
+    assert run_recipe("data/planted_digits", folder) == 2
     assert "exists" in capsys.readouterr().err
 
     asked = (*tiny_overrides, "data.source=folder", f"data.path={folder}", "data.max_train_images=600")

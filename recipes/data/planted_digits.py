@@ -1,6 +1,6 @@
 """Write the embedded digits as an image folder with sources planted in it: copies, and a cluster that bears a mark.
 
-    python recipes/data/planted.py digits_planted
+    python recipes/data/planted_digits.py digits_planted
     provgen train --config digits data.source=folder data.path=digits_planted output_dir=runs/planted
     python recipes/planted.py --run runs/planted
 
