@@ -80,6 +80,12 @@ def leave_out(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def calibrate(context: typer.Context) -> None:
+    """Fit the weights of traces to subset models, and save them with the pipeline."""
+    run_recipe("calibrate", context.args)
+
+
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
 def planted(context: typer.Context) -> None:
     """Trace images whose sources are known, beside the best that can be done."""
     run_recipe("planted", context.args)

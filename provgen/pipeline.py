@@ -24,6 +24,7 @@ from provgen.data.images import to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
 from provgen.models.classifier import ImageClassifier
+from provgen.models.credit import CreditHead
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.vae import ImageVae
 from provgen.pipeline_inputs import check_options, read_count, read_labels, read_pixels
@@ -50,13 +51,14 @@ class ProvenancePipeline(DiffusionPipeline):
     """Generates images and traces every one to the training images it comes from.
 
     Holds one of a denoiser (`unet`, with its `scheduler`), an autoencoder (`vae`) or a classifier, which traces
-    images from outside only. Without `provenance` it generates and traces nothing. Load it with
+    images from outside only. Without `provenance` it generates and traces nothing; with `credit`, of a calibrated
+    denoiser, weights are shares of credit and no longer posteriors. Load it with
     `ProvenancePipeline.from_pretrained`; `DiffusionPipeline.from_pretrained` does not find a subclass that lives in
     another package.
     """
 
-    model_cpu_offload_seq = "unet->vae->classifier->provenance"
-    _optional_components = ["provenance", "unet", "vae", "classifier", "scheduler"]  # noqa: RUF012 - diffusers' own name
+    model_cpu_offload_seq = "unet->vae->classifier->provenance->credit"
+    _optional_components = ["provenance", "unet", "vae", "classifier", "scheduler", "credit"]  # noqa: RUF012 - diffusers' own name
 
     def __init__(
         self,
@@ -65,10 +67,16 @@ class ProvenancePipeline(DiffusionPipeline):
         vae: ImageVae | None = None,
         classifier: ImageClassifier | None = None,
         scheduler: DDIMScheduler | None = None,
+        credit: CreditHead | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
-            provenance=provenance, unet=unet, vae=vae, classifier=classifier, scheduler=scheduler
+            provenance=provenance,
+            unet=unet,
+            vae=vae,
+            classifier=classifier,
+            scheduler=scheduler,
+            credit=credit,
         )
         self._manifest: Manifest | None = None
 
@@ -95,7 +103,8 @@ class ProvenancePipeline(DiffusionPipeline):
     def tracer(self) -> Tracer:
         """How this kind of generator is sampled and traced."""
         if self.unet is not None:
-            return DiffusionTracer(self.unet, self.provenance, self.scheduler)
+            has_credit = self.credit is not None
+            return DiffusionTracer(self.unet, self.provenance, self.scheduler, finds_coordinates=has_credit)
         if self.vae is not None:
             return VaeTracer(self.vae, self.provenance)
         return ClassifierTracer(self.classifier, self.provenance)
@@ -197,16 +206,16 @@ class ProvenancePipeline(DiffusionPipeline):
             )
         )
 
-        def attribution(trace: TrajectoryTrace) -> Attribution | None:
+        def attribution(trace: TrajectoryTrace, credit: Tensor | None = None) -> Attribution | None:
             if top_k is None:
                 return None
             return trace.attribution(
-                top_k, is_trajectory=made.is_trajectory, reachable=self.manifest.reachable
+                top_k, is_trajectory=made.is_trajectory, reachable=self.manifest.reachable, credit=credit
             )
 
         return ProvenancePipelineOutput(
             images=_finished(made.images, output_type),
-            attribution=attribution(made.trace),
+            attribution=attribution(made.trace, self._credit(made.trace, labels) if top_k else None),
             closed_form=attribution(made.closed_trace) if closed_form is not None else None,
         )
 
@@ -246,10 +255,20 @@ class ProvenancePipeline(DiffusionPipeline):
             trace = self.tracer.trace(
                 some, given, closed_form=closed_form, num_inference_steps=num_inference_steps, seed=seed
             )
-            return trace.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable)
+            credit = self._credit(trace, given) if closed_form is None else None
+            return trace.attribution(
+                top_k, is_trajectory=False, reachable=self.manifest.reachable, credit=credit
+            )
 
         parts = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
         return Attribution.concatenate([traced(some, given) for some, given in parts])
+
+    def _credit(self, trace: TrajectoryTrace, class_labels: Tensor) -> Tensor | None:
+        """Give calibrated shares (query, train); None without a calibration."""
+        if self.credit is None:
+            return None
+        shares: Tensor = self.credit(trace.coordinates().to(self.credit.dtype), class_labels)
+        return shares
 
     def _check_traceable(self, top_k: int) -> None:
         if self.provenance is None:

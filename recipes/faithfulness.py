@@ -7,7 +7,7 @@ retrained.parquet and retrained.md into RUN/faithfulness; gradients are kept the
 it was stopped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,18 +17,16 @@ from torch import Tensor
 from provgen import build, cli, faithfulness, runs
 from provgen.analysis.calibration_split import Split, Tuned, reported, tune
 from provgen.analysis.datamodeling import LdsComparison, noise_ceiling
-from provgen.attribution.attributor import Cost
+from provgen.attribution.attributor import AttributionScores
 from provgen.attribution.mixture import fit_mixture
 from provgen.errors import InputError
+from provgen.models.credit import CreditHead
 from provgen.report.faithfulness_table import LdsRow, markdown_table, write_parquet
 from provgen.retrained_files import KINDS, RetrainedFolder
 from provgen.run_folder import atomic_path
 
-REFERENCES = {
-    "generated": ("random", "pixel kernel", "provenance network, trajectory"),
-    "holdout": ("random", "pixel kernel", "provenance network, noised"),
-}
-"""Methods that every other is compared with, pair by pair."""
+REFERENCES = ("random", "pixel kernel")
+"""Methods that every other is compared with, pair by pair, beside the trace."""
 
 
 def main(
@@ -49,58 +47,79 @@ def main(
     losses = retrained.losses
     seeds, num_queries, num_subsets = losses["generated"].shape
     print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
-    split = Split.draw(num_subsets, num_queries, calibration=calibration_subsets, seed=0)
+    split = Split.first(num_subsets, num_queries, calibration=calibration_subsets)
+    require_calibration(trained.pipeline.credit, calibration_subsets)
     queries = faithfulness.trace_queries(trained, retrained.queries)
     folder, steps = run / "faithfulness", tuple(timesteps or [10])
     methods = faithfulness.make_methods(trained, folder, num_timesteps=steps)
+    outputs = {kind: -losses[kind].mean(dim=0) for kind in KINDS}
 
-    chosen_scores: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
-    settings: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
-    costs: dict[str, Cost] = {}
+    def choose(kind: str, scores: AttributionScores) -> str:
+        return tune({kind: scores}, retrained.masks, outputs, split)
+
+    tuned = {}
     for name, method in methods.items():
-        scores, costs[name] = faithfulness.score(method, trained.data.train, queries)
-        for kind in KINDS:
-            if kind == "holdout" and name.endswith("trajectory"):
-                continue  # they have none
-            outputs = -losses[kind].mean(dim=0)
-            settings[kind][name] = chosen = tune(scores[kind], retrained.masks, outputs, split)
-            chosen_scores[kind][name] = scores[kind].of(chosen)
-        print(f"{name}: {costs[name].fit_seconds:.0f} s to set up", flush=True)
+        # Held-out images have no trajectory.
+        asked = {kind: some for kind, some in queries.items() if kind == "generated" or not is_along(name)}
+        tuned[name] = faithfulness.tuned_scores(method, trained.data.train, asked, choose)
+        print(f"{name}: {tuned[name].cost.fit_seconds:.0f} s to set up", flush=True)
 
     rows = []
     for kind in KINDS:
-        mixed, weights = mixtures(chosen_scores[kind], retrained.masks, -losses[kind].mean(dim=0), split)
-        settings[kind] |= weights
-        predicted = {
-            name: reported(some, retrained.masks, split)
-            for name, some in (chosen_scores[kind] | mixed).items()
-        }
-        outputs = -losses[kind][:, ~split.queries][:, :, ~split.subsets]
-        compared = LdsComparison(predicted, outputs.mean(dim=0), seed=0, resamples=resamples)
-        ceiling = noise_ceiling(outputs, seed=0, resamples=resamples) if seeds > 1 else None
+        scores = {name: some.scores[kind] for name, some in tuned.items() if kind in some.scores}
+        settings = {name: tuned[name].settings[kind] for name in scores}
+        mixed, weights = mixtures(scores, retrained.masks, outputs[kind], split)
+        predicted = {name: reported(s, retrained.masks, split) for name, s in (scores | mixed).items()}
+        measured = -losses[kind][:, ~split.queries][:, :, ~split.subsets]
+        compared = LdsComparison(predicted, measured.mean(dim=0), seed=0, resamples=resamples)
+        ceiling = noise_ceiling(measured, seed=0, resamples=resamples) if seeds > 1 else None
+        others = [*REFERENCES, trace_of(scores)]
         rows += [
             LdsRow(
                 method=name,
                 queries=kind,
-                setting=settings[kind][name],
+                setting=(settings | weights)[name],
                 lds=compared.estimate(name),
-                over={other: compared.difference(name, other) for other in REFERENCES[kind]},
+                over={other: compared.difference(name, other) for other in others},
                 ceiling=ceiling,
-                cost=costs.get(name),
+                cost=tuned[name].cost if name in tuned else None,
             )
             for name in predicted
         ]
-    calibration = split.queries.nonzero().flatten().tolist()
-    tuned = Tuned(
-        calibration_queries=calibration,
+    chosen = Tuned(
+        calibration_queries=split.queries.nonzero().flatten().tolist(),
         timesteps=steps,
-        settings={name: settings["generated"][name] for name in methods},
+        settings={name: some.settings["generated"] for name, some in tuned.items()},
     )
-    tuned.save(folder / "tuned.json")
+    chosen.save(folder / "tuned.json")
     write_parquet(folder / f"{models}.parquet", rows)
     with atomic_path(folder / f"{models}.md") as partial:
         partial.write_text(markdown_table(rows), encoding="utf-8")
     print(f"{markdown_table(rows)}\ntables in {folder}")
+
+
+def is_along(name: str) -> bool:
+    """Whether a method follows the sampling trajectory."""
+    return name.endswith("trajectory")
+
+
+def trace_of(names: Collection[str]) -> str:
+    """Name the trace that every other method is compared with: the calibrated one, if there is one."""
+    traces = ("calibrated trace, trajectory", "calibrated trace, noised", "provenance network, trajectory")
+    return next((name for name in traces if name in names), "provenance network, noised")
+
+
+def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> None:
+    """Refuse to report on subset models that the weights were calibrated on.
+
+    Raises:
+        InputError: It was calibrated on another number of them.
+    """
+    if credit is not None and credit.config.calibration_subsets != calibration_subsets:
+        raise InputError(
+            f"the run was calibrated on {credit.config.calibration_subsets} subset models, and "
+            f"--calibration-subsets is {calibration_subsets}; give both the same number"
+        )
 
 
 def mixtures(
@@ -113,7 +132,7 @@ def mixtures(
     """
     mixed, words = {}, {}
     everything = [name for name in scores if name not in ("random", "same class")]
-    without = [name for name in everything if not name.startswith("provenance network")]
+    without = [name for name in everything if "provenance" not in name and "calibrated" not in name]
     for title, names in (("mixture", everything), ("mixture without the provenance network", without)):
         evidence = {name: scores[name] for name in names}
         seen = {name: some[split.queries] for name, some in evidence.items()}

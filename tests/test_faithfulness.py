@@ -9,23 +9,28 @@ from provgen import faithfulness, retraining
 from provgen.analysis.calibration_split import Split, Tuned, reported, tune
 from provgen.attribution.attributor import AttributionScores
 
+TRACE = "class told, probabilities, 0.05 < a_t < 0.9, temperature 1"
+"""What an uncalibrated trace says."""
+
 
 def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_a_split_takes_subsets_and_queries_in_proportion():
-    split = Split.draw(64, 100, calibration=16, seed=0)
-    assert (int(split.subsets.sum()), int(split.queries.sum())) == (16, 25)
-    again, other = (Split.draw(64, 100, calibration=16, seed=seed) for seed in (0, 1))
-    assert torch.equal(again.subsets, split.subsets)
-    assert not torch.equal(other.subsets, split.subsets)
-    assert int(Split.draw(40, 3, calibration=2, seed=0).queries.sum()) == 1
+def test_a_split_takes_the_first_subsets_and_a_quarter_of_the_queries():
+    split = Split.first(64, 100, calibration=16)
+    assert split.subsets.nonzero().flatten().tolist() == list(range(16))
+    assert int(split.queries.sum()) == 25
+    more = Split.first(128, 100, calibration=16)
+    assert torch.equal(more.subsets[:64], split.subsets)
+    assert torch.equal(more.queries, split.queries), "subset models that come later are not calibrated on"
+    assert int(Split.first(40, 3, calibration=2).queries.sum()) == 1
+    assert Split.first(16, 8, calibration=16, left=0).subsets.all()
 
 
 @pytest.mark.parametrize("calibration", [1, 7, 8])
 def test_a_split_leaves_something_to_report(calibration, message_of):
-    assert "--calibration-subsets" in message_of(Split.draw, 8, 10, calibration=calibration, seed=0)
+    assert "--calibration-subsets" in message_of(Split.first, 8, 10, calibration=calibration)
 
 
 @pytest.fixture(scope="module")
@@ -41,52 +46,64 @@ def test_tuning_finds_the_setting_that_is_true(linear):
     scores = AttributionScores(
         values=torch.stack([rand(12, 40, seed=5), effects, -effects]), settings=("a", "b", "c")
     )
-    split = Split.draw(30, 12, calibration=10, seed=0)
-    assert tune(scores, masks, outputs, split) == "b"
+    split = Split.first(30, 12, calibration=10)
+    assert tune({"a kind": scores}, masks, {"a kind": outputs}, split) == "b"
+
+
+def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
+    masks, effects, outputs = linear
+    half = effects + rand(12, 40, seed=7)
+    kinds = {
+        "first": AttributionScores(values=torch.stack([effects, half, -effects]), settings=("a", "b", "c")),
+        "second": AttributionScores(values=torch.stack([-effects, half, effects]), settings=("a", "b", "c")),
+    }
+    split = Split.first(30, 12, calibration=10)
+    assert tune(kinds, masks, dict.fromkeys(kinds, outputs), split) == "b"
 
 
 def test_tuning_looks_at_nothing_that_is_reported(linear):
     """Turn everything that is reported around: the choice stays."""
     masks, effects, outputs = linear
     scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"))
-    split = Split.draw(30, 12, calibration=10, seed=0)
+    split = Split.first(30, 12, calibration=10)
     changed = -outputs
     changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]
-    assert tune(scores, masks, changed, split) == "a"
+    assert tune({"a kind": scores}, masks, {"a kind": changed}, split) == "a"
 
 
 def test_what_is_reported_was_not_calibrated_on(linear):
     masks, effects, outputs = linear
-    split = Split.draw(30, 12, calibration=10, seed=0)
+    split = Split.first(30, 12, calibration=10)
     predicted = reported(effects, masks, split)
     torch.testing.assert_close(predicted, outputs[~split.queries][:, ~split.subsets])
 
 
 @pytest.fixture(scope="module")
 def scored(trained_of, tmp_path_factory):
-    """Every method on a tiny run."""
+    """Every method on a tiny run, the first setting of each."""
     trained = trained_of("diffusion")
     queries = faithfulness.trace_queries(trained, retraining.make_queries(trained, 4))
     folder = tmp_path_factory.mktemp("gradients")
-    methods = faithfulness.make_methods(trained, folder, num_timesteps=(2,))
-    return (
-        trained,
-        queries,
-        {name: faithfulness.score(method, trained.data.train, queries) for name, method in methods.items()},
-    )
+    found = {}
+    for name, method in faithfulness.make_methods(trained, folder, num_timesteps=(2,)).items():
+        wanted = TRACE if name == "provenance network, trajectory" else None
+        found[name] = faithfulness.tuned_scores(
+            method, trained.data.train, queries, lambda _, some, wanted=wanted: wanted or some.settings[0]
+        )
+    return trained, queries, found
 
 
 def test_every_method_scores_every_example_for_every_query(scored):
     trained, queries, found = scored
-    assert len(found) == 17
-    for name, (scores, cost) in found.items():
+    assert len(found) == 22
+    for name, tuned in found.items():
         for kind in queries:
-            values = scores[kind].values
-            assert values.shape[1:] == (4, len(trained.data.train)), name
-            assert values.isfinite().all(), name
-        assert (cost.stored_bytes == 0) == (name == "random")
+            assert tuned.scores[kind].shape == (4, len(trained.data.train)), name
+            assert tuned.scores[kind].isfinite().all(), name
+        assert (tuned.cost.stored_bytes == 0) == (name == "random")
+        assert tuned.cost.seconds_per_query > 0
     pixels, weights = (
-        found[f"{name}, noised"][1].stored_bytes for name in ("closed form", "provenance network")
+        found[f"{name}, noised"].cost.stored_bytes for name in ("closed form", "provenance network")
     )
     assert pixels == trained.data.train.images.numel() == 40 * 64
     assert weights == 4 * sum(p.numel() for p in trained.pipeline.provenance.parameters())
@@ -117,8 +134,7 @@ def test_the_posterior_along_the_trajectory_is_the_trace(scored):
     trained, _, found = scored
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     output = trained.pipeline([0, 1, 2, 3], generator=generators, top_k=3)
-    setting = "class told, probabilities, 0.05 < a_t < 0.9, temperature 1"
-    scores = found["provenance network, trajectory"][0]["generated"].of(setting)
+    scores = found["provenance network, trajectory"].scores["generated"]
     torch.testing.assert_close(
         scores.gather(1, output.attribution.example_index), output.attribution.posterior, atol=1e-5, rtol=1e-4
     )

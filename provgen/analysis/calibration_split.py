@@ -26,38 +26,44 @@ class Split:
     """bool (query,), true for calibration."""
 
     @classmethod
-    def draw(cls, num_subsets: int, num_queries: int, *, calibration: int, seed: int) -> Split:
-        """Take `calibration` subsets, and the same share of the queries, at least one of either and not all.
+    def first(cls, num_subsets: int, num_queries: int, *, calibration: int, left: int = 2) -> Split:
+        """Take the first `calibration` subsets, random halves as any, and a quarter of the queries, drawn once.
+
+        Subset models may be added later: what was calibrated on stays the same.
 
         Raises:
-            InputError: Fewer than two subsets are left to report.
+            InputError: Fewer than `left` subsets are left to report.
         """
-        if not 2 <= calibration <= num_subsets - 2:
+        if not 2 <= calibration <= num_subsets - left:
             raise InputError(
-                f"{num_subsets} subset models cannot be split into {calibration} for calibration and 2 or more to "
+                f"{num_subsets} subset models cannot be split into {calibration} for calibration and {left} or more to "
                 "report; train more with `provgen retrain`, or choose another --calibration-subsets"
             )
-        share = max(1, num_queries * calibration // num_subsets)
-        generator = torch.Generator().manual_seed(seed)
-        subsets, queries = (torch.randperm(n, generator=generator) for n in (num_subsets, num_queries))
-        return cls(subsets=subsets < calibration, queries=queries < share)
+        order = torch.randperm(num_queries, generator=torch.Generator().manual_seed(0))
+        return cls(subsets=torch.arange(num_subsets) < calibration, queries=order < max(1, num_queries // 4))
 
 
-def tune(scores: AttributionScores, masks: Tensor, outputs: Tensor, split: Split) -> str:
-    """Choose the setting with the largest mean LDS on the calibration half.
+def tune(
+    scores: Mapping[str, AttributionScores], masks: Tensor, outputs: Mapping[str, Tensor], split: Split
+) -> str:
+    """Choose the setting with the largest LDS on the calibration part, mean over kinds of queries.
 
     Args:
-        scores: Of all queries.
+        scores: Of all queries, by kind.
         masks: bool (subset, train), of all subsets.
-        outputs: (query, subset), minus the losses.
+        outputs: (query, subset), minus the losses, by kind.
         split: What may be looked at.
     """
+    means = torch.stack([_means(scores[kind], masks, outputs[kind], split) for kind in scores])
+    names = next(iter(scores.values())).settings
+    return names[int(means.mean(dim=0).argmax())]
+
+
+def _means(scores: AttributionScores, masks: Tensor, outputs: Tensor, split: Split) -> Tensor:
+    """Give the LDS of every setting on the calibration part, (setting,)."""
     wanted = outputs[split.queries][:, split.subsets]
-    means = [
-        float(datamodeling_scores(predicted_outputs(v[split.queries], masks[split.subsets]), wanted).mean())
-        for v in scores.values
-    ]
-    return scores.settings[max(range(len(means)), key=means.__getitem__)]
+    predicted = [predicted_outputs(some[split.queries], masks[split.subsets]) for some in scores.values]
+    return torch.stack([datamodeling_scores(some, wanted).mean() for some in predicted])
 
 
 def reported(scores: Tensor, masks: Tensor, split: Split) -> Tensor:

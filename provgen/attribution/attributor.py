@@ -27,6 +27,15 @@ class Queries:
     def __len__(self) -> int:
         return len(self.images)
 
+    def first(self, count: int) -> Queries:
+        """Keep the first `count`."""
+        return Queries(
+            images=self.images[:count],
+            class_labels=self.class_labels[:count],
+            noisy=self.noisy.first(count),
+            trajectory=None if self.trajectory is None else self.trajectory.first(count),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttributionScores:
@@ -58,9 +67,9 @@ class Cost:
     """What a method costs."""
 
     fit_seconds: float
-    """Once for a training set, earlier calls included."""
+    """Once for a training set, earlier calls and what the first query sets up included."""
     seconds_per_query: float
-    """Mean over all queries, taken together, under all settings: an upper bound."""
+    """Under the setting that was chosen, of queries asked together."""
     stored_bytes: int
     """What answers need beside the generator."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
 from provgen.attribution.tracer import Generated, Request, network_probs
-from provgen.attribution.trajectory import LEAST_SIGNAL, WINDOW, TrajectoryTrace
+from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace
 from provgen.errors import InputError
 from provgen.models.diffusion import record_stages
 from provgen.models.provenance import ProvenanceNetwork
@@ -42,11 +42,18 @@ class DiffusionTracer:
     """Traces follow the labelled branch of the denoiser, whose features are computed anyway."""
 
     def __init__(
-        self, unet: UNet2DModel, provenance: ProvenanceNetwork | None, scheduler: DDIMScheduler
+        self,
+        unet: UNet2DModel,
+        provenance: ProvenanceNetwork | None,
+        scheduler: DDIMScheduler,
+        *,
+        finds_coordinates: bool = False,
     ) -> None:
+        """Take the parts of a pipeline; coordinates are for a credit head."""
         self.unet = unet
         self.provenance = provenance
         self.scheduler = scheduler
+        self.finds_coordinates = finds_coordinates
 
     def generate(self, request: Request) -> Generated:
         """Sample by DDIM; see `Tracer`."""
@@ -56,6 +63,7 @@ class DiffusionTracer:
             level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
             if request.is_traced and step.number >= first_step:
                 trace.add(network_probs(self.provenance, step.stages, signal, labels), level)
+                self._place(trace, step.stages, signal)
             if request.is_traced and step.number >= first_step and request.closed_form is not None:
                 closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
@@ -113,7 +121,9 @@ class DiffusionTracer:
         self._set_timesteps(num_inference_steps)
         trace = TrajectoryTrace()
         for timestep, level in zip(self.scheduler.timesteps, self._levels(), strict=True):
-            if not WINDOW[0] < level < WINDOW[1]:
+            is_inside = bool(WINDOW[0] < level < WINDOW[1])
+            is_placed = bool(level > CLEAR_SIGNAL) and self.finds_coordinates and closed_form is None
+            if not is_inside and not is_placed:
                 continue
             noisy = self._noised(clean_images, int(timestep), seed)
             signal = level.to(noisy.device).expand(len(noisy))
@@ -122,8 +132,24 @@ class DiffusionTracer:
                 continue
             with record_stages(self.unet) as stages:
                 self.unet(noisy, timestep, class_labels=class_labels)
-            trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
+            if is_inside:
+                trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
+            self._place(trace, stages, signal)
         return trace
+
+    def coordinates(self, noisy: NoisyQueries, class_labels: Tensor) -> Tensor:
+        """Give the coordinates of queries, (query, width), as traces find them."""
+        trace = TrajectoryTrace()
+        for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
+            if level > CLEAR_SIGNAL:
+                with record_stages(self.unet) as stages:
+                    self.unet(images.to(self.unet.device), timestep, class_labels=class_labels)
+                self._place(trace, stages, level.to(self.unet.device).expand(len(images)))
+        return trace.coordinates()
+
+    def _place(self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor) -> None:
+        if self.finds_coordinates and self.provenance is not None and signal[0] > CLEAR_SIGNAL:
+            trace.place(self.provenance.embed(stages, signal), float(signal[0]))
 
     def _noisy(self, images: Tensor) -> NoisyQueries:
         """Name the last steps, as many as there are `images`."""

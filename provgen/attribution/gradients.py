@@ -133,15 +133,34 @@ class Trak:
         self.features.fit(train)
         self.values, self.vectors = torch.linalg.eigh(self.features.store.gram())
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
+    def attribute(
+        self,
+        queries: Queries,
+        only: str | None = None,  # noqa: ARG002 - all settings take no longer
+    ) -> AttributionScores:
         """Solve for every lambda."""
         turned = self.features.products(queries) @ self.vectors
-        mean = self.values.mean()
-        scores = [(turned / (self.values + ridge * mean)) @ self.vectors.T for ridge in RIDGES]
-        return AttributionScores(
-            values=torch.stack(scores), settings=tuple(f"lambda={ridge:g}" for ridge in RIDGES)
-        )
+        inverses = 1 / (self.values + torch.tensor(RIDGES)[:, None] * self.values.mean())
+        scores = torch.stack([self._scores(turned, inverse) for inverse in inverses])
+        return AttributionScores(values=scores, settings=tuple(f"lambda={ridge:g}" for ridge in RIDGES))
+
+    def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:
+        """Give (query, train) from products with eigenvectors (query, eigenvector) and inverse eigenvalues."""
+        scores: Tensor = (turned * inverse) @ self.vectors.T
+        return scores
 
     def kept(self) -> Kept:
         """Gradients."""
         return self.features.kept()
+
+
+class SquaredTrak(Trak):
+    """What the variance of a linear model in the gradients grows by at the query without example i.
+
+    With alpha = phi_q Phi^T B of TRAK and B = (Phi Phi^T + lambda I)^-1 that is alpha_i^2 / B_ii, as in
+    `variance_credit.py`: a loss that is already small grows with the square of what is taken away.
+    """
+
+    def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:
+        scores: Tensor = super()._scores(turned, inverse).square() / (self.vectors.square() @ inverse)
+        return scores

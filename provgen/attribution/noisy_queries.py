@@ -18,6 +18,10 @@ class NoisyQueries:
     signal: Tensor
     """a_t of the steps, (step,)."""
 
+    def first(self, count: int) -> NoisyQueries:
+        """Keep the first `count` queries."""
+        return NoisyQueries(images=self.images[:, :count], timesteps=self.timesteps, signal=self.signal)
+
     def cpu(self) -> NoisyQueries:
         """Move the images to the CPU, where the steps are."""
         return NoisyQueries(images=self.images.cpu(), timesteps=self.timesteps, signal=self.signal)

@@ -23,6 +23,7 @@ LOWEST, HIGHEST = (0.01, 0.05, 0.2), (0.5, 0.9, 0.99)
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 Along = Literal["trajectory", "noised"]
+ALONG: tuple[Along, ...] = ("noised", "trajectory")
 Of = Literal["probabilities", "logarithms"]
 OF: tuple[Of, ...] = ("probabilities", "logarithms")
 

@@ -12,14 +12,14 @@ from provgen.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """The top k sources of every query, most probable first."""
+    """The top k sources of every query, those with the largest share of credit first."""
 
     example_index: Tensor
     """int64 (query, k)."""
     posterior: Tensor
     """Belief that the example is the query's parent, (query, k)."""
     weight: Tensor
-    """Share of credit, (query, k); equals `posterior` until a calibration is fitted."""
+    """Share of credit, (query, k), falling; equals `posterior` until a calibration is fitted."""
     mass_not_shown: Tensor
     """Posterior of all examples outside the top k, (query,)."""
     mass_unreachable: Tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,15 @@ LEAST_SIGNAL = 0.01
 the steps."""
 
 
+CLEAR_SIGNAL = 0.5
+"""Levels above which an image's own coordinates are read off; noisier ones lie nearer to the mean of all images."""
+
+
 class TrajectoryTrace:
     """Collects p(i | x_t, y) level by level, from noise to image.
 
-    The posterior of an image is the mean of its posteriors over the levels in the window.
+    The posterior of an image is the mean of its posteriors over the levels in the window, its coordinates the mean of
+    what the network sees of it at clear levels.
     """
 
     def __init__(self, first_step: int = 0, window: tuple[float, float] = WINDOW) -> None:
@@ -37,6 +44,7 @@ class TrajectoryTrace:
         self._signal: list[float] = []
         self._entropy: list[Tensor] = []
         self._top: list[tuple[Tensor, Tensor]] = []
+        self._coordinates: list[Tensor] = []
 
     def add(self, probs: Tensor, signal: float) -> None:
         """Add one level: probabilities (query, train) and its a_t."""
@@ -48,26 +56,41 @@ class TrajectoryTrace:
             self._in_window += 1
             self._sum = probs if self._sum is None else self._sum + probs
 
+    def place(self, embedding: Tensor, signal: float) -> None:
+        """Add what the network sees at one clear level: its embedding (query, width), and a_t.
+
+        Noising makes an image smaller by sqrt(a_t), and its embedding with it, which is undone.
+        """
+        self._coordinates.append(embedding / math.sqrt(signal))
+
+    def coordinates(self) -> Tensor:
+        """Mean coordinates over the clear levels, (query, width)."""
+        return torch.stack(self._coordinates).mean(dim=0)
+
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""
         assert self._sum is not None, "no noise level lies in the window"
         return self._sum / self._in_window
 
-    def attribution(self, top_k: int, *, is_trajectory: bool, reachable: Tensor) -> Attribution:
+    def attribution(
+        self, top_k: int, *, is_trajectory: bool, reachable: Tensor, credit: Tensor | None = None
+    ) -> Attribution:
         """Summarise what was added.
 
         Args:
             top_k: Sources per query.
             is_trajectory: Whether the levels are steps of one sampling run.
             reachable: bool (train,), examples that the provenance network can name.
+            credit: Calibrated shares (query, train); without them the posterior is the credit.
         """
         posterior = self.posterior()
-        top, index = posterior.topk(top_k, dim=1)
+        weight, index = (posterior if credit is None else credit).topk(top_k, dim=1)
+        top = posterior.gather(1, index)
         steps = self.commitment_step() if is_trajectory else torch.full((len(posterior),), -1)
         return Attribution(
             example_index=index.cpu(),
             posterior=top.cpu(),
-            weight=top.cpu(),
+            weight=weight.cpu(),
             mass_not_shown=(1 - top.sum(dim=1)).clamp_min(0).cpu(),
             mass_unreachable=posterior.masked_fill(reachable.to(posterior.device), 0).sum(dim=1).cpu(),
             entropy=entropy(posterior).cpu(),

@@ -130,6 +130,12 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
             read = self._read(stages, signal)
             return self._index_logits(read, signal, class_labels, class_logits, beam)
 
+    def embed(self, stages: list[Tensor], signal: Tensor) -> Tensor:
+        """Give what the index head compares with its prototypes, (batch, width); arguments as in `forward`."""
+        with torch.autocast(signal.device.type, enabled=False):
+            embedding: Tensor = self.index_head.embedding(self._read(stages, signal))
+        return embedding
+
     def last_stage(self, stages: list[Tensor], signal: Tensor) -> Tensor:
         """Give the last stage that the heads read, (batch, channel, height, width); arguments as in `forward`."""
         return self._read(stages, signal)[-1]

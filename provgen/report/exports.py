@@ -55,7 +55,7 @@ SAMPLE_SCHEMA = pa.schema(
 def trace_rows(attribution: Attribution, samples: Sequence[int], manifest: Manifest) -> list[dict[str, Any]]:
     """Flatten an attribution into rows of TRACE_SCHEMA; `samples` numbers its queries.
 
-    Fewer than k examples may be possible: those of another class, not covered, or not looked at have posterior 0, and
+    Fewer than k examples may be possible: those of another class, not covered, or not looked at may have no weight, and
     are no sources.
     """
     reachable = manifest.reachable[attribution.example_index]
@@ -71,7 +71,7 @@ def trace_rows(attribution: Attribution, samples: Sequence[int], manifest: Manif
         rows += [
             {"sample": sample, "rank": rank, **dict(zip(columns, row, strict=True))}
             for rank, row in enumerate(values)
-            if attribution.posterior[query, rank] > 0
+            if attribution.weight[query, rank] > 0
         ]
     return rows
 
@@ -133,7 +133,7 @@ def source_records(attribution: Attribution, query: int, manifest: Manifest) -> 
     return [
         {**asdict(source), "posterior": round(posterior, 6), "weight": round(weight, 6)}
         for source, (posterior, weight) in zip(sources, pairs, strict=True)
-        if posterior > 0
+        if weight > 0
     ]
 
 

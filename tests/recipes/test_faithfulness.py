@@ -53,7 +53,7 @@ def test_a_row_is_recomputed_from_the_files(root):
     method = PixelCosine()
     method.fit(trained.data.train)
     queries = faithfulness.trace_queries(trained, retrained.queries)
-    split = Split.draw(6, 4, calibration=2, seed=0)
+    split = Split.first(6, 4, calibration=2)
     scores = method.attribute(queries["holdout"]).of("")[~split.queries]
     predicted = scores @ retrained.masks[~split.subsets].double().T
     losses = retrained.losses["holdout"][:, ~split.queries][:, :, ~split.subsets]
@@ -91,7 +91,7 @@ def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, cap
     assert "4 of 4 models measured" in said
     assert "D-TRAK, 2 timesteps | 2 |" in said
     folder, trained = LeaveOutFolder(root / "leave_out"), runs.open_trained_run(root, torch.device("cpu"))
-    split = Split.draw(6, 4, calibration=2, seed=0)
+    split = Split.first(6, 4, calibration=2)
     query = (~split.queries).nonzero().flatten()[1].item()
     found = folder.load(LeftOut(seed=0, share=0.2, query=query, method="D-TRAK, 2 timesteps"))
     assert len(found.left_out.unique()) == round(0.2 * len(trained.data.train))

@@ -1,0 +1,95 @@
+"""The credit head: how much less would be known of a query without each training example."""
+
+from __future__ import annotations
+
+import torch
+
+# ModelMixin must stand in this module's own namespace, as in `models/provenance.py`.
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+
+class CreditHead(ModelMixin, ConfigMixin):
+    """Squared read-outs of kernels at landmarks: `(k(query, landmarks) @ readout)^2`, as shares.
+
+    `attribution/variance_credit.py` fits it in closed form, on coordinates of the training images. Everything it needs
+    of them is in the read-out, so a trace costs two small products.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        num_examples: int,
+        num_landmarks: int,
+        width: int,
+        num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and the next ones
+        bandwidth: float,  # noqa: ARG002
+        across: float,  # noqa: ARG002
+        calibration_subsets: int = 0,  # noqa: ARG002
+    ) -> None:
+        """Make an empty head.
+
+        Args:
+            num_examples: Training examples.
+            num_landmarks: Those of them that queries are compared with.
+            width: Of coordinates.
+            num_classes: Classes without the null label.
+            bandwidth: s of the kernel exp(-d^2 / 2 s^2), in units of the coordinates.
+            across: Factor of the kernel between two classes.
+            calibration_subsets: Subset models it was calibrated on.
+        """
+        super().__init__()
+        self.landmarks: Tensor
+        self.register_buffer("landmarks", torch.zeros(num_landmarks, width))
+        self.landmark_labels: Tensor
+        self.register_buffer("landmark_labels", torch.zeros(num_landmarks, dtype=torch.int64))
+        self.readout: Tensor
+        self.register_buffer("readout", torch.zeros(num_landmarks, num_examples))
+
+    def forward(self, coordinates: Tensor, class_labels: Tensor) -> Tensor:
+        """Give shares of credit (query, train) that sum to 1.
+
+        Args:
+            coordinates: (query, width).
+            class_labels: int64 (query,), the null label where there is none.
+        """
+        near = class_kernel(
+            coordinates,
+            class_labels,
+            self.landmarks,
+            self.landmark_labels,
+            bandwidth=self.config.bandwidth,
+            across=self.config.across,
+            null_label=self.config.num_classes,
+        )
+        credit: Tensor = (near @ self.readout).square()
+        total: Tensor = credit.sum(dim=1, keepdim=True)
+        # So far from everything that the kernel is 0 in these digits: nothing is more responsible than anything else.
+        return torch.where(
+            total > 0, credit / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / credit.shape[1]
+        )
+
+
+def class_kernel(
+    first: Tensor,
+    first_labels: Tensor,
+    second: Tensor,
+    second_labels: Tensor,
+    *,
+    bandwidth: float,
+    across: float,
+    null_label: int,
+) -> Tensor:
+    """Give exp(-d^2 / 2 s^2) between two sets of points, smaller between two classes: (first, second).
+
+    Positive semidefinite on points with labels of their own, being the product of two kernels. A point of `first`
+    without a class is near every class alike, unless `second` has such points: those are a class among themselves.
+    """
+    squares = torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
+    is_same = first_labels[:, None] == second_labels
+    if not (second_labels == null_label).any():
+        is_same = is_same | (first_labels == null_label)[:, None]
+    near: Tensor = (-squares / (2 * bandwidth**2)).exp()
+    return near * torch.where(is_same, 1.0, across).to(near)

@@ -1,0 +1,59 @@
+"""Fit how much credit each training image gets, on the subset models of `provgen retrain`.
+
+    provgen retrain --run runs/digits --num-subsets 16 --seeds 1
+    provgen calibrate --run runs/digits
+
+Weights of later traces are shares of credit: how much less would be known of the image without each training image, by
+a Gaussian process on what the provenance network sees. Posteriors stay what they are. Subset models beyond those it
+is calibrated on are for `provgen faithfulness`, which says what the weights are worth.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from provgen import build, cli, faithfulness, runs
+from provgen.analysis.calibration_split import Split, tune
+from provgen.attribution.attributor import AttributionScores
+from provgen.attribution.diffusion_tracer import DiffusionTracer
+from provgen.attribution.variance_credit import PROCESSES, NetworkCoordinates, VarianceCredit
+from provgen.errors import InputError
+from provgen.retrained_files import KINDS, RetrainedFolder
+from provgen.run_folder import atomic_path
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Run folder whose subset models have been trained.")],
+    calibration_subsets: Annotated[int, typer.Option(help="Subset models to calibrate on.")] = 16,
+) -> None:
+    """Choose kernel and ridge by what they predict of subset models; save the credit head with the pipeline."""
+    accelerator = build.make_accelerator()
+    if accelerator.num_processes > 1:
+        raise InputError("calibrate runs in one process; start it without accelerate launch")
+    trained = runs.open_trained_run(run, accelerator.device)
+    pipeline, retrained = trained.pipeline, RetrainedFolder(run / "retrained").load()
+    outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
+    split = Split.first(
+        len(retrained.masks), len(outputs["generated"]), calibration=calibration_subsets, left=0
+    )
+    queries = faithfulness.trace_queries(trained, retrained.queries)
+
+    tracer = DiffusionTracer(pipeline.unet, pipeline.provenance, pipeline.scheduler, finds_coordinates=True)
+    coordinates = NetworkCoordinates(
+        tracer, along="trajectory", num_inference_steps=faithfulness.NUM_INFERENCE_STEPS
+    )
+    method = VarianceCredit(coordinates)
+    method.fit(trained.data.train)
+    scores: dict[str, AttributionScores] = {kind: method.attribute(queries[kind]) for kind in KINDS}
+    chosen = tune(scores, retrained.masks, outputs, split)
+    (process,) = [process for process in PROCESSES if process.name == chosen]
+    head = method.credit_head(process, calibration_subsets=calibration_subsets)
+    pipeline.register_modules(credit=head.to(pipeline.device))
+    with atomic_path(trained.folder.pipeline) as partial:
+        pipeline.save_pretrained(partial)
+    print(f"calibrated on {calibration_subsets} subset models: {chosen}; saved in {trained.folder.pipeline}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,123 @@
+"""Variance credit: against leaving out one by one, shared by copies, and kept with the pipeline."""
+
+import pytest
+import torch
+
+from provgen.attribution import variance_credit
+from provgen.attribution.attributor import Queries
+from provgen.attribution.noisy_queries import NoisyQueries
+from provgen.attribution.variance_credit import (
+    PROCESSES,
+    FittedKernel,
+    Kernel,
+    VarianceCredit,
+    pixel_coordinates,
+)
+from provgen.models.credit import CreditHead, class_kernel
+
+NULL = 3
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def points():
+    return rand(20, 5)
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(20) % NULL
+
+
+def kernel_of(fitted, first, first_labels, second, second_labels):
+    return class_kernel(
+        first, first_labels, second, second_labels,
+        bandwidth=fitted.bandwidth, across=fitted.kernel.across, null_label=NULL,
+    )  # fmt: skip
+
+
+def variance(fitted, query, label, points, labels, ridge):
+    """Of a Gaussian process at one query, from its definition."""
+    near = kernel_of(fitted, query[None], label[None], points, labels)
+    observed = kernel_of(fitted, points, labels, points, labels) + ridge * torch.eye(len(points)).double()
+    return 1 - float(near @ torch.linalg.solve(observed, near.T))
+
+
+@pytest.mark.parametrize("across", [1.0, 0.5, 0.0])
+def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, labels, across):
+    fitted = FittedKernel(points, labels, Kernel(bandwidth=0.8, across=across), null_label=NULL)
+    queries, asked = rand(4, 5, seed=1), torch.tensor([0, 1, 2, 0])
+    ridge = 0.7
+    shares = fitted.credit_head(ridge)(queries.float(), asked)
+    for query, label, share in zip(queries, asked, shares, strict=True):
+        with_all = variance(fitted, query, label, points, labels, ridge)
+        rows = [torch.arange(20) != left_out for left_out in range(20)]
+        grown = [
+            variance(fitted, query, label, points[some], labels[some], ridge) - with_all for some in rows
+        ]
+        expected = torch.tensor(grown, dtype=torch.float64) / sum(grown)
+        torch.testing.assert_close(share.double(), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(4))
+
+
+def test_copies_share_the_credit_that_one_would_have(points, labels):
+    """Two copies observe the same twice: together less than twice as much is lost with either."""
+    kernel = Kernel(bandwidth=0.5, across=1.0)
+    query, asked = points[:1].float(), labels[:1]
+    alone = FittedKernel(points, labels, kernel, null_label=NULL).credit_head(0.3)(query, asked)[0]
+    doubled, twice = torch.cat([points, points[:1]]), torch.cat([labels, labels[:1]])
+    shared = FittedKernel(doubled, twice, kernel, null_label=NULL).credit_head(0.3)(query, asked)[0]
+    assert shared[0] == pytest.approx(float(shared[20]), rel=1e-3)
+    assert shared[0] < 0.75 * alone[0]
+    assert alone.argmax() == 0
+
+
+def test_a_class_of_its_own_has_all_the_credit(points, labels):
+    fitted = FittedKernel(points, labels, Kernel(bandwidth=1.0, across=0.0), null_label=NULL)
+    head = fitted.credit_head(1.0)
+    told = head(points[:1].float(), torch.tensor([1]))[0]
+    assert told[labels != 1].max() < 1e-6
+    untold = head(points[:1].float(), torch.tensor([NULL]))[0]
+    assert untold[labels != 1].max() > 1e-3
+
+
+def test_few_landmarks_are_nearly_as_good_on_points_that_few_describe(monkeypatch):
+    points = rand(60, 2)
+    labels, queries = torch.zeros(60).long(), rand(5, 2, seed=3).float()
+    kernel, asked = Kernel(bandwidth=2.0, across=1.0), torch.zeros(5).long()
+    exact = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)(queries, asked)
+    monkeypatch.setattr(variance_credit, "MAX_LANDMARKS", 25)
+    few = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)
+    assert few.readout.shape == (25, 60)
+    torch.testing.assert_close(few(queries, asked), exact, atol=2e-3, rtol=0.05)
+
+
+def test_a_query_far_from_everything_has_equal_sources(points, labels):
+    head = FittedKernel(points, labels, Kernel(bandwidth=0.5, across=1.0), null_label=NULL).credit_head(1.0)
+    torch.testing.assert_close(head(torch.full((1, 5), 1e4), torch.tensor([0])), torch.full((1, 20), 1 / 20))
+
+
+def test_the_head_is_saved_and_loaded(points, labels, tmp_path):
+    head = FittedKernel(points, labels, Kernel(bandwidth=0.8, across=0.5), null_label=NULL).credit_head(1.0)
+    head.save_pretrained(tmp_path)
+    again = CreditHead.from_pretrained(tmp_path)
+    queries, asked = rand(3, 5, seed=4).float(), torch.tensor([0, 1, NULL])
+    assert torch.equal(again(queries, asked), head(queries, asked))
+
+
+def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_images):
+    train, some = random_images(15, num_classes=NULL), random_images(4, num_classes=NULL, seed=2)
+    images = some.images.float() / 127.5 - 1
+    noisy = NoisyQueries(images=images[None], timesteps=torch.zeros(1).long(), signal=torch.ones(1))
+    queries = Queries(images=images, class_labels=some.labels, noisy=noisy)
+    method = VarianceCredit(pixel_coordinates)
+    method.fit(train)
+    everything = method.attribute(queries)
+    assert len(set(everything.settings)) == len(PROCESSES) == 48
+    torch.testing.assert_close(everything.values.sum(dim=2), torch.ones(48, 4))
+    for name in everything.settings[::11]:
+        assert torch.equal(method.attribute(queries, name).of(name), everything.of(name))
+    assert method.kept().num_bytes == 4 * 15 * (64 + 15)
