@@ -20,8 +20,12 @@ from provgen.retrained_files import QueryImages
 from provgen.runs import MAY_CHANGE, RunData, TrainedRun
 from provgen.settings import Settings, flat_settings
 
-LEVELS = 100
-"""Noise levels, one in each hundredth of the schedule, at which a subset model is asked about a query."""
+LEVELS = 20
+"""Equal parts of the schedule in which a subset model's loss on a query is kept."""
+
+DRAWS_PER_LEVEL = 5
+"""Timesteps and noises in each part. On digits the mean over 20 draws has a rank correlation of 0.80 (generated
+queries) and 0.84 (held-out ones) over subsets with the mean over 100 draws, that over 50 one of 0.93 and 0.95."""
 
 
 def subset_settings(settings: Settings, *, seed: int, share_of_steps: float = 1.0) -> Settings:
@@ -91,10 +95,12 @@ def query_losses(
     Returns:
         (query, level) by kind, from clean to noisy.
     """
-    return {
-        kind: evaluation.losses_by_draw(network, settings, as_image_set(some, train), draws=LEVELS)
+    draws = LEVELS * DRAWS_PER_LEVEL
+    losses = {
+        kind: evaluation.losses_by_draw(network, settings, as_image_set(some, train), draws=draws)
         for kind, some in queries.items()
     }
+    return {kind: some.unflatten(1, (LEVELS, DRAWS_PER_LEVEL)).mean(dim=2) for kind, some in losses.items()}
 
 
 def as_image_set(queries: QueryImages, train: ImageSet) -> ImageSet:

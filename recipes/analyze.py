@@ -15,6 +15,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.report import exports, sections
 from provgen.report.class_section import class_section
+from provgen.report.faithfulness_section import faithfulness_section, read_lds_rows
 from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
@@ -58,6 +59,8 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
             for images in (train, holdout)
         ]
         parts.append(sections.loss_section(trained.settings.generator.kind, *losses))
+    if (measured := run / "faithfulness" / "retrained.parquet").is_file():
+        parts.append(faithfulness_section(read_lds_rows(measured)))
     parts.append((sections.training_section(logged), []))
 
     facts = {
@@ -108,10 +111,15 @@ def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> lis
     copies = some_of(train, len(generated)).images
     is_trajectory = len(samples[0]["step_signal"]) > 1
     sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
+    credit = trained.pipeline.credit
     parts: list[sections.Part] = [
         (
             sections.samples_section(
-                grid, min(GRID_SAMPLES, len(samples)), len(samples), is_trajectory=is_trajectory
+                grid,
+                min(GRID_SAMPLES, len(samples)),
+                len(samples),
+                is_trajectory=is_trajectory,
+                calibration_subsets=0 if credit is None else credit.config.calibration_subsets,
             ),
             [],
         ),

@@ -88,9 +88,10 @@ class FittedKernel:
         variances, directions = torch.linalg.eigh(near[rows])
         is_kept = variances > SMALLEST_VARIANCE * variances[-1]
         whitening = directions[:, is_kept] / variances[is_kept].sqrt()
-        features = near @ whitening
-        self.variances, turn = torch.linalg.eigh(features.T @ features)
-        self.features, self.whitening = features @ turn, whitening @ turn
+        self.features, self.whitening, self.variances = near @ whitening, whitening, variances[is_kept]
+        if len(rows) < len(points):  # with all images as landmarks the features are uncorrelated already
+            self.variances, turn = torch.linalg.eigh(self.features.T @ self.features)
+            self.features, self.whitening = self.features @ turn, self.whitening @ turn
 
     def credit_head(self, ridge: float, *, calibration_subsets: int = 0) -> CreditHead:
         """Give the head of one process.

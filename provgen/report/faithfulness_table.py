@@ -93,6 +93,7 @@ def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
             "method": row.method,
             "queries": row.queries,
             "setting": row.setting,
+            "subsets": row.lds.n,
             **_columns("lds", row.lds),
             **{
                 key: value

@@ -21,8 +21,18 @@ Rows = Sequence[Mapping[str, Any]]
 Part = tuple[Section, list[Metric]]
 
 
-def samples_section(grid: Image.Image, shown: int, total: int, *, is_trajectory: bool) -> Section:
-    """Show the grid of samples and sources; `is_trajectory` says whether they were traced along their sampling."""
+def samples_section(
+    grid: Image.Image, shown: int, total: int, *, is_trajectory: bool, calibration_subsets: int
+) -> Section:
+    """Show the grid of samples and sources.
+
+    Args:
+        grid: The picture.
+        shown: Samples in it.
+        total: Samples there are.
+        is_trajectory: Whether they were traced along their sampling.
+        calibration_subsets: Subset models that weights were calibrated on; 0 without a calibration.
+    """
     picture = picture_of_image(
         grid,
         alt="Each generated sample on the left, the training images it was traced to beside it",
@@ -31,10 +41,12 @@ def samples_section(grid: Image.Image, shown: int, total: int, *, is_trajectory:
     traced = "along its own sampling trajectory, from the features the generator computed anyway"
     if not is_trajectory:
         traced = "from the encoder's features of what its latent decodes to"
+    weights = "Weights equal the posterior until a calibration has been fitted."
+    if calibration_subsets:
+        weights = f"Weights are shares of credit, calibrated on {calibration_subsets} subset models."
     return Section(
         "Samples and their sources",
-        f"Every sample was traced by the provenance network {traced}. Weights equal the posterior until a "
-        "calibration has been fitted.",
+        f"Every sample was traced by the provenance network {traced}. {weights}",
         [picture],
     )
 

@@ -32,8 +32,8 @@ def table_of(root) -> list[dict]:
 def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
-    assert len(rows) == 19 + 15, "held-out images have no trajectory"
-    assert len({(row["method"], row["queries"]) for row in rows}) == 34
+    assert len(rows) == 24 + 19, "held-out images have no trajectory"
+    assert len({(row["method"], row["queries"]) for row in rows}) == 43
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1
@@ -78,6 +78,50 @@ def test_without_subset_models_it_says_what_to_do(root_of, run_recipe, capsys):
     error = capsys.readouterr().err
     assert "provgen retrain" in error
     assert len(error.splitlines()) == 1
+
+
+def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "run")
+    before = runs.open_trained_run(root, torch.device("cpu"))
+    assert run_recipe("calibrate", "--run", copy, "--calibration-subsets", 2) == 0
+    assert "calibrated on 2 subset models: s=" in capsys.readouterr().out
+    after = runs.open_trained_run(copy, torch.device("cpu"))
+    labels, count = [0, 1, 2], len(after.data.train)
+
+    def traced(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        return pipeline(labels, generator=generators, top_k=count, output_type="pt")
+
+    old, new = traced(before.pipeline), traced(after.pipeline)
+    assert torch.equal(old.images, new.images)
+    order, other = old.attribution.example_index.argsort(dim=1), new.attribution.example_index.argsort(dim=1)
+    assert torch.equal(old.attribution.posterior.gather(1, order), new.attribution.posterior.gather(1, other))
+    assert (new.attribution.weight.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(new.attribution.weight.sum(dim=1), torch.ones(3))
+    assert not torch.allclose(new.attribution.weight, new.attribution.posterior, atol=1e-3)
+    # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
+    queries = faithfulness.trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
+    methods = faithfulness.make_methods(after, tmp_path, num_timesteps=())
+    along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of("")[:3]
+    weights = torch.zeros(3, count).scatter(1, new.attribution.example_index, new.attribution.weight)
+    torch.testing.assert_close(along, weights, atol=1e-5, rtol=1e-3)
+    held_out = RetrainedFolder(copy / "retrained").load().queries["holdout"]
+    outside = after.pipeline.attribute(held_out.images, class_labels=held_out.labels, top_k=count)
+    weights = torch.zeros(4, count).scatter(1, outside.example_index, outside.weight)
+    noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).of("")
+    torch.testing.assert_close(noised, weights, atol=1e-5, rtol=1e-3)
+
+    assert run_recipe("faithfulness", "--run", copy, *CALL) == 0
+    assert any(row["method"] == "calibrated trace, trajectory" for row in table_of(copy))
+    assert run_recipe("faithfulness", "--run", copy, "--calibration-subsets", 3, *CALL[2:]) == 2
+    assert "give both the same number" in capsys.readouterr().err
+    assert run_recipe("generate_and_attribute", "--run", copy, "--num-images", 3) == 0
+    assert run_recipe("analyze", "--run", copy) == 0
+    page = (copy / "report.html").read_text(encoding="utf-8")
+    assert "Are the sources right?" in page
+    assert "calibrated trace, trajectory" in page
+    assert "calibrated on 2 subset models" in page
 
 
 LEAVE_OUT = (
