@@ -28,6 +28,9 @@ from provgen.run_folder import atomic_path
 REFERENCES = ("random", "pixel kernel")
 """Methods that every other is compared with, pair by pair, beside the trace."""
 
+TRACE = "the trace"
+"""The best trace that the run has for a kind of query, by `trace_of`."""
+
 
 def main(
     run: Annotated[Path, typer.Option(help="Run folder whose subset models have been trained.")],
@@ -73,14 +76,14 @@ def main(
         measured = -losses[kind][:, ~split.queries][:, :, ~split.subsets]
         compared = LdsComparison(predicted, measured.mean(dim=0), seed=0, resamples=resamples)
         ceiling = noise_ceiling(measured, seed=0, resamples=resamples) if seeds > 1 else None
-        others = [*REFERENCES, trace_of(scores)]
+        others = {name: name for name in REFERENCES} | {TRACE: trace_of(scores)}
         rows += [
             LdsRow(
                 method=name,
                 queries=kind,
                 setting=(settings | weights)[name],
                 lds=compared.estimate(name),
-                over={other: compared.difference(name, other) for other in others},
+                over={title: compared.difference(name, other) for title, other in others.items()},
                 ceiling=ceiling,
                 cost=tuned[name].cost if name in tuned else None,
             )

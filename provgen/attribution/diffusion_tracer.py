@@ -63,7 +63,8 @@ class DiffusionTracer:
             level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
             if request.is_traced and step.number >= first_step:
                 trace.add(network_probs(self.provenance, step.stages, signal, labels), level)
-                self._place(trace, step.stages, signal)
+                if self._is_clear(step.level):
+                    self._place(trace, step.stages, signal)
             if request.is_traced and step.number >= first_step and request.closed_form is not None:
                 closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
@@ -122,7 +123,7 @@ class DiffusionTracer:
         trace = TrajectoryTrace()
         for timestep, level in zip(self.scheduler.timesteps, self._levels(), strict=True):
             is_inside = bool(WINDOW[0] < level < WINDOW[1])
-            is_placed = bool(level > CLEAR_SIGNAL) and self.finds_coordinates and closed_form is None
+            is_placed = self._is_clear(level) and self.finds_coordinates and closed_form is None
             if not is_inside and not is_placed:
                 continue
             noisy = self._noised(clean_images, int(timestep), seed)
@@ -134,21 +135,23 @@ class DiffusionTracer:
                 self.unet(noisy, timestep, class_labels=class_labels)
             if is_inside:
                 trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
-            self._place(trace, stages, signal)
+            if is_placed:
+                self._place(trace, stages, signal)
         return trace
 
     def coordinates(self, noisy: NoisyQueries, class_labels: Tensor) -> Tensor:
         """Give the coordinates of queries, (query, width), as traces find them."""
         trace = TrajectoryTrace()
         for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
-            if level > CLEAR_SIGNAL:
+            if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
                 with record_stages(self.unet) as stages:
                     self.unet(images.to(self.unet.device), timestep, class_labels=class_labels)
-                self._place(trace, stages, level.to(self.unet.device).expand(len(images)))
+                signal = level.to(self.unet.device).expand(len(images))
+                self._place(trace, stages, signal)
         return trace.coordinates()
 
     def _place(self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor) -> None:
-        if self.finds_coordinates and self.provenance is not None and signal[0] > CLEAR_SIGNAL:
+        if self.finds_coordinates and self.provenance is not None:
             trace.place(self.provenance.embed(stages, signal), float(signal[0]))
 
     def _noisy(self, images: Tensor) -> NoisyQueries:
@@ -186,6 +189,9 @@ class DiffusionTracer:
             shape, generator=generator, device=self.unet.device, dtype=self.unet.dtype
         )
         return noise
+
+    def _is_clear(self, level: Tensor) -> bool:
+        return bool(level >= self._levels().max().clamp_max(CLEAR_SIGNAL))
 
     def _levels(self) -> Tensor:
         levels: Tensor = self.scheduler.alphas_cumprod[self.scheduler.timesteps]

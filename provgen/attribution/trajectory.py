@@ -19,8 +19,9 @@ LEAST_SIGNAL = 0.01
 the steps."""
 
 
-CLEAR_SIGNAL = 0.5
-"""Levels above which an image's own coordinates are read off; noisier ones lie nearer to the mean of all images."""
+CLEAR_SIGNAL = 0.9
+"""Levels from which on an image's own coordinates are read off; before, its trajectory is elsewhere. The last level of a
+sampling run counts in any case."""
 
 
 class TrajectoryTrace:

@@ -112,8 +112,12 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).of("")
     torch.testing.assert_close(noised, weights, atol=1e-5, rtol=1e-3)
 
+    after.pipeline([0], top_k=3, num_inference_steps=10)  # so few steps that none is clear, but the last one
+    after.pipeline.attribute(held_out.images, top_k=3, num_inference_steps=10)
     assert run_recipe("faithfulness", "--run", copy, *CALL) == 0
-    assert any(row["method"] == "calibrated trace, trajectory" for row in table_of(copy))
+    compared = {(row["method"], row["queries"]): row["over the trace"] for row in table_of(copy)}
+    assert compared["calibrated trace, trajectory", "generated"] == 0
+    assert compared["calibrated trace, noised", "holdout"] == 0
     assert run_recipe("faithfulness", "--run", copy, "--calibration-subsets", 3, *CALL[2:]) == 2
     assert "give both the same number" in capsys.readouterr().err
     assert run_recipe("generate_and_attribute", "--run", copy, "--num-images", 3) == 0
