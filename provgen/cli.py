@@ -73,6 +73,12 @@ def faithfulness(context: typer.Context) -> None:
     run_recipe("faithfulness", context.args)
 
 
+@app.command(name="faithfulness-table", context_settings=PASS_THROUGH, add_help_option=False)
+def faithfulness_table(context: typer.Context) -> None:
+    """Make the table of attribution methods again, in seconds, from what was kept."""
+    run_recipe("faithfulness_table", context.args)
+
+
 @app.command(name="leave-out", context_settings=PASS_THROUGH, add_help_option=False)
 def leave_out(context: typer.Context) -> None:
     """Train again without the sources that a method names, and generate the same samples."""
@@ -113,7 +119,7 @@ def find_config(path: Path | None) -> Path | None:
 
 def run_recipe(name: str, arguments: list[str]) -> None:
     """Run the `main` of a recipe file with command-line arguments, in this process."""
-    command = {"generate_and_attribute": "generate", "leave_out": "leave-out"}.get(name, name)
+    command = {"generate_and_attribute": "generate"}.get(name, name.replace("_", "-"))
     run(load_recipe(name), prog_name=f"provgen {command}", arguments=arguments)
 
 

@@ -91,7 +91,9 @@ def _variance_methods(trained: TrainedRun) -> dict[str, Attributor]:
     methods: dict[str, Attributor] = {"variance credit of pixels": VarianceCredit(pixel_coordinates)}
     for along in ALONG:
         coordinates = NetworkCoordinates(tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS)
-        methods[f"variance credit of the provenance network, {along}"] = VarianceCredit(coordinates)
+        methods[f"variance credit of the provenance network, {along}"] = VarianceCredit(
+            coordinates, coordinates.widths
+        )
         if pipeline.credit is not None:
             methods[f"calibrated trace, {along}"] = CalibratedTrace(pipeline.credit, coordinates)
     return methods

@@ -32,6 +32,8 @@ class QueryImages:
 class Retrained:
     """Everything that is measured of the subset models of a run."""
 
+    subsets: Tensor
+    """Numbers of the subsets, int64 (subset,)."""
     masks: Tensor
     """bool (subset, train)."""
     level_losses: dict[str, Tensor]
@@ -66,7 +68,7 @@ class RetrainedFolder:
         if not (self.root / "queries.npz").is_file():
             arrays = {f"{k}_{name}": v.numpy() for k in KINDS for name, v in vars(queries[k]).items()}
             self._write(self.root / "queries.npz", **arrays)
-        if not (self.root / "masks.npz").is_file() or len(self._masks()) < len(masks):
+        if not (self.root / "masks.npz").is_file() or len(self.masks()) < len(masks):
             packed = np.packbits(masks.numpy(), axis=1)
             self._write(self.root / "masks.npz", masks=packed, train=np.array(masks.shape[1]))
 
@@ -98,13 +100,30 @@ class RetrainedFolder:
             InputError: There are fewer than two subsets.
         """
         subsets, seeds = _rectangle(self.measured())
-        queries = self.queries()
-        if len(subsets) < 2 or queries is None:
+        if len(subsets) < 2:
             raise InputError(
                 f"{len(subsets)} subset models in {self.root}, at least 2 are needed; run `provgen retrain` first"
             )
+        return self._read(subsets, seeds)
+
+    def load_several_seeds(self) -> Retrained | None:
+        """Read as many models as have two or more seeds, the same for every subset; None for fewer than two subsets."""
+        subsets, seeds = _rectangle(self.measured(), least_seeds=2)
+        return self._read(subsets, seeds) if len(subsets) >= 2 else None
+
+    def masks(self) -> Tensor:
+        """Read which examples every subset has, bool (subset, train), whether its models have been trained or not."""
+        with np.load(self.root / "masks.npz") as file:
+            bits = np.unpackbits(file["masks"], axis=1, count=int(file["train"]))
+        return torch.from_numpy(bits).bool()
+
+    def _read(self, subsets: Sequence[int], seeds: Sequence[int]) -> Retrained:
+        queries = self.queries()
+        assert queries is not None  # they are written before the first model
+        numbers = torch.tensor(subsets)
         return Retrained(
-            masks=self._masks()[torch.tensor(subsets)],
+            subsets=numbers,
+            masks=self.masks()[numbers],
             level_losses={kind: self._losses(kind, seeds, subsets) for kind in KINDS},
             queries=queries,
         )
@@ -118,11 +137,6 @@ class RetrainedFolder:
         with np.load(self._path(subset, seed)) as file:
             return torch.from_numpy(file[kind])
 
-    def _masks(self) -> Tensor:
-        with np.load(self.root / "masks.npz") as file:
-            bits = np.unpackbits(file["masks"], axis=1, count=int(file["train"]))
-        return torch.from_numpy(bits).bool()
-
     def _path(self, subset: int, seed: int) -> Path:
         return self.root / "losses" / f"subset-{subset:04d}-seed-{seed}.npz"
 
@@ -132,11 +146,11 @@ class RetrainedFolder:
             np.savez_compressed(file, **arrays)
 
 
-def _rectangle(models: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+def _rectangle(models: Sequence[tuple[int, int]], *, least_seeds: int = 1) -> tuple[list[int], list[int]]:
     """Choose subsets and the first so many seeds that all of them have: as many models as possible."""
     there, best = set(models), ([], [])  # type: ignore[var-annotated]
     seeds = sorted({seed for _, seed in models})
-    for count in range(1, len(seeds) + 1):
+    for count in range(least_seeds, len(seeds) + 1):
         first = seeds[:count]
         whole = [n for n in sorted({n for n, _ in models}) if all((n, seed) in there for seed in first)]
         if len(whole) * count >= len(best[0]) * len(best[1]):

@@ -17,7 +17,7 @@ from provgen import build, cli, faithfulness, runs
 from provgen.analysis.calibration_split import Split, tune
 from provgen.attribution.attributor import AttributionScores
 from provgen.attribution.diffusion_tracer import DiffusionTracer
-from provgen.attribution.variance_credit import PROCESSES, NetworkCoordinates, VarianceCredit
+from provgen.attribution.variance_credit import NetworkCoordinates, VarianceCredit
 from provgen.errors import InputError
 from provgen.retrained_files import KINDS, RetrainedFolder
 from provgen.run_folder import atomic_path
@@ -34,20 +34,18 @@ def main(
     trained = runs.open_trained_run(run, accelerator.device)
     pipeline, retrained = trained.pipeline, RetrainedFolder(run / "retrained").load()
     outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
-    split = Split.first(
-        len(retrained.masks), len(outputs["generated"]), calibration=calibration_subsets, left=0
-    )
+    split = Split.first(retrained.subsets, len(outputs["generated"]), calibration=calibration_subsets, left=0)
     queries = faithfulness.trace_queries(trained, retrained.queries)
 
     tracer = DiffusionTracer(pipeline.unet, pipeline.provenance, pipeline.scheduler, finds_coordinates=True)
     coordinates = NetworkCoordinates(
         tracer, along="trajectory", num_inference_steps=faithfulness.NUM_INFERENCE_STEPS
     )
-    method = VarianceCredit(coordinates)
+    method = VarianceCredit(coordinates, coordinates.widths)
     method.fit(trained.data.train)
     scores: dict[str, AttributionScores] = {kind: method.attribute(queries[kind]) for kind in KINDS}
     chosen = tune(scores, retrained.masks, outputs, split)
-    (process,) = [process for process in PROCESSES if process.name == chosen]
+    (process,) = [process for process in method.processes if process.name == chosen]
     head = method.credit_head(process, calibration_subsets=calibration_subsets)
     pipeline.register_modules(credit=head.to(pipeline.device))
     with atomic_path(trained.folder.pipeline) as partial:

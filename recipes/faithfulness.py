@@ -3,33 +3,25 @@
     provgen faithfulness --run runs/digits
 
 Every method, and a mixture of all, is tuned on the same few subset models and queries and reported on the rest. Writes
-retrained.parquet and retrained.md into RUN/faithfulness; gradients are kept there, and the same command goes on where
-it was stopped.
+retrained.parquet, .md and .png into RUN/faithfulness, and predictions.parquet, of which `provgen faithfulness-table`
+makes them again. Gradients are kept there, and the same command goes on where it was stopped.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from torch import Tensor
 
-from provgen import build, cli, faithfulness, runs
-from provgen.analysis.calibration_split import Split, Tuned, reported, tune
-from provgen.analysis.datamodeling import LdsComparison, noise_ceiling
+from provgen import build, cli, comparison, faithfulness, runs
+from provgen.analysis.calibration_split import Split, Tuned, tune
 from provgen.attribution.attributor import AttributionScores
 from provgen.attribution.mixture import fit_mixture
 from provgen.errors import InputError
 from provgen.models.credit import CreditHead
-from provgen.report.faithfulness_table import LdsRow, markdown_table, write_parquet
+from provgen.report.leave_out_table import read_moved
 from provgen.retrained_files import KINDS, RetrainedFolder
-from provgen.run_folder import atomic_path
-
-REFERENCES = ("random", "pixel kernel")
-"""Methods that every other is compared with, pair by pair, beside the trace."""
-
-TRACE = "the trace"
-"""The best trace that the run has for a kind of query, by `trace_of`."""
 
 
 def main(
@@ -38,7 +30,6 @@ def main(
     timesteps: Annotated[
         list[int] | None, typer.Option(help="Noise levels of gradient methods; repeatable. Default: 10.")
     ] = None,
-    models: Annotated[str, typer.Option(help="Folder of subset models in the run.")] = "retrained",
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
 ) -> None:
     """Write the table of methods: LDS with interval and ceiling, seconds and bytes."""
@@ -46,11 +37,12 @@ def main(
     if accelerator.num_processes > 1:
         raise InputError("faithfulness runs in one process; start it without accelerate launch")
     trained = runs.open_trained_run(run, accelerator.device)
-    retrained = RetrainedFolder(run / models).load()
+    models = RetrainedFolder(run / "retrained")
+    retrained, masks = models.load(), models.masks()
     losses = retrained.losses
     seeds, num_queries, num_subsets = losses["generated"].shape
     print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
-    split = Split.first(num_subsets, num_queries, calibration=calibration_subsets)
+    split = Split.first(retrained.subsets, num_queries, calibration=calibration_subsets)
     require_calibration(trained.pipeline.credit, calibration_subsets)
     queries = faithfulness.trace_queries(trained, retrained.queries)
     folder, steps = run / "faithfulness", tuple(timesteps or [10])
@@ -67,27 +59,21 @@ def main(
         tuned[name] = faithfulness.tuned_scores(method, trained.data.train, asked, choose)
         print(f"{name}: {tuned[name].cost.fit_seconds:.0f} s to set up", flush=True)
 
-    rows = []
+    predictions = []
     for kind in KINDS:
         scores = {name: some.scores[kind] for name, some in tuned.items() if kind in some.scores}
         settings = {name: tuned[name].settings[kind] for name in scores}
         mixed, weights = mixtures(scores, retrained.masks, outputs[kind], split)
-        predicted = {name: reported(s, retrained.masks, split) for name, s in (scores | mixed).items()}
-        measured = -losses[kind][:, ~split.queries][:, :, ~split.subsets]
-        compared = LdsComparison(predicted, measured.mean(dim=0), seed=0, resamples=resamples)
-        ceiling = noise_ceiling(measured, seed=0, resamples=resamples) if seeds > 1 else None
-        others = {name: name for name in REFERENCES} | {TRACE: trace_of(scores)}
-        rows += [
-            LdsRow(
+        predictions += [
+            comparison.predict(
+                some,
+                masks,
                 method=name,
                 queries=kind,
                 setting=(settings | weights)[name],
-                lds=compared.estimate(name),
-                over={title: compared.difference(name, other) for title, other in others.items()},
-                ceiling=ceiling,
                 cost=tuned[name].cost if name in tuned else None,
             )
-            for name in predicted
+            for name, some in (scores | mixed).items()
         ]
     chosen = Tuned(
         calibration_queries=split.queries.nonzero().flatten().tolist(),
@@ -95,21 +81,16 @@ def main(
         settings={name: some.settings["generated"] for name, some in tuned.items()},
     )
     chosen.save(folder / "tuned.json")
-    write_parquet(folder / f"{models}.parquet", rows)
-    with atomic_path(folder / f"{models}.md") as partial:
-        partial.write_text(markdown_table(rows), encoding="utf-8")
-    print(f"{markdown_table(rows)}\ntables in {folder}")
+    kept = comparison.Predictions(rows=predictions, calibration_subsets=calibration_subsets)
+    kept.save(folder / "predictions.parquet")
+    moved = read_moved(run / "leave_out" / "effects.parquet")
+    rows = comparison.compare(kept, models, moved=moved, resamples=resamples)
+    print(comparison.write_tables(rows, folder, "retrained"))
 
 
 def is_along(name: str) -> bool:
     """Whether a method follows the sampling trajectory."""
     return name.endswith("trajectory")
-
-
-def trace_of(names: Collection[str]) -> str:
-    """Name the trace that every other method is compared with: the calibrated one, if there is one."""
-    traces = ("calibrated trace, trajectory", "calibrated trace, noised", "provenance network, trajectory")
-    return next((name for name in traces if name in names), "provenance network, noised")
 
 
 def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> None:

@@ -2,8 +2,9 @@
 
     provgen leave-out --run runs/digits
 
-Methods are tuned as `provgen faithfulness` found; run that first. Writes a small file for every model and table.md into
-RUN/leave_out. The same command goes on where it was stopped; parts 1/2 and 2/2 may run side by side.
+Methods are tuned as `provgen faithfulness` found; run that first. Writes a small file for every model, table.md and
+effects.parquet into RUN/leave_out; `provgen faithfulness-table` puts the effects beside the LDS. The same command
+goes on where it was stopped; parts 1/2 and 2/2 may run side by side.
 """
 
 import time
@@ -23,7 +24,7 @@ from provgen.data.images import to_unit_range
 from provgen.errors import InputError
 from provgen.experiments import Part
 from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut, Outcome, plan
-from provgen.report.leave_out_table import effect_table, leave_out_effects
+from provgen.report.leave_out_table import effect_rows, effect_table, leave_out_effects, write_effects
 from provgen.retrained_files import QueryImages, RetrainedFolder
 from provgen.run_folder import atomic_path, claim_folder, require_run
 from provgen.settings import Settings
@@ -95,7 +96,12 @@ def main(
 
     if accelerator.is_main_process:
         there = {m: folder.load(m) for m in [*nothing, *planned] if folder.has(m, left_out[m])}
-        table = leave_out_table(there, names, shares, trained.data.train.labels, samples.labels)
+        effects = effects_by_share(there, names, shares, trained.data.train.labels, samples.labels)
+        write_effects(
+            folder.root / "effects.parquet",
+            [row for some, by_title in effects.items() for row in effect_rows(some, by_title)],
+        )
+        table = leave_out_table(effects, names, len(trained.data.train))
         with atomic_path(folder.root / "table.md") as partial:
             partial.write_text(table, encoding="utf-8")
         print(
@@ -152,22 +158,32 @@ def outcome(
     )
 
 
-def leave_out_table(
+def effects_by_share(
     there: Mapping[LeftOut, Outcome],
     names: Sequence[str],
     shares: Sequence[float],
     train_labels: Tensor,
     query_labels: Tensor,
-) -> str:
-    """Compare methods over the queries of which every method has every seed."""
-    lines = []
+) -> dict[float, dict[str, dict[str, Tensor]]]:
+    """Collect effects by share, title and method, over the queries of which every method has every seed."""
+    effects = {}
     for some in shares:
         found = {model: end for model, end in there.items() if model.share in (0, some)}
-        if not any(model.share for model in found):
-            continue
-        effects = leave_out_effects(found, names, train_labels=train_labels, query_labels=query_labels)
-        for title, by_method in effects.items():
-            lines.append(f"{some:.0%} of {len(train_labels)} training images left out: {title}\n")
+        if any(model.share for model in found):
+            effects[some] = leave_out_effects(
+                found, names, train_labels=train_labels, query_labels=query_labels
+            )
+    return effects
+
+
+def leave_out_table(
+    effects: Mapping[float, Mapping[str, Mapping[str, Tensor]]], names: Sequence[str], num_train: int
+) -> str:
+    """Lay out a table for every share and effect."""
+    lines = []
+    for some, by_title in effects.items():
+        for title, by_method in by_title.items():
+            lines.append(f"{some:.0%} of {num_train} training images left out: {title}\n")
             lines.append(effect_table(by_method, [name for name in REFERENCES if name in names]))
     return "\n".join(lines)
 

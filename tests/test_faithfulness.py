@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from provgen import faithfulness, retraining
-from provgen.analysis.calibration_split import Split, Tuned, reported, tune
+from provgen.analysis.calibration_split import Split, Tuned, tune
 from provgen.attribution.attributor import AttributionScores
 
 TRACE = "class told, probabilities, 0.05 < a_t < 0.9, temperature 1"
@@ -18,19 +18,19 @@ def rand(*shape, seed=0):
 
 
 def test_a_split_takes_the_first_subsets_and_a_quarter_of_the_queries():
-    split = Split.first(64, 100, calibration=16)
+    split = Split.first(torch.arange(64), 100, calibration=16)
     assert split.subsets.nonzero().flatten().tolist() == list(range(16))
     assert int(split.queries.sum()) == 25
-    more = Split.first(128, 100, calibration=16)
+    more = Split.first(torch.arange(128), 100, calibration=16)
     assert torch.equal(more.subsets[:64], split.subsets)
     assert torch.equal(more.queries, split.queries), "subset models that come later are not calibrated on"
-    assert int(Split.first(40, 3, calibration=2).queries.sum()) == 1
-    assert Split.first(16, 8, calibration=16, left=0).subsets.all()
+    assert int(Split.first(torch.arange(40), 3, calibration=2).queries.sum()) == 1
+    assert Split.first(torch.arange(16), 8, calibration=16, left=0).subsets.all()
 
 
 @pytest.mark.parametrize("calibration", [1, 7, 8])
 def test_a_split_leaves_something_to_report(calibration, message_of):
-    assert "--calibration-subsets" in message_of(Split.first, 8, 10, calibration=calibration)
+    assert "--calibration-subsets" in message_of(Split.first, torch.arange(8), 10, calibration=calibration)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_tuning_finds_the_setting_that_is_true(linear):
     scores = AttributionScores(
         values=torch.stack([rand(12, 40, seed=5), effects, -effects]), settings=("a", "b", "c")
     )
-    split = Split.first(30, 12, calibration=10)
+    split = Split.first(torch.arange(30), 12, calibration=10)
     assert tune({"a kind": scores}, masks, {"a kind": outputs}, split) == "b"
 
 
@@ -57,7 +57,7 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
         "first": AttributionScores(values=torch.stack([effects, half, -effects]), settings=("a", "b", "c")),
         "second": AttributionScores(values=torch.stack([-effects, half, effects]), settings=("a", "b", "c")),
     }
-    split = Split.first(30, 12, calibration=10)
+    split = Split.first(torch.arange(30), 12, calibration=10)
     assert tune(kinds, masks, dict.fromkeys(kinds, outputs), split) == "b"
 
 
@@ -65,17 +65,16 @@ def test_tuning_looks_at_nothing_that_is_reported(linear):
     """Turn everything that is reported around: the choice stays."""
     masks, effects, outputs = linear
     scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"))
-    split = Split.first(30, 12, calibration=10)
+    split = Split.first(torch.arange(30), 12, calibration=10)
     changed = -outputs
     changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]
     assert tune({"a kind": scores}, masks, {"a kind": changed}, split) == "a"
 
 
-def test_what_is_reported_was_not_calibrated_on(linear):
-    masks, effects, outputs = linear
-    split = Split.first(30, 12, calibration=10)
-    predicted = reported(effects, masks, split)
-    torch.testing.assert_close(predicted, outputs[~split.queries][:, ~split.subsets])
+def test_a_missing_calibration_model_is_noticed(message_of):
+    subsets = torch.tensor([0, 1, 3, 4, 5])
+    assert "the first 3" in message_of(Split.first, subsets, 10, calibration=3)
+    assert Split.first(subsets, 10, calibration=2).subsets.tolist() == [True, True, False, False, False]
 
 
 @pytest.fixture(scope="module")

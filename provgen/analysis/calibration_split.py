@@ -26,21 +26,28 @@ class Split:
     """bool (query,), true for calibration."""
 
     @classmethod
-    def first(cls, num_subsets: int, num_queries: int, *, calibration: int, left: int = 2) -> Split:
+    def first(cls, subsets: Tensor, num_queries: int, *, calibration: int, left: int = 2) -> Split:
         """Take the first `calibration` subsets, random halves as any, and a quarter of the queries, drawn once.
 
         Subset models may be added later: what was calibrated on stays the same.
 
+        Args:
+            subsets: Numbers of the subsets whose models there are, int64 (subset,).
+            num_queries: All queries.
+            calibration: At least 2.
+            left: How many subsets must be left to report.
+
         Raises:
-            InputError: Fewer than `left` subsets are left to report.
+            InputError: There are too few.
         """
-        if not 2 <= calibration <= num_subsets - left:
+        is_first = subsets < calibration
+        if calibration < 2 or int(is_first.sum()) < calibration or int((~is_first).sum()) < left:
             raise InputError(
-                f"{num_subsets} subset models cannot be split into {calibration} for calibration and {left} or more to "
-                "report; train more with `provgen retrain`, or choose another --calibration-subsets"
+                f"{len(subsets)} subset models cannot be split into the first {calibration} for calibration and {left} "
+                "or more to report; train more with `provgen retrain`, or choose another --calibration-subsets"
             )
         order = torch.randperm(num_queries, generator=torch.Generator().manual_seed(0))
-        return cls(subsets=torch.arange(num_subsets) < calibration, queries=order < max(1, num_queries // 4))
+        return cls(subsets=is_first, queries=order < max(1, num_queries // 4))
 
 
 def tune(
@@ -64,11 +71,6 @@ def _means(scores: AttributionScores, masks: Tensor, outputs: Tensor, split: Spl
     wanted = outputs[split.queries][:, split.subsets]
     predicted = [predicted_outputs(some[split.queries], masks[split.subsets]) for some in scores.values]
     return torch.stack([datamodeling_scores(some, wanted).mean() for some in predicted])
-
-
-def reported(scores: Tensor, masks: Tensor, split: Split) -> Tensor:
-    """Predict the outputs that are reported, float64 (query, subset), from scores (query, train)."""
-    return predicted_outputs(scores[~split.queries], masks[~split.subsets])
 
 
 @dataclass(frozen=True, kw_only=True)

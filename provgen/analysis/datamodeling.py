@@ -101,7 +101,7 @@ class NoiseCeiling:
     """sqrt(S r / (1 + (S - 1) r)) for the mean of S seeds; 0 where r is not positive."""
 
 
-def noise_ceiling(outputs: Tensor, *, seed: int, resamples: int = 1000) -> NoiseCeiling:
+def noise_ceiling(outputs: Tensor, *, num_seeds: int, seed: int, resamples: int = 1000) -> NoiseCeiling:
     """Estimate the ceiling from the agreement of training seeds.
 
     Correlation with the mean of S measurements of reliability r each is attenuated by the square root of their joint
@@ -109,7 +109,8 @@ def noise_ceiling(outputs: Tensor, *, seed: int, resamples: int = 1000) -> Noise
     square root is concave: where queries differ in r, this is an upper bound of the mean of their ceilings.
 
     Args:
-        outputs: (seed, query, subset), at least two seeds.
+        outputs: (seed, query, subset), at least two seeds; a part of the subsets will do.
+        num_seeds: S, of what methods are held to.
         seed: Of the bootstrap over subsets and queries.
         resamples: Bootstrap resamples.
     """
@@ -118,9 +119,9 @@ def noise_ceiling(outputs: Tensor, *, seed: int, resamples: int = 1000) -> Noise
     draws = []
     for _ in range(resamples):
         queries, subsets = (random.integers(size, size=size) for size in values.shape[1:])
-        draws.append(_ceiling(_seed_correlation(values[:, queries][:, :, subsets]), len(values)))
+        draws.append(_ceiling(_seed_correlation(values[:, queries][:, :, subsets]), num_seeds))
     interval = percentile_interval(np.array(draws))
-    return NoiseCeiling(r, Estimate(_ceiling(r, len(values)), *interval, values.shape[2]))
+    return NoiseCeiling(r, Estimate(_ceiling(r, num_seeds), *interval, values.shape[2]))
 
 
 def _seed_correlation(outputs: Matrix) -> float:

@@ -140,7 +140,10 @@ class DiffusionTracer:
         return trace
 
     def coordinates(self, noisy: NoisyQueries, class_labels: Tensor) -> Tensor:
-        """Give the coordinates of queries, (query, width), as traces find them."""
+        """Give the coordinates of queries, (query, feature), as traces find them.
+
+        First what the index head compares with its prototypes, then the pixels.
+        """
         trace = TrajectoryTrace()
         for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
             if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
@@ -152,7 +155,8 @@ class DiffusionTracer:
 
     def _place(self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor) -> None:
         if self.finds_coordinates and self.provenance is not None:
-            trace.place(self.provenance.embed(stages, signal), float(signal[0]))
+            embedding, pixels = self.provenance.embed(stages, signal), stages[0].flatten(1)
+            trace.place(torch.cat([embedding, pixels.to(embedding.dtype)], dim=1), float(signal[0]))
 
     def _noisy(self, images: Tensor) -> NoisyQueries:
         """Name the last steps, as many as there are `images`."""

@@ -20,8 +20,8 @@ the steps."""
 
 
 CLEAR_SIGNAL = 0.9
-"""Levels from which on an image's own coordinates are read off; before, its trajectory is elsewhere. The last level of a
-sampling run counts in any case."""
+"""Levels from which on an image's own coordinates are read off; before, its trajectory is elsewhere. The last level
+of a sampling run counts in any case."""
 
 
 class TrajectoryTrace:
@@ -46,6 +46,7 @@ class TrajectoryTrace:
         self._entropy: list[Tensor] = []
         self._top: list[tuple[Tensor, Tensor]] = []
         self._coordinates: list[Tensor] = []
+        self._clearness: list[float] = []
 
     def add(self, probs: Tensor, signal: float) -> None:
         """Add one level: probabilities (query, train) and its a_t."""
@@ -57,16 +58,20 @@ class TrajectoryTrace:
             self._in_window += 1
             self._sum = probs if self._sum is None else self._sum + probs
 
-    def place(self, embedding: Tensor, signal: float) -> None:
-        """Add what the network sees at one clear level: its embedding (query, width), and a_t.
+    def place(self, coordinates: Tensor, signal: float) -> None:
+        """Add what is seen at one clear level: coordinates (query, feature), and a_t.
 
-        Noising makes an image smaller by sqrt(a_t), and its embedding with it, which is undone.
+        Noising makes an image smaller by sqrt(a_t), and its coordinates with it, which is undone.
         """
-        self._coordinates.append(embedding / math.sqrt(signal))
+        self._coordinates.append(coordinates / math.sqrt(signal))
+        self._clearness.append(signal / (1 - signal))
 
     def coordinates(self) -> Tensor:
-        """Mean coordinates over the clear levels, (query, width)."""
-        return torch.stack(self._coordinates).mean(dim=0)
+        """Mean coordinates over the clear levels, (query, feature), each with the inverse of its noise's variance."""
+        seen = torch.stack(self._coordinates)
+        weights = torch.tensor(self._clearness, dtype=seen.dtype, device=seen.device)
+        mean: Tensor = torch.tensordot(weights / weights.sum(), seen, dims=1)
+        return mean
 
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""

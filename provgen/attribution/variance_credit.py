@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -16,13 +17,16 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.models.credit import CreditHead, class_kernel
 
-BANDWIDTHS = (0.7, 1.0, 1.5, 2.0)
+BANDWIDTHS = (0.7, 1.0, 1.5)
 """Of the kernel, in root mean squared distances between two training images."""
 
 ACROSS = (1.0, 0.5, 0.0)
 """Factors of the kernel between two classes."""
 
-RIDGES = (0.3, 1.0, 3.0, 10.0)
+SHARES = {1: ((1.0,),), 2: ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))}
+"""Weights of the parts of coordinates in squared distances, by the number of parts."""
+
+RIDGES = (1.0, 3.0, 10.0)
 """lambda, in units of the kernel of an image with itself."""
 
 MAX_LANDMARKS = 2048
@@ -41,6 +45,23 @@ class Kernel:
     """In root mean squared distances between two training images."""
     across: float
     """Factor between two classes."""
+    shares: tuple[float, ...] = (1.0,)
+    """Weight of each part of the coordinates in squared distances, every part in units of its own mean."""
+
+    def scale(self, points: Tensor, widths: Sequence[int]) -> Tensor:
+        """Give the factors (feature,) under which the kernel is exp(-d^2 / 2).
+
+        Args:
+            points: Coordinates of the training images, (train, feature).
+            widths: Features of every part.
+        """
+        # The mean squared distance of two draws is twice the total variance.
+        spreads = [float((2 * p.var(dim=0, correction=0).sum()).sqrt()) for p in points.split(widths, dim=1)]
+        factors = [
+            points.new_full((width,), sqrt(share) / (spread * self.bandwidth))
+            for width, share, spread in zip(widths, self.shares, spreads, strict=True)
+        ]
+        return torch.cat(factors)
 
 
 @dataclass(frozen=True)
@@ -56,17 +77,28 @@ class Process:
     def name(self) -> str:
         """All of it in words."""
         kernel = self.kernel
-        return f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}, lambda={self.ridge:g}"
+        parts = "" if len(kernel.shares) == 1 else f", pixels {kernel.shares[1]:g}"
+        return f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{parts}, lambda={self.ridge:g}"
 
 
-KERNELS = tuple(Kernel(*values) for values in product(BANDWIDTHS, ACROSS))
-PROCESSES = tuple(Process(kernel, ridge) for kernel, ridge in product(KERNELS, RIDGES))
+def processes(num_parts: int) -> list[Process]:
+    """List the processes that are tried on coordinates of one or two parts."""
+    kernels = [Kernel(*values) for values in product(BANDWIDTHS, ACROSS, SHARES[num_parts])]
+    return [Process(kernel, ridge) for kernel, ridge in product(kernels, RIDGES)]
 
 
 class FittedKernel:
     """What all processes of one kernel share on a training set: features whose products are the kernel (Nystroem)."""
 
-    def __init__(self, points: Tensor, labels: Tensor, kernel: Kernel, *, null_label: int) -> None:
+    def __init__(
+        self,
+        points: Tensor,
+        labels: Tensor,
+        kernel: Kernel,
+        *,
+        null_label: int,
+        widths: Sequence[int] | None = None,
+    ) -> None:
         """Diagonalise.
 
         Args:
@@ -74,17 +106,17 @@ class FittedKernel:
             labels: int64 (train,).
             kernel: In units of the points' own spread.
             null_label: The label that stands for no label.
+            widths: Features of every part; None for one part.
         """
-        # The mean squared distance of two draws is twice the total variance.
-        spread = float((2 * points.var(dim=0, correction=0).sum()).sqrt())
-        self.kernel, self.bandwidth, self.null_label = kernel, kernel.bandwidth * spread, null_label
+        self.kernel, self.null_label = kernel, null_label
+        self.scale = kernel.scale(points, widths or [points.shape[1]])
+        points = points * self.scale
         order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
         rows = order[:MAX_LANDMARKS].sort().values
         self.landmarks, self.landmark_labels = points[rows], labels[rows]
         near = class_kernel(
-            points, labels, self.landmarks, self.landmark_labels,
-            bandwidth=self.bandwidth, across=kernel.across, null_label=null_label,
-        )  # fmt: skip
+            points, labels, self.landmarks, self.landmark_labels, across=kernel.across, null_label=null_label
+        )
         variances, directions = torch.linalg.eigh(near[rows])
         is_kept = variances > SMALLEST_VARIANCE * variances[-1]
         whitening = directions[:, is_kept] / variances[is_kept].sqrt()
@@ -107,10 +139,10 @@ class FittedKernel:
             num_landmarks=len(self.landmarks),
             width=self.landmarks.shape[1],
             num_classes=self.null_label,
-            bandwidth=self.bandwidth,
             across=self.kernel.across,
             calibration_subsets=calibration_subsets,
         )
+        head.scale.copy_(self.scale)
         head.landmarks.copy_(self.landmarks)
         head.landmark_labels.copy_(self.landmark_labels)
         head.readout.copy_((self.whitening * inverse) @ (self.features / (1 - leverages).sqrt()[:, None]).T)
@@ -132,8 +164,11 @@ class VarianceCredit:
     share the credit, and the sign of an influence does not matter, only its square.
     """
 
-    def __init__(self, coordinates: Coordinates) -> None:
+    def __init__(self, coordinates: Coordinates, widths: Sequence[int] | None = None) -> None:
+        """Take where images lie, and the features of every part of that; None for one part."""
         self.coordinates = coordinates
+        self.widths = widths
+        self.processes = processes(1 if widths is None else len(widths))
 
     def fit(self, train: ImageSet) -> None:
         """Keep where the training images lie."""
@@ -144,7 +179,7 @@ class VarianceCredit:
     def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:
         """Leave every example out under every process, or under the `only` one."""
         points = self.coordinates(queries).float().cpu()
-        wanted = [process for process in PROCESSES if only in (None, process.name)]
+        wanted = [process for process in self.processes if only in (None, process.name)]
         values = [self.credit_head(process)(points, queries.class_labels) for process in wanted]
         return AttributionScores(
             values=torch.stack(values), settings=tuple(process.name for process in wanted)
@@ -153,7 +188,9 @@ class VarianceCredit:
     def credit_head(self, process: Process, *, calibration_subsets: int = 0) -> CreditHead:
         """Give the head that a pipeline keeps; only the last kernel stays in memory."""
         if process.kernel not in self.fitted:
-            fitted = FittedKernel(self.points, self.labels, process.kernel, null_label=self.null_label)
+            fitted = FittedKernel(
+                self.points, self.labels, process.kernel, null_label=self.null_label, widths=self.widths
+            )
             self.fitted = {process.kernel: fitted}
         fitted = self.fitted[process.kernel]
         return fitted.credit_head(process.ridge, calibration_subsets=calibration_subsets)
@@ -191,7 +228,7 @@ def pixel_coordinates(images: Queries | ImageSet) -> Tensor:
 
 
 class NetworkCoordinates:
-    """What the provenance network sees of images at clear levels: where traces place them."""
+    """What the provenance network sees of images at clear levels, and their pixels: where traces place them."""
 
     def __init__(self, tracer: DiffusionTracer, *, along: Along, num_inference_steps: int) -> None:
         """Take a tracer that finds coordinates; images without a trajectory are noised to the sampler's levels."""
@@ -199,9 +236,16 @@ class NetworkCoordinates:
         self.along = along
         self.num_inference_steps = num_inference_steps
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features of the embedding, and of the pixels."""
+        config = self.tracer.unet.config
+        assert self.tracer.provenance is not None
+        return self.tracer.provenance.config.width, config.in_channels * config.sample_size**2
+
     @torch.no_grad()
     def __call__(self, images: Queries | ImageSet) -> Tensor:
-        """Give coordinates, (image, width)."""
+        """Give coordinates, (image, feature)."""
         device = self.tracer.unet.device
         if isinstance(images, Queries):
             is_along = self.along == "trajectory" and images.trajectory is not None

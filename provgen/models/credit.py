@@ -25,7 +25,6 @@ class CreditHead(ModelMixin, ConfigMixin):
         num_landmarks: int,
         width: int,
         num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and the next ones
-        bandwidth: float,  # noqa: ARG002
         across: float,  # noqa: ARG002
         calibration_subsets: int = 0,  # noqa: ARG002
     ) -> None:
@@ -36,11 +35,12 @@ class CreditHead(ModelMixin, ConfigMixin):
             num_landmarks: Those of them that queries are compared with.
             width: Of coordinates.
             num_classes: Classes without the null label.
-            bandwidth: s of the kernel exp(-d^2 / 2 s^2), in units of the coordinates.
             across: Factor of the kernel between two classes.
             calibration_subsets: Subset models it was calibrated on.
         """
         super().__init__()
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(width))
         self.landmarks: Tensor
         self.register_buffer("landmarks", torch.zeros(num_landmarks, width))
         self.landmark_labels: Tensor
@@ -52,15 +52,14 @@ class CreditHead(ModelMixin, ConfigMixin):
         """Give shares of credit (query, train) that sum to 1.
 
         Args:
-            coordinates: (query, width).
+            coordinates: (query, width), before scaling.
             class_labels: int64 (query,), the null label where there is none.
         """
         near = class_kernel(
-            coordinates,
+            coordinates * self.scale,
             class_labels,
             self.landmarks,
             self.landmark_labels,
-            bandwidth=self.config.bandwidth,
             across=self.config.across,
             null_label=self.config.num_classes,
         )
@@ -78,11 +77,10 @@ def class_kernel(
     second: Tensor,
     second_labels: Tensor,
     *,
-    bandwidth: float,
     across: float,
     null_label: int,
 ) -> Tensor:
-    """Give exp(-d^2 / 2 s^2) between two sets of points, smaller between two classes: (first, second).
+    """Give exp(-d^2 / 2) between two sets of points, smaller between two classes: (first, second).
 
     Positive semidefinite on points with labels of their own, being the product of two kernels. A point of `first`
     without a class is near every class alike, unless `second` has such points: those are a class among themselves.
@@ -91,5 +89,5 @@ def class_kernel(
     is_same = first_labels[:, None] == second_labels
     if not (second_labels == null_label).any():
         is_same = is_same | (first_labels == null_label)[:, None]
-    near: Tensor = (-squares / (2 * bandwidth**2)).exp()
+    near: Tensor = (-squares / 2).exp()
     return near * torch.where(is_same, 1.0, across).to(near)

@@ -31,6 +31,8 @@ class LdsRow:
     """By how much it exceeds reference methods, paired."""
     ceiling: NoiseCeiling | None
     """None with one training seed, which does not show how noisy training is."""
+    moved: Mapping[str, Estimate | None]
+    """How far samples moved without the sources it names, by what was left out; None where that was not tried."""
     cost: Cost | None
     """None for a mixture, which costs what its parts do."""
 
@@ -53,6 +55,7 @@ def _table(kind: str, rows: Sequence[LdsRow]) -> str:
         "method",
         "LDS, %",
         *(f"over {name}" for name in others),
+        *rows[0].moved,
         "set-up, s",
         "query, ms",
         "kept, MB",
@@ -64,6 +67,7 @@ def _table(kind: str, rows: Sequence[LdsRow]) -> str:
             row.method,
             _percent(row.lds),
             *(_percent(row.over[name]) if name != row.method else "-" for name in others),
+            *("-" if some is None else _plain(some) for some in row.moved.values()),
             *_costs(row.cost),
             row.setting or "-",
         ])  # fmt: skip
@@ -86,6 +90,10 @@ def _percent(estimate: Estimate) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def _plain(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
 def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
     """Write one flat row for each method and kind of query."""
     flat = [
@@ -100,13 +108,23 @@ def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
                 for name, e in row.over.items()
                 for key, value in _columns(f"over {name}", e).items()
             },
+            **{
+                key: value
+                for name, e in row.moved.items()
+                if e is not None
+                for key, value in _columns(name, e).items()
+            },
             "noise_ceiling": None if row.ceiling is None else row.ceiling.estimate.value,
             "seed_correlation": None if row.ceiling is None else row.ceiling.seed_correlation,
             **({} if row.cost is None else asdict(row.cost)),
         }
         for row in rows
     ]
-    table = pa.Table.from_pylist(flat).replace_schema_metadata({"schema_version": SCHEMA_VERSION})
+    # Not every row has every column, and from_pylist looks at the first row alone.
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    table = pa.table({name: [row.get(name) for row in flat] for name in columns}).replace_schema_metadata(
+        {"schema_version": SCHEMA_VERSION}
+    )
     with atomic_path(path) as partial:
         pq.write_table(table, partial)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from provgen.analysis.leave_out import distance_moved, paired_effect
 from provgen.analysis.statistics import Estimate
 from provgen.leave_out_files import NOTHING, LeftOut, Outcome
+from provgen.run_folder import atomic_path
 
 MOVED = "distance from what the same seed makes with all images, Euclidean, pixels in [-1, 1]"
 LOSS = "denoising loss on the sample above that with all images, x 1000"
@@ -84,3 +89,29 @@ def effect_table(effects: Mapping[str, Tensor], references: Sequence[str]) -> st
 
 def _text(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def effect_rows(share: float, effects: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    """Give a flat row for each title and method of what leaving out a share of the images did."""
+    return [
+        {"share": share, "effect": title, "method": method, **asdict(paired_effect(by_method, method, None))}
+        for title, by_method in effects.items()
+        for method in by_method
+    ]
+
+
+def write_effects(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows of all shares."""
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"schema_version": "1"})
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def read_moved(path: Path) -> dict[str, dict[str, Estimate]]:
+    """Read how far samples moved, by what was left out, then by method; nothing where there is no such file."""
+    moved: dict[str, dict[str, Estimate]] = {}
+    for row in pq.read_table(path).to_pylist() if path.is_file() else []:
+        if row["effect"] == MOVED:
+            by_method = moved.setdefault(f"moved without {row['share']:.0%}", {})
+            by_method[row["method"]] = Estimate(row["value"], row["low"], row["high"], row["n"])
+    return moved

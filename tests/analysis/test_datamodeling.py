@@ -106,7 +106,7 @@ def test_the_ceiling_is_the_score_of_the_truth(seeds, noise):
     """Outputs are truth plus independent noise per seed: the truth itself is as good as the ceiling says."""
     truth = rand(200, 64)
     outputs = truth + noise * rand(seeds, 200, 64, seed=7)
-    ceiling = noise_ceiling(outputs, seed=0, resamples=50)
+    ceiling = noise_ceiling(outputs, num_seeds=seeds, seed=0, resamples=50)
     reached = float(datamodeling_scores(truth, outputs.mean(dim=0)).mean())
     assert ceiling.estimate.value == pytest.approx(reached, abs=0.03)
     assert ceiling.estimate.low < ceiling.estimate.value < ceiling.estimate.high
@@ -115,9 +115,17 @@ def test_the_ceiling_is_the_score_of_the_truth(seeds, noise):
     assert ceiling.seed_correlation == pytest.approx(6 / np.pi * np.arcsin(pearson / 2), abs=0.02)
 
 
+def test_a_few_subsets_with_two_seeds_give_the_ceiling_of_one_seed():
+    truth = rand(200, 64)
+    outputs = truth + rand(2, 200, 64, seed=7)
+    ceiling = noise_ceiling(outputs[:, :, :32], num_seeds=1, seed=0, resamples=10)
+    reached = float(datamodeling_scores(truth, outputs[0]).mean())
+    assert ceiling.estimate.value == pytest.approx(reached, abs=0.03)
+
+
 def test_seeds_that_disagree_leave_no_ceiling():
     outputs = torch.stack([rand(3, 9), -rand(3, 9)])
-    ceiling = noise_ceiling(outputs, seed=0, resamples=20)
+    ceiling = noise_ceiling(outputs, num_seeds=2, seed=0, resamples=20)
     assert ceiling.seed_correlation == pytest.approx(-1)
     assert ceiling.estimate.value == ceiling.estimate.high == 0
 
@@ -127,4 +135,4 @@ def test_where_queries_differ_the_ceiling_is_an_upper_bound():
     truth, noise = rand(200, 64), rand(2, 200, 64, seed=8)
     outputs = truth + noise * torch.cat([torch.full((100, 1), 0.3), torch.full((100, 1), 30.0)])
     reached = float(datamodeling_scores(truth, outputs.mean(dim=0)).mean())
-    assert noise_ceiling(outputs, seed=0, resamples=10).estimate.value > reached + 0.1
+    assert noise_ceiling(outputs, num_seeds=2, seed=0, resamples=10).estimate.value > reached + 0.1

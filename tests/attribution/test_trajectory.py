@@ -164,3 +164,20 @@ def test_an_impossible_top_k_is_refused(top_k, message_of):
     assert f"got {top_k}" in message
     check_top_k(1, 5)
     check_top_k(5, 5)
+
+
+def test_coordinates_are_the_best_guess_from_noisy_ones():
+    """Under x_t = sqrt(a) x + sqrt(1 - a) eps, weights of a / (1 - a) give the least squares estimate of x."""
+    levels, noisy = (
+        [0.9, 0.95, 0.99],
+        torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
+    trace = TrajectoryTrace()
+    for level, images in zip(levels, noisy, strict=True):
+        trace.place(images, level)
+    design = torch.tensor([[(level / (1 - level)) ** 0.5] for level in levels], dtype=torch.float64)
+    seen = torch.stack([
+        some / (1 - level) ** 0.5 for some, level in zip(noisy, levels, strict=True)
+    ]).flatten(1)  # fmt: skip
+    expected = torch.linalg.lstsq(design, seen).solution.view(4, 6)
+    torch.testing.assert_close(trace.coordinates(), expected)

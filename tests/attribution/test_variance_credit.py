@@ -7,11 +7,11 @@ from provgen.attribution import variance_credit
 from provgen.attribution.attributor import Queries
 from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.variance_credit import (
-    PROCESSES,
     FittedKernel,
     Kernel,
     VarianceCredit,
     pixel_coordinates,
+    processes,
 )
 from provgen.models.credit import CreditHead, class_kernel
 
@@ -34,8 +34,8 @@ def labels():
 
 def kernel_of(fitted, first, first_labels, second, second_labels):
     return class_kernel(
-        first, first_labels, second, second_labels,
-        bandwidth=fitted.bandwidth, across=fitted.kernel.across, null_label=NULL,
+        first * fitted.scale, first_labels, second * fitted.scale, second_labels,
+        across=fitted.kernel.across, null_label=NULL,
     )  # fmt: skip
 
 
@@ -61,6 +61,27 @@ def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, 
         expected = torch.tensor(grown, dtype=torch.float64) / sum(grown)
         torch.testing.assert_close(share.double(), expected, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(4))
+
+
+def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
+    """Scaling a part, or adding one of no weight, changes nothing; half and half is the mean of squared distances."""
+    widths, queries, asked = (2, 3), rand(4, 5, seed=1).float(), torch.tensor([0, 1, 2, 0])
+
+    def shares(points, queries, shares, widths=widths):
+        kernel = Kernel(bandwidth=0.8, across=0.5, shares=shares)
+        fitted = FittedKernel(points, labels, kernel, null_label=NULL, widths=widths)
+        return fitted.credit_head(1.0)(queries, asked)
+
+    factor = torch.tensor([1.0, 1.0, 7.0, 7.0, 7.0])
+    for given in ((0.5, 0.5), (0.25, 0.75)):
+        scaled = shares(points * factor, queries * factor, given)
+        torch.testing.assert_close(scaled, shares(points, queries, given), atol=1e-5, rtol=1e-4)
+    first = shares(points[:, :2], queries[:, :2], (1.0,), widths=None)
+    torch.testing.assert_close(shares(points, queries, (1.0, 0.0)), first, atol=1e-5, rtol=1e-4)
+    scale = Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(points, widths)
+    squares = torch.cdist(points * scale, points * scale).square()
+    parts = [torch.cdist(part, part).square() for part in points.split(widths, dim=1)]
+    torch.testing.assert_close(squares, sum(part / part.mean() for part in parts) / 2)
 
 
 def test_copies_share_the_credit_that_one_would_have(points, labels):
@@ -116,8 +137,9 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     method = VarianceCredit(pixel_coordinates)
     method.fit(train)
     everything = method.attribute(queries)
-    assert len(set(everything.settings)) == len(PROCESSES) == 48
-    torch.testing.assert_close(everything.values.sum(dim=2), torch.ones(48, 4))
+    assert len(set(everything.settings)) == len(processes(1)) == 27
+    torch.testing.assert_close(everything.values.sum(dim=2), torch.ones(27, 4))
     for name in everything.settings[::11]:
         assert torch.equal(method.attribute(queries, name).of(name), everything.of(name))
+    assert len({process.name for process in processes(2)}) == 81
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)

@@ -53,14 +53,46 @@ def test_a_row_is_recomputed_from_the_files(root):
     method = PixelCosine()
     method.fit(trained.data.train)
     queries = faithfulness.trace_queries(trained, retrained.queries)
-    split = Split.first(6, 4, calibration=2)
+    split = Split.first(torch.arange(6), 4, calibration=2)
     scores = method.attribute(queries["holdout"]).of("")[~split.queries]
     predicted = scores @ retrained.masks[~split.subsets].double().T
     losses = retrained.losses["holdout"][:, ~split.queries][:, :, ~split.subsets]
     expected = datamodeling_scores(predicted, -losses.mean(dim=0)).mean()
     (row,) = [r for r in table_of(root) if r["method"] == "pixel cosine" and r["queries"] == "holdout"]
     assert row["lds"] == pytest.approx(float(expected))
-    assert row["noise_ceiling"] == pytest.approx(noise_ceiling(-losses, seed=0, resamples=10).estimate.value)
+    several = -retrained.losses["holdout"][:, ~split.queries]
+    ceiling = noise_ceiling(several, num_seeds=2, seed=0, resamples=10).estimate
+    assert row["noise_ceiling"] == pytest.approx(ceiling.value)
+
+
+def test_the_table_is_made_again_of_what_was_kept(root, run_recipe, tmp_path, capsys):
+    before, kept = table_of(root), tmp_path / "kept"
+    shutil.copytree(root / "retrained", kept / "retrained")
+    (kept / "faithfulness").mkdir()
+    shutil.copy(root / "faithfulness" / "predictions.parquet", kept / "faithfulness")
+    assert run_recipe("faithfulness_table", kept, "--resamples", 20) == 0
+    assert table_of(kept) == before
+    assert "| pixel kernel |" in capsys.readouterr().out
+    assert (kept / "faithfulness" / "retrained.png").stat().st_size > 10_000
+    # Without the second seed of half of the subsets, the ceiling is still known from the others.
+    for subset in (3, 4, 5):
+        (kept / "retrained" / "losses" / f"subset-{subset:04d}-seed-1.npz").unlink()
+    (kept / "retrained" / "losses" / "subset-0002-seed-1.npz").unlink()
+    assert run_recipe("faithfulness_table", kept, "--resamples", 20) == 0
+    several = RetrainedFolder(kept / "retrained").load_several_seeds()
+    assert several.subsets.tolist() == [0, 1]
+    assert {row["subsets"] for row in table_of(kept)} == {4}
+    split = Split.first(torch.arange(6), 4, calibration=2)
+    outputs = -several.losses["generated"][:, ~split.queries]
+    expected = noise_ceiling(outputs, num_seeds=1, seed=0, resamples=10).estimate.value
+    assert table_of(kept)[0]["noise_ceiling"] == pytest.approx(expected)
+    # And without any: no ceiling, and predictions that are missing are asked for.
+    for subset in (0, 1):
+        (kept / "retrained" / "losses" / f"subset-{subset:04d}-seed-1.npz").unlink()
+    assert run_recipe("faithfulness_table", kept, "--resamples", 20) == 0
+    assert table_of(kept)[0]["noise_ceiling"] is None
+    assert run_recipe("faithfulness_table", tmp_path) == 2
+    assert "provgen faithfulness" in capsys.readouterr().err
 
 
 def test_the_second_call_finds_its_gradients_and_says_the_same(root, run_recipe, capsys):
@@ -133,13 +165,15 @@ LEAVE_OUT = (
 )  # fmt: skip
 
 
-def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, capsys, new_accelerator):
+def test_sources_are_left_out_and_the_sample_is_made_again(
+    root, run_recipe, capsys, new_accelerator, tmp_path
+):
     assert run_recipe("leave_out", "--run", root, *LEAVE_OUT) == 0
     said = capsys.readouterr().out
     assert "4 of 4 models measured" in said
     assert "D-TRAK, 2 timesteps | 2 |" in said
     folder, trained = LeaveOutFolder(root / "leave_out"), runs.open_trained_run(root, torch.device("cpu"))
-    split = Split.first(6, 4, calibration=2)
+    split = Split.first(torch.arange(6), 4, calibration=2)
     query = (~split.queries).nonzero().flatten()[1].item()
     found = folder.load(LeftOut(seed=0, share=0.2, query=query, method="D-TRAK, 2 timesteps"))
     assert len(found.left_out.unique()) == round(0.2 * len(trained.data.train))
@@ -157,6 +191,20 @@ def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, cap
 
     assert run_recipe("leave_out", "--run", root, *LEAVE_OUT) == 0
     assert "0 of this part are missing" in capsys.readouterr().out
+
+    copy = shutil.copytree(root, tmp_path / "run")
+    assert run_recipe("faithfulness_table", copy, "--resamples", 10) == 0
+    moved = {
+        row["method"]: row["moved without 20%"] for row in table_of(copy) if row["queries"] == "generated"
+    }
+    outcomes = [
+        (folder.load(LeftOut(seed=0, share=0.2, query=n, method="D-TRAK, 2 timesteps")).image,
+         folder.load(LeftOut(seed=0, share=0.0, query=n, method=NOTHING)).image)
+        for n in (~split.queries).nonzero().flatten()[:2].tolist()
+    ]  # fmt: skip
+    expected = sum(float((a.double() - b.double()).norm()) * 2 / 255 for a, b in outcomes) / 2
+    assert moved["D-TRAK, 2 timesteps"] == pytest.approx(expected)
+    assert moved["pixel cosine"] is None
 
 
 @pytest.mark.parametrize("share", [0, 0.95, 1])

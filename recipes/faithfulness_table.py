@@ -1,0 +1,36 @@
+"""Make the table of attribution methods again, in seconds, from what a comparison kept.
+
+    provgen faithfulness-table runs/digits
+    provgen faithfulness-table docs/faithfulness/digits
+
+After more subset models, another training seed of some, or `provgen leave-out`. Methods stay tuned as they were.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from provgen import cli, comparison
+from provgen.report.leave_out_table import read_moved
+from provgen.retrained_files import RetrainedFolder
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Run folder, or what was kept of one.")],
+    models: Annotated[str, typer.Option(help="Folder of subset models in it.")] = "retrained",
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
+) -> None:
+    """Hold what methods predicted to the subset models; write table and figure."""
+    predictions = comparison.Predictions.load(folder / "faithfulness" / "predictions.parquet")
+    rows = comparison.compare(
+        predictions,
+        RetrainedFolder(folder / models),
+        moved=read_moved(folder / "leave_out" / "effects.parquet"),
+        resamples=resamples,
+    )
+    print(comparison.write_tables(rows, folder / "faithfulness", models))
+
+
+if __name__ == "__main__":
+    cli.run(main)
