@@ -38,10 +38,13 @@ def gradients_of(denoiser, target="noise", num_timesteps=20, seed=0):
     return LossGradients(denoiser, SCHEDULER, target=target, num_timesteps=num_timesteps, seed=seed)
 
 
+@pytest.mark.parametrize("way", ["vectorised", "one by one"])
 @pytest.mark.parametrize("target", ["noise", "zero"])
-def test_vectorised_gradients_are_those_of_a_loop(denoiser, pixels, target):
+def test_gradients_are_those_of_a_plain_loop(denoiser, pixels, target, way):
     labels = torch.tensor([0, 2, 3])
-    found = gradients_of(denoiser, target)(pixels[:3], labels)
+    gradients = gradients_of(denoiser, target)
+    gradients.way = way
+    found = gradients(pixels[:3], labels)
     for row in range(3):
         total = 0
         for timestep in range(0, 1000, 50):
