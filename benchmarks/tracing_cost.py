@@ -2,8 +2,9 @@
 
     python benchmarks/tracing_cost.py runs/digits
 
-All of them take turns within one run, so that a drifting machine slows them alike. A trace along the trajectory costs
-what sampling with traces takes beyond sampling without; medians over turns are printed with their spread.
+All of them take turns within one run, in seconds of one core, so that a drifting or busy machine slows them alike. A
+trace along the trajectory costs what sampling with traces takes beyond sampling without; medians over turns are printed
+with their spread.
 """
 
 import tempfile
@@ -32,6 +33,7 @@ def main(
     turns: Annotated[int, typer.Option(min=5)] = 9,
 ) -> None:
     """Print milliseconds per image, and ratios."""
+    torch.set_num_threads(1)
     trained = runs.open_trained_run(run, build.make_accelerator().device)
     with tempfile.TemporaryDirectory() as folder:
         variants = {
@@ -66,9 +68,9 @@ def sampler(trained: runs.TrainedRun, images: int, *, top_k: int | None) -> Call
 
     def turn() -> float:
         generators = [torch.Generator().manual_seed(number) for number in range(images)]
-        start = time.perf_counter()
+        start = time.process_time()
         pipeline(labels, generator=generators, top_k=top_k, output_type="pt")
-        return (time.perf_counter() - start) / images
+        return (time.process_time() - start) / images
 
     return turn
 
@@ -78,9 +80,9 @@ def outside(trained: runs.TrainedRun, images: int) -> Callable[[], float]:
     chosen = trained.data.holdout.images[:images]
 
     def turn() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         trained.pipeline.attribute(chosen, top_k=8)
-        return (time.perf_counter() - start) / len(chosen)
+        return (time.process_time() - start) / len(chosen)
 
     return turn
 
@@ -102,10 +104,10 @@ def gradient_query(
     labels = torch.arange(queries) % max(1, train.num_classes)
 
     def turn() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         found: Tensor = features.project(clean, labels)
         float((found @ stored.T).sum())
-        return (time.perf_counter() - start) / queries
+        return (time.process_time() - start) / queries
 
     return turn
 

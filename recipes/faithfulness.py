@@ -7,7 +7,7 @@ retrained.parquet, .md and .png into RUN/faithfulness, and predictions.parquet, 
 makes them again. Gradients are kept there, and the same command goes on where it was stopped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from provgen import build, cli, comparison, faithfulness, runs
 from provgen.analysis.calibration_split import Split, Tuned, tune
-from provgen.attribution.attributor import AttributionScores
+from provgen.attribution.attributor import AttributionScores, Attributor
 from provgen.attribution.mixture import fit_mixture
 from provgen.errors import InputError
 from provgen.models.credit import CreditHead
@@ -29,6 +29,10 @@ def main(
     calibration_subsets: Annotated[int, typer.Option(help="Subset models that methods are tuned on.")] = 16,
     timesteps: Annotated[
         list[int] | None, typer.Option(help="Noise levels of gradient methods; repeatable. Default: 10.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help='Methods left out, by the start of their names, such as "TRAK, 100"; repeatable.'),
     ] = None,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
 ) -> None:
@@ -46,7 +50,7 @@ def main(
     require_calibration(trained.pipeline.credit, calibration_subsets)
     queries = faithfulness.trace_queries(trained, retrained.queries)
     folder, steps = run / "faithfulness", tuple(timesteps or [10])
-    methods = faithfulness.make_methods(trained, folder, num_timesteps=steps)
+    methods = without(faithfulness.make_methods(trained, folder, num_timesteps=steps), skip or [])
     outputs = {kind: -losses[kind].mean(dim=0) for kind in KINDS}
 
     def choose(kind: str, scores: AttributionScores) -> str:
@@ -86,6 +90,20 @@ def main(
     moved = read_moved(run / "leave_out" / "effects.parquet")
     rows = comparison.compare(kept, models, moved=moved, resamples=resamples)
     print(comparison.write_tables(rows, folder, "retrained"))
+
+
+def without(methods: Mapping[str, Attributor], skipped: Sequence[str]) -> dict[str, Attributor]:
+    """Leave out the methods whose names start so.
+
+    Raises:
+        InputError: There is none, or others are compared with it.
+    """
+    for start in skipped:
+        found = [name for name in methods if name.startswith(start)]
+        if not found or set(found) & set(comparison.REFERENCES):
+            names = "; ".join(name for name in methods if name not in comparison.REFERENCES)
+            raise InputError(f"--skip {start!r} must be the start of one of: {names}")
+    return {name: method for name, method in methods.items() if not name.startswith(tuple(skipped))}
 
 
 def is_along(name: str) -> bool:

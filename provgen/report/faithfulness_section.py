@@ -48,6 +48,7 @@ def _plot_kind(axes: Axes, rows: Sequence[Row]) -> None:
     axes.axvline(0, color=INK, linewidth=0.8)
     if (ceiling := rows[0]["noise_ceiling"]) is not None:
         axes.axvline(ceiling, color=INK, linewidth=1, linestyle="--")
+        axes.axvspan(rows[0]["noise_ceiling low"], rows[0]["noise_ceiling high"], color=INK, alpha=0.07)
         axes.annotate(
             "noise ceiling", (ceiling, 0), rotation=90, ha="right", va="bottom", fontsize=7.5, color=INK
         )
@@ -73,7 +74,8 @@ def faithfulness_section(rows: Sequence[Row]) -> tuple[Section, list[Metric]]:
     picture = picture_of_figure(
         plot_lds(rows),
         alt="Linear datamodeling score of every attribution method with its interval, and the noise ceiling",
-        caption="Red: methods that use the provenance network. Dashed: the best that any method could have.",
+        caption="Red: methods that use the provenance network. Dashed: the best that any method could have, and its "
+        "interval.",
     )
     section = Section(
         "Are the sources right?",

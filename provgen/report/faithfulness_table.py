@@ -114,8 +114,7 @@ def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
                 if e is not None
                 for key, value in _columns(name, e).items()
             },
-            "noise_ceiling": None if row.ceiling is None else row.ceiling.estimate.value,
-            "seed_correlation": None if row.ceiling is None else row.ceiling.seed_correlation,
+            **_ceiling(row.ceiling),
             **({} if row.cost is None else asdict(row.cost)),
         }
         for row in rows
@@ -127,6 +126,13 @@ def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
     )
     with atomic_path(path) as partial:
         pq.write_table(table, partial)
+
+
+def _ceiling(ceiling: NoiseCeiling | None) -> dict[str, float | None]:
+    if ceiling is None:
+        return {"noise_ceiling": None, "seed_correlation": None}
+    columns = _columns("noise_ceiling", ceiling.estimate)
+    return {**columns, "seed_correlation": ceiling.seed_correlation}
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:

@@ -105,6 +105,21 @@ def test_the_second_call_finds_its_gradients_and_says_the_same(root, run_recipe,
     assert {(row["method"], row["queries"]): row["lds"] for row in table_of(root)} == before
 
 
+@pytest.mark.parametrize("start", ["TARK", "pixel", "random"])
+def test_only_methods_that_are_there_and_not_compared_with_are_skipped(root, run_recipe, capsys, start):
+    assert run_recipe("faithfulness", "--run", root, *CALL, "--skip", start) == 2
+    assert "TRAK, 2 timesteps" in capsys.readouterr().err
+
+
+def test_skipped_methods_are_not_in_the_table(root, run_recipe, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "run")
+    skipped = ("--skip", "TRAK, 2", "--skip", "patches")
+    assert run_recipe("faithfulness", "--run", copy, *CALL, *skipped) == 0
+    names = {row["method"] for row in table_of(copy)}
+    assert not any(name.startswith(("TRAK", "patches")) for name in names)
+    assert "D-TRAK, 2 timesteps" in names
+
+
 def test_without_subset_models_it_says_what_to_do(root_of, run_recipe, capsys):
     assert run_recipe("faithfulness", "--run", root_of("diffusion")) == 2
     error = capsys.readouterr().err
