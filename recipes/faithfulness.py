@@ -19,9 +19,10 @@ from provgen.analysis.calibration_split import Split, Tuned, tune
 from provgen.attribution.attributor import AttributionScores, Attributor
 from provgen.attribution.mixture import fit_mixture
 from provgen.errors import InputError
+from provgen.faithfulness import TunedScores
 from provgen.models.credit import CreditHead
 from provgen.report.leave_out_table import read_moved
-from provgen.retrained_files import KINDS, RetrainedFolder
+from provgen.retrained_files import KINDS, Retrained, RetrainedFolder
 
 
 def main(
@@ -63,22 +64,11 @@ def main(
         tuned[name] = faithfulness.tuned_scores(method, trained.data.train, asked, choose)
         print(f"{name}: {tuned[name].cost.fit_seconds:.0f} s to set up", flush=True)
 
-    predictions = []
-    for kind in KINDS:
-        scores = {name: some.scores[kind] for name, some in tuned.items() if kind in some.scores}
-        settings = {name: tuned[name].settings[kind] for name in scores}
-        mixed, weights = mixtures(scores, retrained.masks, outputs[kind], split)
-        predictions += [
-            comparison.predict(
-                some,
-                masks,
-                method=name,
-                queries=kind,
-                setting=(settings | weights)[name],
-                cost=tuned[name].cost if name in tuned else None,
-            )
-            for name, some in (scores | mixed).items()
-        ]
+    predictions = [
+        row
+        for kind in KINDS
+        for row in predictions_of(kind, tuned, masks, mixtures_of(kind, tuned, retrained, split))
+    ]
     chosen = Tuned(
         calibration_queries=split.queries.nonzero().flatten().tolist(),
         timesteps=steps,
@@ -124,25 +114,44 @@ def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> 
         )
 
 
-def mixtures(
-    scores: Mapping[str, Tensor], masks: Tensor, outputs: Tensor, split: Split
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def mixtures_of(
+    kind: str, tuned: Mapping[str, TunedScores], retrained: Retrained, split: Split
+) -> dict[str, tuple[Tensor, str]]:
     """Mix the evidence of all methods, and of all but the provenance network, as calibration says.
 
     Returns:
         Scores (query, train) of both, and their weights in words.
     """
-    mixed, words = {}, {}
+    outputs = -retrained.losses[kind].mean(dim=0)
+    scores = {name: some.scores[kind] for name, some in tuned.items() if kind in some.scores}
     everything = [name for name in scores if name not in ("random", "same class")]
-    without = [name for name in everything if "provenance" not in name and "calibrated" not in name]
-    for title, names in (("mixture", everything), ("mixture without the provenance network", without)):
+    rivals = [name for name in everything if "provenance" not in name and "calibrated" not in name]
+    mixed = {}
+    for title, names in (("mixture", everything), ("mixture without the provenance network", rivals)):
         evidence = {name: scores[name] for name in names}
         seen = {name: some[split.queries] for name, some in evidence.items()}
-        mixture = fit_mixture(seen, masks[split.subsets], outputs[split.queries][:, split.subsets])
-        mixed[title] = mixture(evidence)
+        mixture = fit_mixture(seen, retrained.masks[split.subsets], outputs[split.queries][:, split.subsets])
         ranked = sorted(mixture.weights.items(), key=lambda item: -item[1])
-        words[title] = "; ".join(f"{weight:.2f} {name}" for name, weight in ranked if weight >= 0.005)
-    return mixed, words
+        words = "; ".join(f"{weight:.2f} {name}" for name, weight in ranked if weight >= 0.005)
+        mixed[title] = (mixture(evidence), words)
+    return mixed
+
+
+def predictions_of(
+    kind: str, tuned: Mapping[str, TunedScores], masks: Tensor, mixed: Mapping[str, tuple[Tensor, str]]
+) -> list[comparison.Prediction]:
+    """Give what every method and mixture predicts of all subsets for one kind of query."""
+    methods = [
+        comparison.predict(
+            some.scores[kind], masks, method=name, queries=kind, setting=some.settings[kind], cost=some.cost
+        )
+        for name, some in tuned.items()
+        if kind in some.scores
+    ]
+    return methods + [
+        comparison.predict(scores, masks, method=name, queries=kind, setting=words, cost=None)
+        for name, (scores, words) in mixed.items()
+    ]
 
 
 if __name__ == "__main__":
