@@ -15,7 +15,6 @@ import typer
 
 from provgen import build, cli, faithfulness, runs
 from provgen.analysis.calibration_split import Split, tune
-from provgen.attribution.attributor import AttributionScores
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.variance_credit import NetworkCoordinates, VarianceCredit
 from provgen.errors import InputError
@@ -43,8 +42,9 @@ def main(
     )
     method = VarianceCredit(coordinates, coordinates.widths)
     method.fit(trained.data.train)
-    scores: dict[str, AttributionScores] = {kind: method.attribute(queries[kind]) for kind in KINDS}
-    chosen = tune(scores, retrained.masks, outputs, split)
+    chosen = tune(
+        method.attribute_all({kind: queries[kind] for kind in KINDS}), retrained.masks, outputs, split
+    )
     (process,) = [process for process in method.processes if process.name == chosen]
     head = method.credit_head(process, calibration_subsets=calibration_subsets)
     pipeline.register_modules(credit=head.to(pipeline.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import sqrt
@@ -15,7 +15,7 @@ from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.posterior_attributor import Along
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.models.credit import CreditHead, class_kernel
+from provgen.models.credit import CreditHead, class_kernel, credit_shares
 
 BANDWIDTHS = (0.7, 1.0, 1.5)
 """Of the kernel, in root mean squared distances between two training images."""
@@ -125,6 +125,15 @@ class FittedKernel:
             self.variances, turn = torch.linalg.eigh(self.features.T @ self.features)
             self.features, self.whitening = self.features @ turn, self.whitening @ turn
 
+    def credit(self, points: Tensor, labels: Tensor, ridge: float) -> Tensor:
+        """Give the shares of credit of `credit_head` for queries at points (query, feature), float64 (query, train)."""
+        near = class_kernel(
+            points * self.scale, labels, self.landmarks, self.landmark_labels,
+            across=self.kernel.across, null_label=self.null_label,
+        )  # fmt: skip
+        whitened, read = self._factors(ridge)
+        return credit_shares((near @ whitened) @ read)
+
     def credit_head(self, ridge: float, *, calibration_subsets: int = 0) -> CreditHead:
         """Give the head of one process.
 
@@ -132,8 +141,7 @@ class FittedKernel:
         lambda f_q A f_q, and without example i it is larger by lambda (f_q A f_i)^2 / (1 - h_i) (Sherman and Morrison
         1950, Annals of Mathematical Statistics 21).
         """
-        inverse = 1 / (self.variances.clamp_min(0) + ridge)
-        leverages = self.features.square() @ inverse
+        whitened, read = self._factors(ridge)
         head: CreditHead = CreditHead(
             num_examples=len(self.features),
             num_landmarks=len(self.landmarks),
@@ -145,8 +153,14 @@ class FittedKernel:
         head.scale.copy_(self.scale)
         head.landmarks.copy_(self.landmarks)
         head.landmark_labels.copy_(self.landmark_labels)
-        head.readout.copy_((self.whitening * inverse) @ (self.features / (1 - leverages).sqrt()[:, None]).T)
+        head.readout.copy_(whitened @ read)
         return head
+
+    def _factors(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Give factors (landmark, feature) and (feature, train) of the read-out."""
+        inverse = 1 / (self.variances.clamp_min(0) + ridge)
+        leverages = self.features.square() @ inverse
+        return self.whitening * inverse, (self.features / (1 - leverages).sqrt()[:, None]).T
 
 
 NETWORK_BATCH = 256
@@ -178,22 +192,37 @@ class VarianceCredit:
 
     def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:
         """Leave every example out under every process, or under the `only` one."""
-        points = self.coordinates(queries).float().cpu()
+        return self.attribute_all({"": queries}, only)[""]
+
+    def attribute_all(
+        self, queries: Mapping[str, Queries], only: str | None = None
+    ) -> dict[str, AttributionScores]:
+        """Attribute several kinds of queries, each process fitted once for all of them."""
         wanted = [process for process in self.processes if only in (None, process.name)]
-        values = [self.credit_head(process)(points, queries.class_labels) for process in wanted]
-        return AttributionScores(
-            values=torch.stack(values), settings=tuple(process.name for process in wanted)
-        )
+        places = {kind: self.coordinates(some).double().cpu() for kind, some in queries.items()}
+        values: dict[str, list[Tensor]] = {kind: [] for kind in queries}
+        for process in wanted:
+            fitted = self._fitted(process.kernel)
+            for kind, some in queries.items():
+                values[kind].append(fitted.credit(places[kind], some.class_labels, process.ridge).float())
+        names = tuple(process.name for process in wanted)
+        return {
+            kind: AttributionScores(values=torch.stack(some), settings=names) for kind, some in values.items()
+        }
 
     def credit_head(self, process: Process, *, calibration_subsets: int = 0) -> CreditHead:
-        """Give the head that a pipeline keeps; only the last kernel stays in memory."""
-        if process.kernel not in self.fitted:
-            fitted = FittedKernel(
-                self.points, self.labels, process.kernel, null_label=self.null_label, widths=self.widths
-            )
-            self.fitted = {process.kernel: fitted}
-        fitted = self.fitted[process.kernel]
+        """Give the head that a pipeline keeps."""
+        fitted = self._fitted(process.kernel)
         return fitted.credit_head(process.ridge, calibration_subsets=calibration_subsets)
+
+    def _fitted(self, kernel: Kernel) -> FittedKernel:
+        """Fit a kernel; only the last one stays in memory."""
+        if kernel not in self.fitted:
+            fitted = FittedKernel(
+                self.points, self.labels, kernel, null_label=self.null_label, widths=self.widths
+            )
+            self.fitted = {kernel: fitted}
+        return self.fitted[kernel]
 
     def kept(self) -> Kept:
         """Landmarks and read-out, in four bytes a number."""

@@ -63,12 +63,17 @@ class CreditHead(ModelMixin, ConfigMixin):
             across=self.config.across,
             null_label=self.config.num_classes,
         )
-        credit: Tensor = (near @ self.readout).square()
-        total: Tensor = credit.sum(dim=1, keepdim=True)
-        # So far from everything that the kernel is 0 in these digits: nothing is more responsible than anything else.
-        return torch.where(
-            total > 0, credit / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / credit.shape[1]
-        )
+        return credit_shares(near @ self.readout)
+
+
+def credit_shares(found: Tensor) -> Tensor:
+    """Square what was read out, (query, train), and give its shares, which sum to 1."""
+    credit: Tensor = found.square()
+    total: Tensor = credit.sum(dim=1, keepdim=True)
+    # So far from everything that the kernel is 0 in these digits: nothing is more responsible than anything else.
+    return torch.where(
+        total > 0, credit / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / credit.shape[1]
+    )
 
 
 def class_kernel(
@@ -85,7 +90,7 @@ def class_kernel(
     Positive semidefinite on points with labels of their own, being the product of two kernels. A point of `first`
     without a class is near every class alike, unless `second` has such points: those are a class among themselves.
     """
-    squares = torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squares = torch.cdist(first, second, compute_mode="use_mm_for_euclid_dist").square()
     is_same = first_labels[:, None] == second_labels
     if not (second_labels == null_label).any():
         is_same = is_same | (first_labels == null_label)[:, None]

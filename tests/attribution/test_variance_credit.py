@@ -141,5 +141,11 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     torch.testing.assert_close(everything.values.sum(dim=2), torch.ones(27, 4))
     for name in everything.settings[::11]:
         assert torch.equal(method.attribute(queries, name).of(name), everything.of(name))
+    process = processes(1)[13]
+    by_head = method.credit_head(process)(images.flatten(1), some.labels)
+    torch.testing.assert_close(everything.of(process.name), by_head, atol=1e-5, rtol=1e-3)
+    kinds = method.attribute_all({"all": queries, "first": queries.first(2)})
+    assert torch.equal(kinds["all"].values, everything.values)
+    torch.testing.assert_close(kinds["first"].values, everything.values[:, :2], atol=1e-6, rtol=1e-4)
     assert len({process.name for process in processes(2)}) == 81
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)
