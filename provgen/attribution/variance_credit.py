@@ -53,12 +53,12 @@ class Kernel:
 
         Args:
             points: Coordinates of the training images, (train, feature).
-            widths: Features of every part.
+            widths: Features of every part; one that is the same for all images counts for nothing.
         """
         # The mean squared distance of two draws is twice the total variance.
         spreads = [float((2 * p.var(dim=0, correction=0).sum()).sqrt()) for p in points.split(widths, dim=1)]
         factors = [
-            points.new_full((width,), sqrt(share) / (spread * self.bandwidth))
+            points.new_full((width,), sqrt(share) / (spread * self.bandwidth) if spread else 0.0)
             for width, share, spread in zip(widths, self.shares, spreads, strict=True)
         ]
         return torch.cat(factors)

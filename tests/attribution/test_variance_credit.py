@@ -78,6 +78,8 @@ def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
         torch.testing.assert_close(scaled, shares(points, queries, given), atol=1e-5, rtol=1e-4)
     first = shares(points[:, :2], queries[:, :2], (1.0,), widths=None)
     torch.testing.assert_close(shares(points, queries, (1.0, 0.0)), first, atol=1e-5, rtol=1e-4)
+    flat = torch.cat([points[:, :2], torch.ones(20, 3)], dim=1)
+    assert Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(flat, widths)[2:].tolist() == [0, 0, 0]
     scale = Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(points, widths)
     squares = torch.cdist(points * scale, points * scale).square()
     parts = [torch.cdist(part, part).square() for part in points.split(widths, dim=1)]
