@@ -3,24 +3,27 @@
     python benchmarks/tracing_cost.py runs/digits
 
 All of them take turns within one run, in seconds of one core, so that a drifting or busy machine slows them alike. A
-trace along the trajectory costs what sampling with traces takes beyond sampling without; medians over turns are printed
-with their spread.
+trace along the trajectory costs what the pipeline takes beyond its sampling steps; medians over turns are printed with
+their spread.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated
+from unittest.mock import patch
 
 import torch
 import typer
 from torch import Tensor
 
 from provgen import build, cli, evaluation, runs
+from provgen.attribution.diffusion_tracer import DiffusionTracer, SamplingStep
 from provgen.attribution.gradients import GradientFeatures
 from provgen.attribution.loss_gradients import LossGradients
+from provgen.attribution.tracer import Request
 from provgen.faithfulness import SKETCH_SIZE
 from provgen.models.diffusion import make_training_scheduler
 
@@ -31,15 +34,15 @@ def main(
     queries: Annotated[int, typer.Option(min=1, help="D-TRAK queries per turn.")] = 4,
     timesteps: Annotated[int, typer.Option(help="Noise levels of a D-TRAK query.")] = 100,
     turns: Annotated[int, typer.Option(min=5)] = 9,
+    trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
 ) -> None:
     """Print milliseconds per image, and ratios."""
     torch.set_num_threads(1)
     trained = runs.open_trained_run(run, build.make_accelerator().device)
     with tempfile.TemporaryDirectory() as folder:
         variants = {
-            "sampling with a trace": sampler(trained, images, top_k=8),
-            "sampling alone": sampler(trained, images, top_k=None),
-            "a trace of an outside image": outside(trained, images),
+            "a trace along the trajectory": along(trained, images, trace_every),
+            "a trace of an outside image": outside(trained, images, trace_every),
             f"a D-TRAK query, {timesteps} timesteps": gradient_query(
                 trained, queries, timesteps, Path(folder)
             ),
@@ -53,35 +56,47 @@ def main(
                 seconds[name].append(variants[name]())
     for name, values in seconds.items():
         print(f"{name}: {spread(values)} ms an image")
-    with_trace, alone, image, query = seconds.values()
-    along = [a - b for a, b in zip(with_trace, alone, strict=True)]
-    print(f"a trace along the trajectory: {spread(along)} ms an image")
-    print(f"D-TRAK / trace along the trajectory: {median(query) / max(median(along), 1e-9):.0f}")
-    print(f"D-TRAK / trace of an outside image: {median(query) / median(image):.0f}")
+    trajectory, image, query = (median(values) for values in seconds.values())
+    print(f"D-TRAK / trace along the trajectory: {query / trajectory:.0f}")
+    print(f"D-TRAK / trace of an outside image: {query / image:.0f}")
 
 
-def sampler(trained: runs.TrainedRun, images: int, *, top_k: int | None) -> Callable[[], float]:
-    """Make a function that samples and gives seconds an image."""
+def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
+    """Make a function that samples with traces and gives seconds an image outside of the sampling steps."""
     pipeline = trained.pipeline
     pipeline.set_progress_bar_config(disable=True)
     labels = [number % max(1, trained.data.train.num_classes) for number in range(images)]
+    steps = DiffusionTracer.steps
 
     def turn() -> float:
+        sampling = 0.0
+
+        def timed_steps(self: DiffusionTracer, request: Request) -> Iterator[SamplingStep]:
+            nonlocal sampling
+            start = time.process_time()
+            for step in steps(self, request):
+                sampling += time.process_time() - start
+                yield step
+                start = time.process_time()
+            sampling += time.process_time() - start
+
         generators = [torch.Generator().manual_seed(number) for number in range(images)]
-        start = time.process_time()
-        pipeline(labels, generator=generators, top_k=top_k, output_type="pt")
-        return (time.process_time() - start) / images
+        with patch.object(DiffusionTracer, "steps", timed_steps):
+            start = time.process_time()
+            pipeline(labels, generator=generators, top_k=8, trace_every=trace_every, output_type="pt")
+            total = time.process_time() - start
+        return (total - sampling) / images
 
     return turn
 
 
-def outside(trained: runs.TrainedRun, images: int) -> Callable[[], float]:
+def outside(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
     """Make a function that traces held-out images and gives seconds an image."""
     chosen = trained.data.holdout.images[:images]
 
     def turn() -> float:
         start = time.process_time()
-        trained.pipeline.attribute(chosen, top_k=8)
+        trained.pipeline.attribute(chosen, top_k=8, trace_every=trace_every)
         return (time.process_time() - start) / len(chosen)
 
     return turn

@@ -181,6 +181,7 @@ def _request(labels: Tensor, null_label: int) -> Request:
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=1.0,
         is_traced=False,
+        trace_every=1,
         closed_form=None,
         progress_bar=lambda steps: steps,
     )

@@ -13,16 +13,27 @@ from provgen.data.images import from_pil
 from provgen.errors import InputError
 
 
-def check_options(guidance_scale: float, output_type: str) -> None:
+def check_options(guidance_scale: float, output_type: str, trace_every: int) -> None:
     """Refuse what no sampler and no caller can use.
 
     Raises:
-        InputError: An unknown `output_type`, or a guidance scale that is not finite.
+        InputError: An unknown `output_type`, a guidance scale that is not finite, or steps that are no number of steps.
     """
     if output_type not in ("pil", "pt"):
         raise InputError(f"output_type must be pil or pt, got {output_type!r}")
     if not isfinite(guidance_scale):
         raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    check_trace_every(trace_every)
+
+
+def check_trace_every(trace_every: int) -> None:
+    """Refuse what is no number of steps.
+
+    Raises:
+        InputError: Below 1.
+    """
+    if trace_every < 1:
+        raise InputError(f"trace_every must be at least 1, got {trace_every}")
 
 
 def read_count(

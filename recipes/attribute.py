@@ -23,6 +23,7 @@ def main(
     run: Annotated[Path, typer.Option(help="Run folder of a trained generator.")],
     top_k: Annotated[int, typer.Option(help="Sources per image.")] = 8,
     class_name: Annotated[str | None, typer.Option(help="Class of the images, if known.")] = None,
+    trace_every: Annotated[int, typer.Option(min=1, help="Use one of so many noise levels.")] = 1,
     closed_form: Annotated[bool, typer.Option(help="By the closed form instead of the network.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the noise the images are traced with.")] = 0,
@@ -35,6 +36,7 @@ def main(
     attribution = trained.pipeline.attribute(
         torch.stack(pixels),
         top_k=top_k,
+        trace_every=trace_every,
         class_labels=[label] * len(images),
         closed_form=trained.closed_form() if closed_form else None,
         seed=seed,

@@ -30,6 +30,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time on each process.")] = 64,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     class_name: Annotated[str | None, typer.Option(help="Only this class; all in turn without it.")] = None,
+    trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
     closed_form: Annotated[bool, typer.Option(help="Also trace by the closed form.")] = False,
     seed: Annotated[
         int, typer.Option(min=0, max=2**31, help="Seed of the first image; each has its own.")
@@ -60,6 +61,7 @@ def main(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             top_k=top_k,
+            trace_every=trace_every,
             closed_form=oracle,
             output_type="pt",
         )

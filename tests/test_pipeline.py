@@ -163,6 +163,12 @@ def test_an_impossible_number_of_steps_is_refused(steps, pipe, message_of):
     )
 
 
+def test_tracing_every_zeroth_step_is_refused(pipe, message_of):
+    assert "trace_every must be at least 1, got 0" in message_of(pipe, [1], trace_every=0, **FAST)
+    outside = torch.zeros(1, 1, 8, 8).byte()
+    assert "trace_every must be at least 1, got -1" in message_of(pipe.attribute, outside, trace_every=-1)
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_guidance_scale_that_is_no_number_is_refused(scale, pipe, message_of):
     assert "guidance_scale must be a finite number" in message_of(pipe, [1], guidance_scale=scale, **FAST)

@@ -30,6 +30,7 @@ class ClassifierTracer:
         *,
         closed_form: Oracle | None,
         num_inference_steps: int,  # noqa: ARG002 - Tracer
+        trace_every: int,  # noqa: ARG002 - Tracer
         seed: int,  # noqa: ARG002 - Tracer
     ) -> TrajectoryTrace:
         """Trace the images as they are; see `Tracer`."""

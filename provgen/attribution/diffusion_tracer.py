@@ -15,7 +15,7 @@ from provgen.attribution.posterior import Oracle
 from provgen.attribution.tracer import Generated, Request, network_probs
 from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace
 from provgen.errors import InputError
-from provgen.models.diffusion import record_stages
+from provgen.models.diffusion import encoder_stages, record_stages
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.batches import seeded_generator
 
@@ -57,16 +57,17 @@ class DiffusionTracer:
 
     def generate(self, request: Request) -> Generated:
         """Sample by DDIM; see `Tracer`."""
-        labels, first_step = request.class_labels, self._first_step(request.num_inference_steps)
-        trace, closed_trace = TrajectoryTrace(first_step), TrajectoryTrace(first_step)
+        labels, every = request.class_labels, request.trace_every
+        traced = self._traced_steps(request.num_inference_steps, every) if request.is_traced else range(1)
+        trace, closed_trace = (TrajectoryTrace(traced[0], every=every) for _ in range(2))
         for step in self.steps(request):
             level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
-            if request.is_traced and step.number >= first_step:
+            if request.is_traced and step.number in traced:
                 trace.add(network_probs(self.provenance, step.stages, signal, labels), level)
-                if self._is_clear(step.level):
-                    self._place(trace, step.stages, signal)
-            if request.is_traced and step.number >= first_step and request.closed_form is not None:
-                closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
+                if request.closed_form is not None:
+                    closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
+            if request.is_traced and self._is_clear(step.level):
+                self._place(trace, step.stages, signal)
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
 
     def steps(self, request: Request) -> Iterator[SamplingStep]:
@@ -116,13 +117,16 @@ class DiffusionTracer:
         *,
         closed_form: Oracle | None,
         num_inference_steps: int,
+        trace_every: int,
         seed: int,
     ) -> TrajectoryTrace:
         """Noise the images to the sampler's levels inside the window; see `Tracer`."""
-        self._set_timesteps(num_inference_steps)
+        traced = self._traced_steps(num_inference_steps, trace_every)
         trace = TrajectoryTrace()
-        for timestep, level in zip(self.scheduler.timesteps, self._levels(), strict=True):
-            is_inside = bool(WINDOW[0] < level < WINDOW[1])
+        for number, (timestep, level) in enumerate(
+            zip(self.scheduler.timesteps, self._levels(), strict=True)
+        ):
+            is_inside = number in traced and bool(WINDOW[0] < level < WINDOW[1])
             is_placed = self._is_clear(level) and self.finds_coordinates and closed_form is None
             if not is_inside and not is_placed:
                 continue
@@ -131,8 +135,7 @@ class DiffusionTracer:
             if closed_form is not None:
                 trace.add(closed_form.probs(noisy, signal, class_labels), float(level))
                 continue
-            with record_stages(self.unet) as stages:
-                self.unet(noisy, timestep, class_labels=class_labels)
+            stages = encoder_stages(self.unet, noisy, timestep, class_labels)
             if is_inside:
                 trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
             if is_placed:
@@ -147,8 +150,7 @@ class DiffusionTracer:
         trace = TrajectoryTrace()
         for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
             if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
-                with record_stages(self.unet) as stages:
-                    self.unet(images.to(self.unet.device), timestep, class_labels=class_labels)
+                stages = encoder_stages(self.unet, images.to(self.unet.device), timestep, class_labels)
                 signal = level.to(self.unet.device).expand(len(images))
                 self._place(trace, stages, signal)
         return trace.coordinates()
@@ -169,6 +171,18 @@ class DiffusionTracer:
         """Give the first sampling step that is worth tracing."""
         self._set_timesteps(num_inference_steps)
         return int((self._levels() < LEAST_SIGNAL).sum())
+
+    def _traced_steps(self, num_inference_steps: int, every: int) -> range:
+        """List the sampling steps that are traced: every so many, back from the last."""
+        first = self._first_step(num_inference_steps)
+        traced = range(first + (num_inference_steps - 1 - first) % every, num_inference_steps, every)
+        levels = self._levels()[list(traced)]
+        if not ((levels > WINDOW[0]) & (levels < WINDOW[1])).any():
+            raise InputError(
+                f"trace_every={every} passes over all of {num_inference_steps} steps whose posteriors are averaged; "
+                "give a smaller one"
+            )
+        return traced
 
     def _noised(self, clean: Tensor, timestep: int, seed: int) -> Tensor:
         """Add the same seeded noise to every image, so that a trace does not depend on its batch."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from provgen.attribution.attributor import AttributionScores, Kept, Queries, untuned
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.models.diffusion import record_stages
+from provgen.models.diffusion import encoder_stages
 from provgen.training.batches import seeded_generator
 
 SIGNAL = 0.9
@@ -55,6 +55,4 @@ class EmbeddingCosine:
         timesteps = torch.full((len(images),), self.timestep, device=images.device)
         noisy = self.scheduler.add_noise(images, noise.expand_as(images), timesteps)
         null = torch.full_like(timesteps, self.null_label)
-        with record_stages(self.unet) as stages:
-            self.unet(noisy, timesteps, class_labels=null)
-        return stages[-1].flatten(1).cpu()
+        return encoder_stages(self.unet, noisy, timesteps, null)[-1].flatten(1).cpu()

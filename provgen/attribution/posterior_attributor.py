@@ -14,7 +14,7 @@ from torch import Tensor
 from provgen.attribution.attributor import AttributionScores, Kept, Queries
 from provgen.attribution.posterior import Oracle
 from provgen.data.dataset import ImageSet
-from provgen.models.diffusion import record_stages
+from provgen.models.diffusion import encoder_stages
 from provgen.models.provenance import ProvenanceNetwork
 
 LOWEST, HIGHEST = (0.01, 0.05, 0.2), (0.5, 0.9, 0.99)
@@ -47,8 +47,7 @@ def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPoste
     @torch.no_grad()
     def logits(noisy: Tensor, timestep: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
         noisy, labels = noisy.to(unet.device), class_labels.to(unet.device)
-        with record_stages(unet) as stages:
-            unet(noisy, timestep, class_labels=labels)
+        stages = encoder_stages(unet, noisy, timestep, labels)
         found: Tensor = provenance.index_logits(stages, signal.to(unet.device).expand(len(noisy)), labels)
         return found.cpu()
 

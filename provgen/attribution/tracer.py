@@ -33,6 +33,8 @@ class Request:
     """Classifier-free guidance, where there is such a thing; 1 is none."""
     is_traced: bool
     """Whether sources are wanted."""
+    trace_every: int
+    """Sampling steps from one that is traced to the next, where sampling has steps."""
     closed_form: Oracle | None
     """Traces by the exact posterior as well."""
     progress_bar: Callable[[Iterable[Any]], Iterable[Any]]
@@ -71,6 +73,7 @@ class Tracer(Protocol):
         *,
         closed_form: Oracle | None,
         num_inference_steps: int,
+        trace_every: int,
         seed: int,
     ) -> TrajectoryTrace:
         """Trace images from outside, in [-1, 1], (query, channel, height, width).
@@ -80,6 +83,7 @@ class Tracer(Protocol):
             class_labels: int64 (query,).
             closed_form: Trace by it instead of by the network.
             num_inference_steps: Sampling steps whose noise levels are used, where there are any.
+            trace_every: Of how many of these one is used.
             seed: Of the noise, which is the same for every image.
         """
         ...

@@ -31,14 +31,16 @@ class TrajectoryTrace:
     what the network sees of it at clear levels.
     """
 
-    def __init__(self, first_step: int = 0, window: tuple[float, float] = WINDOW) -> None:
+    def __init__(self, first_step: int = 0, window: tuple[float, float] = WINDOW, *, every: int = 1) -> None:
         """Start empty.
 
         Args:
             first_step: Number of the sampling step of the first level that will be added.
             window: Levels a_t between which posteriors are averaged, ends excluded.
+            every: Sampling steps from one level that will be added to the next.
         """
         self.first_step = first_step
+        self.every = every
         self.window = window
         self._sum: Tensor | None = None
         self._in_window = 0
@@ -106,10 +108,14 @@ class TrajectoryTrace:
         )
 
     def commitment_step(self) -> Tensor:
-        """First step from which the final top source keeps more than half of the posterior; -1 if never."""
+        """First step from which the final top source keeps more than half of the posterior; -1 if never.
+
+        Steps between those that were added count as the next of these.
+        """
         largest = torch.stack([value for value, _ in self._top])
         index = torch.stack([index for _, index in self._top])
         # More than half of the posterior can only belong to the largest entry.
         holds = (index == index[-1]) & (largest > 0.5)
         held_to_the_end = holds.flip(0).cumprod(dim=0).sum(dim=0)
-        return torch.where(held_to_the_end > 0, self.first_step + len(self._top) - held_to_the_end, -1)
+        first = self.first_step + self.every * (len(self._top) - held_to_the_end)
+        return torch.where(held_to_the_end > 0, first, -1)

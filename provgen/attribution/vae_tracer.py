@@ -53,6 +53,7 @@ class VaeTracer:
         *,
         closed_form: Oracle | None,
         num_inference_steps: int,  # noqa: ARG002 - Tracer
+        trace_every: int,  # noqa: ARG002 - Tracer
         seed: int,
     ) -> TrajectoryTrace:
         """Draw latents of the images, decode and trace; see `Tracer`."""

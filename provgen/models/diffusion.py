@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from accelerate.utils import extract_model_from_parallel
@@ -118,3 +118,32 @@ def record_stages(denoiser: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def encoder_stages(unet: UNet2DModel, images: Tensor, timestep: Tensor, class_labels: Tensor) -> list[Tensor]:
+    """Run the encoder without the decoder, which is more than half of a forward pass.
+
+    Args:
+        unet: The denoiser.
+        images: Noisy images, (batch, channel, height, width).
+        timestep: int64 scalar, or (batch,).
+        class_labels: int64 (batch,).
+
+    Returns:
+        What `record_stages` collects in a whole forward pass.
+    """
+
+    def stop(_module: nn.Module, _inputs: object) -> None:
+        raise _EncoderDone
+
+    hook = unet.up_blocks[0].register_forward_pre_hook(stop)
+    try:
+        with record_stages(unet) as stages, suppress(_EncoderDone):
+            unet(images, timestep, class_labels=class_labels)
+    finally:
+        hook.remove()
+    return stages
+
+
+class _EncoderDone(Exception):  # noqa: N818 - a signal, not an error
+    """The decoder would be next."""

@@ -38,6 +38,7 @@ def request(closed_form=None) -> Request:
         null_label=NULL,
         generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
         num_inference_steps=20,
+        trace_every=1,
         guidance_scale=1.0,
         is_traced=True,
         closed_form=closed_form,
@@ -96,7 +97,7 @@ def test_along_the_trajectory_the_default_is_the_trace(tracer, images, queries, 
 def test_noised_again_the_default_is_the_trace_of_an_outside_image(
     tracer, images, queries, posteriors, closed_form_of
 ):
-    asked = {"num_inference_steps": 20, "seed": 5}
+    asked = {"num_inference_steps": 20, "trace_every": 1, "seed": 5}
     oracle = closed_form_of(images, torch.float32)
     for name, closed_form in (("network", None), ("closed form", oracle)):
         trace = tracer.trace(queries.images, LABELS, closed_form=closed_form, **asked)

@@ -58,6 +58,7 @@ def request(labels, **changed) -> Request:
         "null_label": NULL,
         "generator": [torch.Generator().manual_seed(seed) for seed in range(len(labels))],
         "num_inference_steps": 10,
+        "trace_every": 1,
         "guidance_scale": 1.0,
         "is_traced": True,
         "closed_form": None,
@@ -102,6 +103,45 @@ def test_a_denoiser_is_traced_step_by_step_on_what_it_was_given(
     attribution = made.trace.attribution(2, is_trajectory=made.is_trajectory, reachable=ALL)
     torch.testing.assert_close(attribution.step_entropy, torch.stack(entropies, dim=1))
     assert made.is_trajectory
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_so_many_steps_are_traced_back_from_the_last(every, diffusion, images, closed_form_of):
+    labels, oracle = [0, NULL, 2], closed_form_of(images)
+    whole = diffusion.generate(request(labels, num_inference_steps=20, closed_form=oracle))
+    some = diffusion.generate(request(labels, num_inference_steps=20, closed_form=oracle, trace_every=every))
+    assert torch.equal(some.images, whole.images)
+    for all_steps, few_steps in ((whole.trace, some.trace), (whole.closed_trace, some.closed_trace)):
+        full = all_steps.attribution(3, is_trajectory=True, reachable=ALL)
+        thin = few_steps.attribution(3, is_trajectory=True, reachable=ALL)
+        assert torch.equal(
+            thin.step_entropy, full.step_entropy[:, (full.signal.numel() - 1) % every :: every]
+        )
+        assert torch.equal(thin.signal, full.signal[(full.signal.numel() - 1) % every :: every])
+        late = thin.commitment_step - full.commitment_step
+        assert ((late >= 0) & (late < every)).all(), "to so many steps the same"
+
+
+@torch.no_grad()
+def test_outside_images_are_traced_at_every_so_many_levels(diffusion, pixels):
+    null, asked = torch.full((12,), NULL), {"closed_form": None, "num_inference_steps": 20, "seed": 0}
+    whole, thin = (
+        diffusion.trace(pixels, null, trace_every=every, **asked).attribution(
+            1, is_trajectory=False, reachable=ALL
+        )
+        for every in (1, 2)
+    )
+    last = len(diffusion.scheduler.timesteps) - 1
+    levels = diffusion.scheduler.alphas_cumprod[diffusion.scheduler.timesteps]
+    kept = [n for n in range(last % 2, last + 1, 2) if WINDOW[0] < levels[n] < WINDOW[1]]
+    assert torch.equal(thin.signal, levels[kept])
+    assert set(thin.signal.tolist()) < set(whole.signal.tolist())
+
+
+def test_passing_over_every_step_that_counts_is_refused(diffusion, message_of):
+    asked = request([0], num_inference_steps=20, trace_every=20)
+    assert "trace_every=20 passes over all of 20 steps" in message_of(diffusion.generate, asked)
 
 
 @torch.no_grad()
@@ -151,7 +191,7 @@ def test_an_outside_image_is_traced_on_what_an_autoencoder_makes_of_it(
     kind, network = network_of("vae")
     oracle, tracer = closed_form_for(kind, network), VaeTracer(network, provenance)
     labels = torch.tensor([0, NULL, 1, 2])
-    asked = {"num_inference_steps": 50, "seed": 3}
+    asked = {"num_inference_steps": 50, "trace_every": 1, "seed": 3}
     found = tracer.trace(pixels[:4], labels, closed_form=None, **asked)
     exact = tracer.trace(pixels[:4], labels, closed_form=oracle, **asked)
     for trace in (found, exact):
@@ -164,7 +204,9 @@ def test_an_outside_image_is_traced_on_what_an_autoencoder_makes_of_it(
     # Of one image alone the same, whatever is in the batch; other noise is other latents.
     alone = tracer.trace(pixels[2:3], labels[2:3], closed_form=None, **asked)
     torch.testing.assert_close(alone.posterior(), found.posterior()[2:3])
-    other = tracer.trace(pixels[:4], labels, closed_form=oracle, num_inference_steps=50, seed=4)
+    other = tracer.trace(
+        pixels[:4], labels, closed_form=oracle, num_inference_steps=50, trace_every=1, seed=4
+    )
     assert not torch.equal(other.posterior(), exact.posterior())
 
 
@@ -177,7 +219,7 @@ def test_the_latents_of_an_outside_image_are_drawn_from_its_own_gaussian(network
     draws = []
     for seed in range(16):
         trace = VaeTracer(network, None).trace(
-            pixels[:1], null[:1], closed_form=oracle, num_inference_steps=50, seed=seed
+            pixels[:1], null[:1], closed_form=oracle, num_inference_steps=50, trace_every=1, seed=seed
         )
         draws.append(trace.posterior()[0])
     tracer = torch.stack(draws)
@@ -206,7 +248,7 @@ def test_an_autoencoder_cannot_be_guided(scale, network_of, provenance, message_
 def test_a_classifier_is_traced_on_the_image_itself(network_of, provenance, closed_form_for, pixels):
     kind, network = network_of("none")
     tracer, labels = ClassifierTracer(network, provenance), [0, NULL, 1, NULL]
-    asked = {"num_inference_steps": 50, "seed": 0}
+    asked = {"num_inference_steps": 50, "trace_every": 1, "seed": 0}
     found = tracer.trace(pixels[:4], torch.tensor(labels), closed_form=None, **asked)
     signal = torch.full((4,), CLEAN_SIGNAL)
     output = network(pixels[:4])
@@ -224,7 +266,7 @@ def test_the_class_of_a_two_branch_head_is_the_classifiers(images, network_of, t
     head = {"kind": "ClassConditionalHead", "num_classes": NULL, "num_slots": 4}
     _, provenance = tiny_networks(images, head=head, has_class_head=False)
     trace = ClassifierTracer(network, provenance).trace(
-        pixels, torch.full((12,), NULL), closed_form=None, num_inference_steps=50, seed=0
+        pixels, torch.full((12,), NULL), closed_form=None, num_inference_steps=50, trace_every=1, seed=0
     )
     mass = trace.posterior() @ torch.nn.functional.one_hot(images.labels, NULL).float()
     torch.testing.assert_close(mass, network(pixels).class_logits.softmax(dim=1))
@@ -246,7 +288,7 @@ def test_traces_look_into_as_many_cells_as_the_network_was_saved_with(
     for beam in (1, 2, None):
         _, provenance = tiny_networks(images, head=head, beam=beam)
         trace = ClassifierTracer(network, provenance).trace(
-            pixels, torch.full((12,), NULL), closed_form=None, num_inference_steps=50, seed=0
+            pixels, torch.full((12,), NULL), closed_form=None, num_inference_steps=50, trace_every=1, seed=0
         )
         named[beam] = [set(images.labels[row > 0].tolist()) for row in trace.posterior()]
     for beam, most in ((1, 1), (2, 2), (None, NULL)):

@@ -62,6 +62,13 @@ def test_steps_that_were_not_traced_count():
     assert trace.commitment_step().tolist() == [8]
 
 
+def test_steps_between_traced_ones_count_as_the_next():
+    trace = TrajectoryTrace(first_step=7, every=4)
+    for probs in (UNDECIDED, UNDECIDED, FIRST, FIRST):
+        trace.add(torch.tensor([probs]), 0.5)
+    assert trace.commitment_step().tolist() == [15]
+
+
 def test_outside_images_have_no_commitment():
     attribution = trace_of(FIRST, FIRST).attribution(2, is_trajectory=False, reachable=ALL)
     assert attribution.commitment_step.tolist() == [-1]

@@ -6,6 +6,7 @@ import torch
 from provgen.models.diffusion import (
     DENOISER_SIZES,
     encoder_shapes,
+    encoder_stages,
     make_denoiser,
     make_sampling_scheduler,
     make_training_scheduler,
@@ -61,6 +62,29 @@ def test_hooks_are_gone_after_recording_even_after_an_error():
     assert len(stages) == 5
     with pytest.raises(ZeroDivisionError), record_stages(denoiser):
         _ = 1 / 0
+    assert hooks_of(denoiser) == 0
+
+
+@torch.no_grad()
+def test_the_encoder_alone_gives_the_stages_of_a_whole_pass():
+    denoiser = make_denoiser("medium", image_size=28, image_channels=1, num_classes=2)
+    decoded = []
+    denoiser.up_blocks[0].register_forward_hook(lambda *_: decoded.append(True))
+    with record_stages(denoiser) as stages:
+        forward(denoiser)
+    assert decoded == [True]
+    alone = encoder_stages(denoiser, noisy_images(denoiser), torch.tensor(10), torch.full((2,), 1))
+    assert decoded == [True]
+    assert len(alone) == len(stages)
+    assert all(torch.equal(a, b) for a, b in zip(alone, stages, strict=True))
+    assert hooks_of(denoiser) == 1, "the test's own"
+
+
+@torch.no_grad()
+def test_other_errors_of_the_encoder_are_not_swallowed():
+    denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
+    with pytest.raises(ValueError, match="class_labels"):
+        encoder_stages(denoiser, noisy_images(denoiser), torch.tensor(10), None)
     assert hooks_of(denoiser) == 0
 
 

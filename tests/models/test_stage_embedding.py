@@ -1,5 +1,6 @@
 """One linear map of all stages, large ones pooled."""
 
+import pytest
 import torch
 
 from provgen.models.stage_embedding import StageEmbedding, silent_embedding
@@ -14,6 +15,14 @@ def test_stages_add_up_and_large_ones_are_pooled(generator):
     parts = zip([pooled, *stages[1:]], weights, strict=True)
     expected = sum(stage.flatten(1) @ weight.T for stage, weight in parts) + embedding.projection.bias
     torch.testing.assert_close(embedding(stages), expected)
+
+
+@pytest.mark.parametrize("size", [14, 28, 9])
+def test_sizes_that_the_grid_does_not_divide_are_pooled_as_torch_does(size, generator):
+    embedding = StageEmbedding([(2, size)], width=3).double()
+    stage = torch.randn(4, 2, size, size, generator=generator, dtype=torch.float64)
+    expected = embedding.projection(torch.nn.functional.adaptive_avg_pool2d(stage, 8).flatten(1))
+    torch.testing.assert_close(embedding([stage]), expected)
 
 
 def test_a_silent_embedding_says_nothing(generator):
