@@ -52,7 +52,10 @@ def plan(methods: list[str], shares: list[float], queries: list[int], seeds: int
 
 
 class LeaveOutFolder:
-    """A small file for every model, whole or not there."""
+    """A small file for every model, and for the ranking that a method is left out by, whole or not there.
+
+    Rankings are kept, as another machine rounds otherwise and would swap examples of nearly equal scores.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -72,6 +75,27 @@ class LeaveOutFolder:
             left_out, image = torch.from_numpy(file["left_out"]), torch.from_numpy(file["image"])
             return Outcome(left_out=left_out, image=image, loss=float(file["loss"]))
 
+    def save_ranking(self, method: str, setting: str, ranking: Tensor) -> None:
+        """Write the training examples of every sample, strongest first, int64 (query, train), of a tuned method."""
+        with atomic_path(self._ranking_path(method)) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, setting=setting, ranking=ranking.numpy().astype(np.uint32))
+
+    def load_ranking(self, method: str, setting: str) -> Tensor | None:
+        """Read it; None where there is none of this setting."""
+        path = self._ranking_path(method)
+        if not path.is_file():
+            return None
+        with np.load(path) as file:
+            is_same = str(file["setting"]) == setting
+            return torch.from_numpy(file["ranking"].astype(np.int64)) if is_same else None
+
+    def _ranking_path(self, method: str) -> Path:
+        return self.root / "rankings" / f"{_file_name(method)}.npz"
+
     def _path(self, model: LeftOut) -> Path:
-        name = "".join(letter if letter.isalnum() else "_" for letter in model.method)
-        return self.root / f"{name}-{model.share:g}" / f"query-{model.query:04d}-seed-{model.seed}.npz"
+        folder = f"{_file_name(model.method)}-{model.share:g}"
+        return self.root / folder / f"query-{model.query:04d}-seed-{model.seed}.npz"
+
+
+def _file_name(method: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in method)

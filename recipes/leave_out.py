@@ -4,7 +4,8 @@
 
 Methods are tuned as `provgen faithfulness` found; run that first. Writes a small file for every model, table.md and
 effects.parquet into RUN/leave_out; `provgen faithfulness-table` puts the effects beside the LDS. The same command
-goes on where it was stopped; parts 1/2 and 2/2 may run side by side.
+goes on where it was stopped; parts 1/2 and 2/2 may run side by side. What methods name is found out once and kept:
+after another calibration, remove the folder.
 """
 
 import time
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from provgen import build, cli, faithfulness, retraining, runs
 from provgen.analysis.calibration_split import Tuned
-from provgen.analysis.leave_out import strongest
+from provgen.analysis.leave_out import strongest_first
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
 from provgen.experiments import Part
@@ -34,8 +35,8 @@ METHODS = [
     "random",
     "pixel kernel",
     "closed form, trajectory",
-    "provenance network, trajectory",
-    "D-TRAK, 10 timesteps",
+    "calibrated trace, trajectory",
+    "D-TRAK, 100 timesteps",
 ]
 REFERENCES = ("random", "pixel kernel")
 
@@ -73,7 +74,10 @@ def main(
         for seed in range(seeds)
         for n in others[:num_queries]
     ]
-    left_out = rank_sources(trained, tuned, planned, samples, run / "faithfulness")
+    rankings = ranked_sources(trained, tuned, names, samples, folder)
+    left_out = {
+        m: rankings[m.method][m.query][: max(1, round(m.share * len(trained.data.train)))] for m in planned
+    }
     left_out |= {model: torch.empty(0, dtype=torch.int64) for model in nothing}
     mine = portion.share([*nothing[::num_queries], *planned])
     missing = [model for model in mine if not folder.has(model, left_out[model])]
@@ -110,22 +114,26 @@ def main(
     accelerator.end_training()
 
 
-def rank_sources(
-    trained: runs.TrainedRun, tuned: Tuned, planned: Sequence[LeftOut], samples: QueryImages, folder: Path
-) -> dict[LeftOut, Tensor]:
-    """Choose what every model is trained without, int64 (left_out,): the strongest sources, by methods as tuned."""
+def ranked_sources(
+    trained: runs.TrainedRun, tuned: Tuned, names: Sequence[str], samples: QueryImages, folder: LeaveOutFolder
+) -> dict[str, Tensor]:
+    """Order training examples by what tuned methods say, int64 (query, train) by name; kept from the first time on."""
+    found = {name: folder.load_ranking(name, tuned.settings[name]) for name in names}
+    known = {name: ranking for name, ranking in found.items() if ranking is not None}
+    missing = [name for name in names if name not in known]
+    if not missing:
+        return known
     queries = faithfulness.trace_queries(trained, {"generated": samples})["generated"]
-    methods = faithfulness.make_methods(trained, folder, num_timesteps=tuple(tuned.timesteps))
+    gradients = folder.root.parent / "faithfulness"
+    methods = faithfulness.make_methods(trained, gradients, num_timesteps=tuple(tuned.timesteps))
     train = trained.data.train
     distances = torch.cdist(queries.images.flatten(1), to_unit_range(train.images).flatten(1))
-    scores = {}
-    for name in dict.fromkeys(model.method for model in planned):
+    for name in missing:
         methods[name].fit(train)
-        scores[name] = methods[name].attribute(queries).of(tuned.settings[name])
-    return {
-        m: strongest(scores[m.method][m.query], distances[m.query], max(1, round(m.share * len(train))))
-        for m in planned
-    }
+        scores = methods[name].attribute(queries).of(tuned.settings[name])
+        known[name] = strongest_first(scores, distances)
+        folder.save_ranking(name, tuned.settings[name], known[name])
+    return known
 
 
 def train_without(

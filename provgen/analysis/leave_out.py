@@ -10,14 +10,14 @@ from torch import Tensor
 from provgen.analysis.statistics import Estimate, mean_estimate
 
 
-def strongest(scores: Tensor, distances: Tensor, count: int) -> Tensor:
-    """Give the examples with the largest scores (train,): int64 (count,).
+def strongest_first(scores: Tensor, distances: Tensor) -> Tensor:
+    """Order the examples of every query by scores (query, train), the largest first: int64 (query, train).
 
-    Many methods have nothing to say of most examples: where scores are equal, the smallest of `distances` (train,)
-    goes first.
+    Many methods have nothing to say of most examples: where scores are equal, the smallest of `distances`
+    (query, train) goes first.
     """
-    near = distances.argsort(stable=True)
-    return near[scores[near].argsort(descending=True, stable=True)][:count]
+    near = distances.argsort(dim=1, stable=True)
+    return near.gather(1, scores.gather(1, near).argsort(dim=1, descending=True, stable=True))
 
 
 def paired_effect(

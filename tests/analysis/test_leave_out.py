@@ -3,14 +3,23 @@
 import pytest
 import torch
 
-from provgen.analysis.leave_out import distance_moved, paired_effect, strongest
+from provgen.analysis.leave_out import distance_moved, paired_effect, strongest_first
 from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut, Outcome, plan
 from provgen.report.leave_out_table import LOSS, MOVED, OF_CLASS, effect_table, leave_out_effects
 
 
-def test_the_strongest_are_the_largest_and_ties_go_to_the_nearest():
-    scores, distances = torch.tensor([0.1, 0.0, 0.5, 0.0, 0.9, 0.0]), torch.tensor([9.0, 3, 9, 1, 9, 2])
-    assert strongest(scores, distances, 5).tolist() == [4, 2, 0, 3, 5]
+def test_the_strongest_go_first_and_of_ties_the_nearest():
+    scores = torch.tensor([[0.1, 0.0, 0.5, 0.0, 0.9, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    distances = torch.tensor([[9.0, 3, 9, 1, 9, 2], [6.0, 5, 4, 3, 2, 1]])
+    assert strongest_first(scores, distances).tolist() == [[4, 2, 0, 3, 5, 1], [1, 5, 4, 3, 2, 0]]
+
+
+def test_a_ranking_is_kept_for_the_setting_it_was_made_with(tmp_path):
+    folder, ranking = LeaveOutFolder(tmp_path), torch.tensor([[2, 0, 1], [0, 1, 2]])
+    assert folder.load_ranking("D-TRAK, 10 timesteps", "lambda=0.1") is None
+    folder.save_ranking("D-TRAK, 10 timesteps", "lambda=0.1", ranking)
+    assert torch.equal(folder.load_ranking("D-TRAK, 10 timesteps", "lambda=0.1"), ranking)
+    assert folder.load_ranking("D-TRAK, 10 timesteps", "lambda=1") is None
 
 
 def test_a_distance_by_hand():

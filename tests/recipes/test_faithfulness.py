@@ -204,8 +204,13 @@ def test_sources_are_left_out_and_the_sample_is_made_again(
     itself = folder.load(LeftOut(seed=0, share=0.0, query=query, method=NOTHING)).image
     assert (itself.int() - samples[query].int()).abs().max() <= 1
 
-    assert run_recipe("leave_out", "--run", root, *LEAVE_OUT) == 0
+    # Nothing is asked a second time: what methods named is kept.
+    copy = shutil.copytree(root, tmp_path / "without gradients")
+    for gradients in (copy / "faithfulness").glob("*-2"):
+        shutil.rmtree(gradients)
+    assert run_recipe("leave_out", "--run", copy, *LEAVE_OUT) == 0
     assert "0 of this part are missing" in capsys.readouterr().out
+    assert not list((copy / "faithfulness").glob("*-2"))
 
     copy = shutil.copytree(root, tmp_path / "run")
     assert run_recipe("faithfulness_table", copy, "--resamples", 10) == 0
