@@ -16,7 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from provgen import build, evaluation, runs
 from provgen.analysis.linear_probe import linear_probe
-from provgen.analysis.memorization import distance_ratio, nearest, share_memorized
+from provgen.analysis.memorization import distance_ratio, share_memorized
+from provgen.analysis.neighbors import nearest
 from provgen.attribution.scores import Attribution
 from provgen.attribution.trajectory import WINDOW
 from provgen.data.dataset import ImageSet

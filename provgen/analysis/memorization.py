@@ -7,45 +7,12 @@ that are locally uniform in d dimensions it falls below r with probability r^d, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from provgen.analysis.neighbors import nearest
 from provgen.analysis.statistics import Estimate, proportion
 from provgen.errors import InputError
-
-# Candidates kept beyond k: rows so close to the k-th that rounding may have put them on the wrong side.
-_SPARE_CANDIDATES = 8
-
-
-class Neighbors(NamedTuple):
-    """The nearest training rows of every query."""
-
-    distances: Tensor
-    """float64 (query, k), Euclidean, ascending."""
-    indices: Tensor
-    """int64 (query, k), rows of the training set; the lowest comes first at equal distance."""
-
-
-def nearest(queries: Tensor, train: Tensor, k: int, *, chunk_size: int = 1024) -> Neighbors:
-    """Find the `k` nearest training rows of each query row.
-
-    Candidates come from one matrix product per pair of chunks, their distances from the differences
-    themselves: the product loses near-copies, whose distance is a small difference of large squares.
-
-    Args:
-        queries: (query, feature), any dtype that float64 holds.
-        train: (train, feature), on the same device.
-        k: Neighbours per query, 1 ... `len(train)`.
-        chunk_size: Rows of queries and of training rows in memory as float64 at a time.
-    """
-    assert 1 <= k <= len(train)
-    assert queries.shape[1:] == train.shape[1:]
-    chunks = [_nearest(rows, train, k, chunk_size) for rows in queries.split(chunk_size)]
-    return Neighbors(
-        torch.cat([chunk.distances for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
-    )
 
 
 def distance_ratio(queries: Tensor, train: Tensor, *, chunk_size: int = 1024) -> Tensor:
@@ -82,26 +49,21 @@ def share_memorized(ratios: Tensor, threshold: float = 1 / 3) -> Estimate:
     return proportion(int((ratios < threshold).sum()), len(ratios))
 
 
-def _nearest(queries: Tensor, train: Tensor, k: int, chunk_size: int) -> Neighbors:
-    """Do `nearest` for one chunk of queries."""
-    candidates = _candidates(queries.double(), train, min(k + _SPARE_CANDIDATES, len(train)), chunk_size)
-    candidates = candidates.sort(dim=1).values
-    # One rank at a time: (query, feature) in memory, not (query, candidate, feature).
-    ranks = [(queries.double() - train[rows].double()).norm(dim=1) for rows in candidates.T]
-    distances, order = torch.stack(ranks, dim=1).sort(dim=1, stable=True)
-    return Neighbors(distances[:, :k], candidates.gather(1, order)[:, :k])
+def calibrated_distance(queries: Tensor, train: Tensor, *, count: int = 50, chunk_size: int = 1024) -> Tensor:
+    """Divide each query's distance to its nearest training image by half of the mean to its `count` nearest.
 
+    Carlini et al. 2023 (arXiv 2301.13188): 0 is a copy, 2 is equally far from all of them. There is no threshold that
+    holds everywhere: take a quantile of held-out images.
 
-def _candidates(queries: Tensor, train: Tensor, count: int, chunk_size: int) -> Tensor:
-    """Find the rows of the `count` smallest distances up to rounding: int64 (query, count), in any order."""
-    squared = queries.new_empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(train), chunk_size):
-        rows = train[start : start + chunk_size].double()
-        # |q - x|^2 without |q|^2, which is the same for every training row.
-        squared = torch.cat([squared, rows.square().sum(dim=1) - 2 * queries @ rows.T], dim=1)
-        numbers = torch.arange(start, start + len(rows), device=queries.device)
-        indices = torch.cat([indices, numbers.expand(len(queries), -1)], dim=1)
-        squared, kept = squared.topk(min(count, squared.shape[1]), dim=1, largest=False)
-        indices = indices.gather(1, kept)
-    return indices
+    Args:
+        queries: (query, feature).
+        train: (train, feature), on the same device; duplicates count as often as they are there.
+        count: Neighbours; all there are, if fewer.
+        chunk_size: As in `distance_ratio`.
+
+    Returns:
+        float64 (query,) in [0, 2].
+    """
+    distances = nearest(queries, train, min(count, len(train)), chunk_size=chunk_size).distances
+    mean = distances.mean(dim=1)
+    return torch.where(mean > 0, 2 * distances[:, 0] / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0)

@@ -1,0 +1,67 @@
+"""Authenticity against its exact null on a torus; nearer to training than to held-out images."""
+
+import math
+
+import pytest
+import torch
+
+from provgen.analysis.authenticity import authenticity, closer_to_train
+from provgen.errors import InputError
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_copies_are_not_authentic_and_far_images_are(generator):
+    train = torch.randn(100, 4, generator=generator)
+    assert authenticity(train[:30], train).value == 0
+    assert authenticity(train[:30] + 100, train).value == 1
+
+
+def test_copies_of_what_is_there_twice_are_not_authentic(generator):
+    train = torch.randn(50, 4, generator=generator)
+    assert authenticity(train + 1e-4, torch.cat([train, train])).value == 0
+
+
+@pytest.mark.parametrize(
+    ("dimension", "expected"),
+    [(1, 1 / 3), (2, 1 - 6 * math.pi / (8 * math.pi + 3 * math.sqrt(3))), (3, 1 - 16 / 27)],
+)
+def test_the_null_of_locally_uniform_images(dimension, expected, generator):
+    # Well inside a cube of uniform training points, so that no border is felt.
+    train = torch.rand(20_000, dimension, generator=generator)
+    generated = 0.25 + 0.5 * torch.rand(3000, dimension, generator=generator)
+    found = authenticity(generated, train)
+    assert found.value == pytest.approx(expected, abs=4 * 0.5 / 3000**0.5)
+    assert found.low < found.value < found.high
+
+
+@pytest.mark.parametrize(("dimension", "expected"), [(2, 0.375), (8, 0.59), (32, 0.76)])
+def test_the_null_of_independent_gaussians(dimension, expected, generator):
+    train, generated = (torch.randn(2000, dimension, generator=generator) for _ in range(2))
+    assert authenticity(generated, train).value == pytest.approx(expected, abs=0.04)
+
+
+def test_one_distinct_image_is_refused():
+    with pytest.raises(InputError, match="2 distinct training images, got 1"):
+        authenticity(torch.zeros(3, 2), torch.ones(4, 2))
+
+
+def test_nearer_to_training_images(generator):
+    train, holdout = torch.randn(90, 5, generator=generator), torch.randn(90, 5, generator=generator)
+    assert closer_to_train(train, holdout, train, seed=0).value == 1
+    assert closer_to_train(holdout, holdout, train, seed=0).value == 0
+    alike = torch.randn(2000, 5, generator=generator)
+    others = [torch.randn(count, 5, generator=generator) for count in (1000, 4000)]
+    assert closer_to_train(alike, *others, seed=0).value == pytest.approx(0.5, abs=0.05), "whatever the sizes"
+
+
+def test_ties_count_half():
+    assert closer_to_train(torch.zeros(10, 1), torch.ones(3, 1), -torch.ones(3, 1), seed=0).value == 0.5
+
+
+def test_more_held_out_than_trained_on_is_refused():
+    with pytest.raises(InputError, match="needs 3 training images, got 2"):
+        closer_to_train(torch.zeros(1, 1), torch.zeros(3, 1), torch.zeros(2, 1), seed=0)

@@ -1,0 +1,91 @@
+"""Scores at their exact extremes, the null deviation by hand, and Gaussians from copying to too wide."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from provgen.analysis.data_copying import copying_statistic, data_copying, rank_sum_score
+from provgen.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (10, -3.7418482828),
+        (50, -8.6138279344),
+        (100, -12.2157227412),
+        (200, -17.2984654777),
+        (1000, -38.7201159130),
+    ],
+)
+def test_all_generated_images_nearer(n, expected):
+    assert rank_sum_score(np.zeros(n), np.ones(n)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(10, 3.8174411774), (100, 12.2181661301)])
+def test_all_generated_images_farther(n, expected):
+    assert rank_sum_score(np.ones(n), np.zeros(n)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ties_and_a_hand_worked_case():
+    assert rank_sum_score(np.zeros(100), np.zeros(100)) == pytest.approx(0.0012216944, abs=1e-9)
+    assert rank_sum_score(np.array([1.0, 2, 4]), np.array([3.0, 5, 6, 7])) == pytest.approx(-1.5909902577)
+
+
+def test_cells_are_weighed_by_their_held_out_images():
+    # Cell 0 has 30 held-out images that are all farther, cell 1 has 10 that are all nearer, cell 2 too few generated.
+    generated = np.concatenate([np.zeros(20), np.full(25, 2.0), np.zeros(19)])
+    generated_cells = np.repeat([0, 1, 2], [20, 25, 19])
+    holdout, holdout_cells = np.ones(100), np.repeat([0, 1, 2], [30, 10, 60])
+    first, second = rank_sum_score(np.zeros(20), np.ones(30)), rank_sum_score(np.full(25, 2.0), np.ones(10))
+    value, deviation = copying_statistic(generated, holdout, generated_cells, holdout_cells)
+    assert value == pytest.approx((0.3 * first + 0.1 * second) / 0.4)
+    assert deviation == pytest.approx(math.hypot(0.3, 0.1) / 0.4)
+
+
+def test_three_equal_cells_have_a_deviation_of_0577():
+    cells = np.repeat([0, 1, 2], 40)
+    assert copying_statistic(np.zeros(120), np.zeros(120), cells, cells)[1] == pytest.approx(3**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "low", "high"),
+    [(0.001, -30, -24.5), (0.03, -13, -8), (0.2, -2.5, 2.5), (1.0, 5, 10), (10.0, 24, 30)],
+)
+def test_kernel_densities_from_copying_to_too_wide(bandwidth, low, high):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count):
+        return torch.randn(count, 2, generator=generator)
+
+    train, holdout = draw(2000), draw(1000)
+    parents = torch.randint(2000, (1000,), generator=generator)
+    generated = train[parents] + bandwidth * draw(1000)
+    found = data_copying(generated, holdout, train, seed=0, num_cells=2, resamples=50)
+    assert low < found.statistic.value < high
+    assert found.statistic.low < found.statistic.value < found.statistic.high
+    assert found.null_deviation == pytest.approx(2**-0.5, abs=0.02)
+
+
+def test_the_null_has_its_deviation():
+    values = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        sets = [torch.randn(count, 3, generator=generator) for count in (150, 150, 400)]
+        found = data_copying(*sets, seed=seed, resamples=2)
+        values.append(found.statistic.value / found.null_deviation)
+    assert abs(np.mean(values)) < 3.5 / 40**0.5
+    assert 0.7 < np.std(values) < 1.35
+
+
+def test_many_features_are_reduced_first():
+    generator = torch.Generator().manual_seed(0)
+    train, holdout = (torch.randn(300, 100, generator=generator) for _ in range(2))
+    assert data_copying(train[:100], holdout, train, seed=0, resamples=5).statistic.value < -8
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(InputError, match="20 generated images"):
+        data_copying(torch.zeros(5, 2), torch.zeros(5, 2), torch.eye(2), seed=0)
