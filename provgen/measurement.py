@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from provgen import build, evaluation, runs
 from provgen.analysis.linear_probe import linear_probe
 from provgen.analysis.memorization import distance_ratio, share_memorized
-from provgen.analysis.neighbors import nearest
+from provgen.analysis.neighbors import distinct_rows, nearest
 from provgen.attribution.scores import Attribution
 from provgen.attribution.trajectory import WINDOW
 from provgen.data.dataset import ImageSet
@@ -221,13 +221,13 @@ def _sample_metrics(trainer: CoTrainer, settings: Settings, data: runs.RunData) 
         to_unit_range(images).flatten(1)
         for images in (data.train.images, data.holdout.images, sampled.images)
     )
-    row: Row = {
-        "share_memorized": share_memorized(distance_ratio(generated, train)).value,
-        "nearest_distance": float(nearest(generated, train, 1).distances.mean()),
-    }
-    if len(holdout):
-        row["share_memorized_null"] = share_memorized(distance_ratio(holdout, train)).value
-        row["nearest_distance_null"] = float(nearest(holdout, train, 1).distances.mean())
+    distinct = distinct_rows(train)
+    row: Row = {}
+    for end, images in (("", generated), ("_null", holdout)):
+        if len(images):
+            found = nearest(images, distinct, 2)
+            row[f"share_memorized{end}"] = share_memorized(distance_ratio(found)).value
+            row[f"nearest_distance{end}"] = float(found.distances[:, 0].mean())
     if sampled.attribution is None or len(holdout) < 2:
         return row
     realism = -nearest(generated, holdout, 1).distances[:, 0]

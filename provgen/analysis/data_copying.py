@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 from sklearn.cluster import KMeans
@@ -15,7 +15,6 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
-from provgen.analysis.neighbors import nearest
 from provgen.analysis.statistics import Estimate, percentile_interval
 from provgen.errors import InputError
 
@@ -27,6 +26,10 @@ MAX_FEATURES = 64
 
 FEWEST_GENERATED = 20
 """Generated images that a part needs to be counted."""
+
+
+Sides = tuple[NDArray[np.float64], NDArray[np.int64]]
+"""Distances to the nearest training image, and cells, each (query,)."""
 
 
 @dataclass(frozen=True)
@@ -42,58 +45,51 @@ class DataCopying:
     """Standard deviation of C_T where generated and held-out images are alike, which is below 1."""
 
 
-def data_copying(
-    generated: Tensor,
-    holdout: Tensor,
-    train: Tensor,
-    *,
-    seed: int,
-    num_cells: int = NUM_CELLS,
-    resamples: int = 500,
-) -> DataCopying:
+@dataclass(frozen=True)
+class Placed:
+    """Where a set of images lies, as seen from the training images."""
+
+    distances: Tensor
+    """To the nearest of them, float64 (query,)."""
+    cells: Tensor
+    """Part of the space, int64 (query,)."""
+
+
+def data_copying(generated: Placed, holdout: Placed, *, seed: int, resamples: int = 500) -> DataCopying:
     """Test for data copying, cell by cell of the space.
 
     Args:
-        generated: (query, feature).
-        holdout: Images that the generator has not seen, (query, feature).
-        train: (train, feature).
-        seed: Of the cells and of the bootstrap.
-        num_cells: Parts of the space, found by k-means on the training images.
-        resamples: Bootstrap resamples.
+        generated: By the model.
+        holdout: Images that it has not seen.
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap.
 
     Raises:
         InputError: No cell has enough of both.
     """
-    cell_of = _cells(train, num_cells, seed)
-    distances = [nearest(images, train, 1).distances[:, 0].numpy() for images in (generated, holdout)]
-    cells = [cell_of(images) for images in (generated, holdout)]
-    value, null_deviation = copying_statistic(*distances, *cells)
+    sets = [(placed.distances.cpu().numpy(), placed.cells.cpu().numpy()) for placed in (generated, holdout)]
+    value, null_deviation = copying_statistic(*sets)
     random, draws = np.random.default_rng(seed), []
     for _ in range(resamples):
-        rows = [random.integers(len(images), size=len(images)) for images in distances]
-        again = [values[some] for values, some in zip([*distances, *cells], rows * 2, strict=True)]
+        rows = [random.integers(len(distances), size=len(distances)) for distances, _ in sets]
+        again = [(distances[some], cells[some]) for (distances, cells), some in zip(sets, rows, strict=True)]
         draws.append(copying_statistic(*again)[0])
     low, high = percentile_interval(np.array(draws))
-    return DataCopying(Estimate(value, low, high, len(generated)), null_deviation)
+    return DataCopying(Estimate(value, low, high, len(generated.distances)), null_deviation)
 
 
-def copying_statistic(
-    generated: NDArray[np.float64],
-    holdout: NDArray[np.float64],
-    generated_cells: NDArray[np.int64],
-    holdout_cells: NDArray[np.int64],
-) -> tuple[float, float]:
+def copying_statistic(generated: Sides, holdout: Sides) -> tuple[float, float]:
     """Give C_T and its deviation under the null from distances to the nearest training image, and cells.
 
     Raises:
         InputError: No cell has enough of both.
     """
     scores, weights = [], []
-    for cell in np.unique(holdout_cells):
-        mine, theirs = generated[generated_cells == cell], holdout[holdout_cells == cell]
+    for cell in np.unique(holdout[1]):
+        mine, theirs = (distances[cells == cell] for distances, cells in (generated, holdout))
         if len(mine) >= FEWEST_GENERATED:
             scores.append(rank_sum_score(mine, theirs))
-            weights.append(len(theirs) / len(holdout))
+            weights.append(len(theirs) / len(holdout[0]))
     if not scores:
         raise InputError(
             f"no part of the space holds {FEWEST_GENERATED} generated images and a held-out one; generate more"
@@ -111,14 +107,20 @@ def rank_sum_score(generated: NDArray[np.float64], holdout: NDArray[np.float64])
     return (u - (m * n / 2 - 0.5)) / sqrt(m * n * (m + n + 1) / 12)
 
 
-def _cells(train: Tensor, num_cells: int, seed: int) -> Callable[[Tensor], NDArray[np.int64]]:
-    """Divide the space; give a function from images (query, feature) to their cells (query,)."""
-    rows = _array(train)
-    steps: list[Any] = [KMeans(min(num_cells, len(rows)), n_init=3, random_state=seed)]
-    if rows.shape[1] > MAX_FEATURES:
-        steps.insert(0, PCA(min(MAX_FEATURES, len(rows)), random_state=seed))
-    found = make_pipeline(*steps).fit(rows)
-    return lambda images: found.predict(_array(images)).astype(np.int64)
+class SpaceCells:
+    """Parts of the space, found by k-means on training images."""
+
+    def __init__(self, train: Tensor, *, seed: int, num_cells: int = NUM_CELLS) -> None:
+        """Divide the space of images (train, feature)."""
+        rows = _array(train)
+        steps: list[Any] = [KMeans(min(num_cells, len(rows)), n_init=3, random_state=seed)]
+        if rows.shape[1] > MAX_FEATURES:
+            steps.insert(0, PCA(min(MAX_FEATURES, len(rows)), random_state=seed))
+        self._steps = make_pipeline(*steps).fit(rows)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Give the cell of every image (query, feature), int64 (query,)."""
+        return torch.from_numpy(self._steps.predict(_array(images)).astype(np.int64))
 
 
 def _array(images: Tensor) -> NDArray[np.float32]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from provgen.errors import InputError
+
 # Candidates kept beyond k: rows so close to the k-th that rounding may have put them on the wrong side.
 _SPARE_CANDIDATES = 8
 
@@ -38,6 +40,18 @@ def nearest(queries: Tensor, train: Tensor, k: int, *, chunk_size: int = 1024) -
     return Neighbors(
         torch.cat([chunk.distances for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
     )
+
+
+def distinct_rows(train: Tensor) -> Tensor:
+    """Drop exact duplicates of (train, feature): a copy of an image that is there twice would pass for new otherwise.
+
+    Raises:
+        InputError: Fewer than two rows are left.
+    """
+    distinct: Tensor = train.unique(dim=0)
+    if len(distinct) < 2:
+        raise InputError(f"comparing with training images needs 2 distinct ones, got {len(distinct)}")
+    return distinct
 
 
 def nearest_others(rows: Tensor, wanted: Tensor, k: int, *, chunk_size: int = 1024) -> Neighbors:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from provgen.analysis.agreement import agreement, mismatched
 from provgen.analysis.memorization import distance_ratio, share_memorized
+from provgen.analysis.neighbors import distinct_rows, nearest
 from provgen.analysis.statistics import Estimate, mean_estimate
 from provgen.report.exports import group_traces
 from provgen.report.figures import plot_entropy, plot_index_quality, plot_ratio_histogram, plot_training
@@ -158,7 +159,10 @@ def agreement_section(samples: Rows, traces: Rows, closed_traces: Rows, num_trai
 def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, train: Tensor) -> Part:
     """Apply the 1/3 rule to three image sets, each (query, feature); `train` is (train, feature)."""
     sets = {"generated": generated, "held-out": holdout, "copied": copies}
-    ratios = {name: distance_ratio(images, train) for name, images in sets.items() if len(images)}
+    distinct = distinct_rows(train)
+    ratios = {
+        name: distance_ratio(nearest(images, distinct, 2)) for name, images in sets.items() if len(images)
+    }
     shares = {name: share_memorized(values) for name, values in ratios.items()}
     picture = picture_of_figure(
         plot_ratio_histogram(ratios),

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from provgen.analysis.data_copying import copying_statistic, data_copying, rank_sum_score
+from provgen.analysis.data_copying import Placed, SpaceCells, copying_statistic, data_copying, rank_sum_score
+from provgen.analysis.neighbors import nearest
 from provgen.errors import InputError
+
+
+def copying_of(generated, holdout, train, **options):
+    cells_of = SpaceCells(train, seed=0, num_cells=options.pop("num_cells", 3))
+    placed = [
+        Placed(nearest(rows, train, 1).distances[:, 0], cells_of(rows)) for rows in (generated, holdout)
+    ]
+    return data_copying(*placed, seed=0, **options)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +49,14 @@ def test_cells_are_weighed_by_their_held_out_images():
     generated_cells = np.repeat([0, 1, 2], [20, 25, 19])
     holdout, holdout_cells = np.ones(100), np.repeat([0, 1, 2], [30, 10, 60])
     first, second = rank_sum_score(np.zeros(20), np.ones(30)), rank_sum_score(np.full(25, 2.0), np.ones(10))
-    value, deviation = copying_statistic(generated, holdout, generated_cells, holdout_cells)
+    value, deviation = copying_statistic((generated, generated_cells), (holdout, holdout_cells))
     assert value == pytest.approx((0.3 * first + 0.1 * second) / 0.4)
     assert deviation == pytest.approx(math.hypot(0.3, 0.1) / 0.4)
 
 
 def test_three_equal_cells_have_a_deviation_of_0577():
     cells = np.repeat([0, 1, 2], 40)
-    assert copying_statistic(np.zeros(120), np.zeros(120), cells, cells)[1] == pytest.approx(3**-0.5)
+    assert copying_statistic((np.zeros(120), cells), (np.zeros(120), cells))[1] == pytest.approx(3**-0.5)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +72,7 @@ def test_kernel_densities_from_copying_to_too_wide(bandwidth, low, high):
     train, holdout = draw(2000), draw(1000)
     parents = torch.randint(2000, (1000,), generator=generator)
     generated = train[parents] + bandwidth * draw(1000)
-    found = data_copying(generated, holdout, train, seed=0, num_cells=2, resamples=50)
+    found = copying_of(generated, holdout, train, num_cells=2, resamples=50)
     assert low < found.statistic.value < high
     assert found.statistic.low < found.statistic.value < found.statistic.high
     assert found.null_deviation == pytest.approx(2**-0.5, abs=0.02)
@@ -74,7 +83,7 @@ def test_the_null_has_its_deviation():
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         sets = [torch.randn(count, 3, generator=generator) for count in (150, 150, 400)]
-        found = data_copying(*sets, seed=seed, resamples=2)
+        found = copying_of(*sets, resamples=2)
         values.append(found.statistic.value / found.null_deviation)
     assert abs(np.mean(values)) < 3.5 / 40**0.5
     assert 0.7 < np.std(values) < 1.35
@@ -83,9 +92,9 @@ def test_the_null_has_its_deviation():
 def test_many_features_are_reduced_first():
     generator = torch.Generator().manual_seed(0)
     train, holdout = (torch.randn(300, 100, generator=generator) for _ in range(2))
-    assert data_copying(train[:100], holdout, train, seed=0, resamples=5).statistic.value < -8
+    assert copying_of(train[:100], holdout, train, resamples=5).statistic.value < -8
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(InputError, match="20 generated images"):
-        data_copying(torch.zeros(5, 2), torch.zeros(5, 2), torch.eye(2), seed=0)
+        copying_of(torch.zeros(5, 2), torch.zeros(5, 2), torch.eye(2))
