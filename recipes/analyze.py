@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 
 from provgen import build, cli, evaluation, runs
+from provgen.analysis.set_measures import FEWEST, set_measures
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.report import exports, sections
@@ -19,6 +20,7 @@ from provgen.report.faithfulness_section import faithfulness_section, read_lds_r
 from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
+from provgen.report.set_section import set_section
 from provgen.run_folder import RunFolder, atomic_path
 from provgen.settings import Settings
 from provgen.training.checkpoint import list_checkpoints
@@ -125,6 +127,8 @@ def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> lis
         ),
         sections.memorization_section(*sets),
     ]
+    if len(generated) >= FEWEST // 2 and len(holdout) >= FEWEST:
+        parts.append(set_section(set_measures(sets[0], sets[1], sets[3])))
     if is_trajectory:
         parts.append((sections.entropy_section(samples), []))
     if folder.closed_form_traces.is_dir():
