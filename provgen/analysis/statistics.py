@@ -67,6 +67,38 @@ def mean_estimate(values: Tensor, *, seed: int, resamples: int = 2000, confidenc
     return Estimate(float(sample.mean()), *percentile_interval(means, confidence), len(sample))
 
 
+def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = 1000) -> Estimate:
+    """Give the probability that a positive scores above a negative, ties counting half; bootstrap interval of both.
+
+    Args:
+        positives: Scores (observation,).
+        negatives: Scores (observation,).
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap.
+
+    Raises:
+        InputError: Either is empty.
+    """
+    if not len(positives) or not len(negatives):
+        raise InputError(f"AUROC needs scores of both kinds, got {len(positives)} and {len(negatives)}")
+    random = np.random.default_rng(seed)
+    sides = [scores.detach().cpu().double().numpy() for scores in (positives, negatives)]
+    draws = [
+        _share_above(*(side[random.integers(len(side), size=len(side))] for side in sides))
+        for _ in range(resamples)
+    ]
+    low, high = percentile_interval(np.array(draws))
+    return Estimate(_share_above(*sides), low, high, min(map(len, sides)))
+
+
+def _share_above(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
+    ordered = np.sort(negatives)
+    below = np.searchsorted(ordered, positives, side="left") + np.searchsorted(
+        ordered, positives, side="right"
+    )
+    return float(below.mean() / (2 * len(ordered)))
+
+
 def percentile_interval(draws: NDArray[np.float64], confidence: float = 0.95) -> tuple[float, float]:
     """Give the middle `confidence` of bootstrap draws (resample,)."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])

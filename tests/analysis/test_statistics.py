@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import beta
 
-from provgen.analysis.statistics import Estimate, mean_estimate, proportion
+from provgen.analysis.statistics import Estimate, auroc, mean_estimate, proportion
 from provgen.errors import InputError
 
 
@@ -68,3 +68,26 @@ def test_bounded_memory_keeps_the_number_of_resamples():
     values = torch.zeros(50_000).index_fill(0, torch.arange(25_000), 1.0)
     estimate = mean_estimate(values, seed=0, resamples=200)
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(50_000), rel=0.25)
+
+
+def test_auroc_by_hand():
+    found = auroc(torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0, 2.0, 4.0]), seed=0)
+    assert found.value == pytest.approx((3 + 1.5) / 8)
+    assert found.low <= found.value <= found.high
+    assert found.n == 2
+    assert auroc(torch.ones(5), torch.ones(7), seed=0).value == 0.5
+    assert auroc(torch.ones(5), torch.zeros(7), seed=0).low == 1
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0.0, 0.5), (1.0, 0.760250), (2.0, 0.921350)])
+def test_auroc_of_shifted_gaussians(shift, expected):
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(20_000, generator=generator) + mean for mean in (shift, 0)]
+    found = auroc(*sides, seed=0, resamples=100)
+    assert found.value == pytest.approx(expected, abs=0.008)
+    assert found.high - found.low < 0.015
+
+
+def test_auroc_of_nothing_is_refused():
+    with pytest.raises(InputError, match="got 0 and 3"):
+        auroc(torch.empty(0), torch.ones(3), seed=0)

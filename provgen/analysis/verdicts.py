@@ -1,0 +1,134 @@
+"""Copy, near copy, blend, novel or unsupported: what the evidence on one generated image comes to, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from provgen.analysis.memorization import calibrated_distance, distance_ratio
+from provgen.analysis.neighbors import distinct_rows, nearest
+from provgen.analysis.patch_sources import patch_share
+
+Kind = Literal["copy", "near copy", "unsupported", "blend of few", "novel"]
+KINDS: tuple[Kind, ...] = ("copy", "near copy", "unsupported", "blend of few", "novel")
+
+MEMORIZED = 1 / 3
+"""Distance ratio below which an image is a copy (Yoon et al. 2023)."""
+
+TAIL = 0.01
+"""Share of held-out images that may lie beyond a threshold."""
+
+FEW = 4.0
+"""Effective number of sources up to which an image is a blend of few."""
+
+NEIGHBORS = 50
+"""Of the calibrated distance, as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of images, each (query,)."""
+
+    ratio: Tensor
+    """Distance to the nearest training image over that to the second nearest."""
+    calibrated: Tensor
+    """Distance to the nearest over half the mean distance to the 50 nearest."""
+    distance: Tensor
+    """To the nearest training image, root mean squared over pixels in [-1, 1]."""
+    patches: Tensor
+    """Largest share of telling parts that one training image explains."""
+    sources: Tensor
+    """Exponential of the posterior's entropy: the effective number of sources."""
+    of_class: Tensor
+    """Posterior of the class that was asked for, by a network that is not told it; 1 where none was asked for."""
+
+    def __len__(self) -> int:
+        return len(self.ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What held-out images hardly ever go beyond."""
+
+    calibrated: float
+    """Least calibrated distance."""
+    distance: float
+    """Largest distance."""
+    of_class: float
+    """Least posterior of the own class."""
+
+    @classmethod
+    def of(cls, holdout: Evidence) -> Limits:
+        """Read them off held-out images, which no generator has seen."""
+        return cls(
+            calibrated=float(holdout.calibrated.quantile(TAIL)),
+            distance=float(holdout.distance.quantile(1 - TAIL)),
+            of_class=float(holdout.of_class.double().quantile(TAIL)),
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one image is, and why."""
+
+    kind: Kind
+    reason: str
+
+
+def gather_evidence(
+    images: Tensor, train: Tensor, *, entropy: Tensor, of_class: Tensor | None = None
+) -> Evidence:
+    """Compare images with the training images.
+
+    Args:
+        images: In [-1, 1], (query, channel, height, width).
+        train: (train, channel, height, width).
+        entropy: Of the traced posteriors in nats, (query,).
+        of_class: Posterior of the class asked for, (query,); None where no class was.
+    """
+    distinct = distinct_rows(train.flatten(1))
+    found = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
+    return Evidence(
+        ratio=distance_ratio(found),
+        calibrated=calibrated_distance(found),
+        distance=found.distances[:, 0] / distinct.shape[1] ** 0.5,
+        patches=patch_share(images, train),
+        sources=entropy.double().exp(),
+        of_class=torch.ones(len(images)) if of_class is None else of_class,
+    )
+
+
+def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
+    """Judge every image; the first rule that applies holds."""
+    return [_verdict(evidence, limits, query) for query in range(len(evidence))]
+
+
+def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
+    ratio, calibrated, distance, patches, sources, of_class = (
+        float(getattr(evidence, name)[query])
+        for name in ("ratio", "calibrated", "distance", "patches", "sources", "of_class")
+    )
+    if ratio < MEMORIZED:
+        return Verdict("copy", f"nearest training image at {ratio:.2f} of the distance of the second")
+    if patches == 1 and calibrated < limits.calibrated:
+        return Verdict(
+            "near copy", "one training image explains every telling part, and nothing else is as near"
+        )
+    if calibrated < limits.calibrated:
+        return Verdict(
+            "near copy", f"calibrated distance {calibrated:.2f}, of held-out images {limits.calibrated:.2f}"
+        )
+    if distance > limits.distance:
+        return Verdict(
+            "unsupported",
+            f"no training image within {distance:.2f}, of held-out images {limits.distance:.2f}",
+        )
+    if of_class < limits.of_class:
+        return Verdict("unsupported", f"its sources are of the class asked for with {of_class:.0%} only")
+    if sources <= FEW:
+        return Verdict("blend of few", f"{sources:.1f} sources, {patches:.0%} of its parts from one image")
+    return Verdict("novel", f"{sources:.1f} sources, {patches:.0%} of its parts from one image")
