@@ -14,10 +14,12 @@ from provgen.analysis.class_quality import ClassQuality, class_quality
 from provgen.analysis.generator_loss import generator_losses
 from provgen.analysis.index_quality import LEVELS, IndexProbe, mean_kl_gap
 from provgen.analysis.statistics import Estimate
+from provgen.analysis.verdicts import Evidence, gather_evidence
 from provgen.attribution.network import NetworkPosterior
 from provgen.attribution.posterior import Oracle
 from provgen.build import make_mixing
 from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
 from provgen.kinds import DiffusionKind, make_kind
 from provgen.models.diffusion import make_sampling_scheduler
 from provgen.pipeline import ProvenancePipeline, ProvenancePipelineOutput
@@ -26,6 +28,9 @@ from provgen.runs import RunData, TrainedRun
 from provgen.settings import Settings
 from provgen.training.batches import Batch, fixed_batches, seeded_generator
 from provgen.training.trainer import CoTrainer
+
+NAMED = 50
+"""Sources of an image whose classes are looked at."""
 
 LOSS_DRAWS = 20
 """Noise levels at which the generator's loss on an image is measured."""
@@ -112,6 +117,27 @@ def sample(
         top_k=1 if is_traced else None,
         closed_form=closed_form if is_traced else None,
         output_type="pt",
+    )
+
+
+def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence:
+    """Gather what is known of images from anywhere, all traced alike: from outside, told no class.
+
+    Args:
+        trained: The run.
+        images: uint8 (query, channel, height, width).
+        labels: The classes they were asked for or have, int64 (query,); the null label for none.
+    """
+    train, pipeline = trained.data.train, trained.pipeline
+    top_k = min(NAMED, int(trained.data.covered.sum()))
+    traced = pipeline.attribute(images, top_k=top_k)
+    is_own = train.labels[traced.example_index] == labels[:, None]
+    of_class = (traced.posterior * is_own).sum(dim=1) / traced.posterior.sum(dim=1)
+    return gather_evidence(
+        to_unit_range(images),
+        to_unit_range(train.images),
+        entropy=traced.entropy,
+        of_class=torch.where(labels < train.num_classes, of_class, 1.0),
     )
 
 

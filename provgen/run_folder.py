@@ -62,6 +62,11 @@ class RunFolder:
         return self.root / "traces_closed_form"
 
     @property
+    def verdicts(self) -> Path:
+        """What each sample is, and why: a row for each."""
+        return self.root / "verdicts.parquet"
+
+    @property
     def report_json(self) -> Path:
         """Metrics of the analysis, machine-readable."""
         return self.root / "report.json"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from provgen import build, cli, evaluation, runs
 from provgen.analysis.set_measures import FEWEST, set_measures
+from provgen.analysis.verdicts import Limits, verdicts
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.report import exports, sections
@@ -21,6 +22,7 @@ from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
 from provgen.report.set_section import set_section
+from provgen.report.verdict_section import verdict_section, write_verdicts
 from provgen.run_folder import RunFolder, atomic_path
 from provgen.settings import Settings
 from provgen.training.checkpoint import list_checkpoints
@@ -129,12 +131,32 @@ def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> lis
     ]
     if len(generated) >= FEWEST // 2 and len(holdout) >= FEWEST:
         parts.append(set_section(set_measures(sets[0], sets[1], sets[3])))
+        parts.append(verdict_part(trained, samples, generated))
     if is_trajectory:
         parts.append((sections.entropy_section(samples), []))
     if folder.closed_form_traces.is_dir():
         closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
         parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
     return parts
+
+
+def verdict_part(trained: runs.TrainedRun, samples: list[dict[str, Any]], generated: Tensor) -> sections.Part:
+    """Judge every sample, and as many held-out and training images; write verdicts.parquet."""
+    train, holdout = trained.data.train, trained.data.holdout
+    null = train.num_classes
+    asked = [null if sample["class_label"] is None else sample["class_label"] for sample in samples]
+    held, copies = some_of(holdout, MAX_IMAGES), some_of(train, min(MAX_IMAGES, len(generated)))
+    evidence = {
+        "generated": evaluation.evidence_of(
+            trained, generated[:MAX_IMAGES], torch.tensor(asked[:MAX_IMAGES])
+        ),
+        "held-out": evaluation.evidence_of(trained, held.images, held.labels),
+        "copies": evaluation.evidence_of(trained, copies.images, copies.labels),
+    }
+    limits = Limits.of(evidence["held-out"])
+    judged = {name: verdicts(known, limits) for name, known in evidence.items()}
+    write_verdicts(trained.folder.verdicts, evidence["generated"], judged["generated"])
+    return verdict_section(judged, limits)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The report's section on single samples: how many are copies, near copies, unsupported, blends, novel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from provgen.analysis.statistics import Estimate, proportion
+from provgen.analysis.verdicts import KINDS, Evidence, Limits, Verdict
+from provgen.report.figures import INK
+from provgen.report.html import Section, Table, TableCell, picture_of_figure
+from provgen.report.metrics import Metric
+from provgen.run_folder import atomic_path
+
+COLORS = {
+    "copy": "#D55E00",
+    "near copy": "#E69F00",
+    "unsupported": "#999999",
+    "blend of few": "#56B4E9",
+    "novel": "#009E73",
+}
+
+
+def verdict_section(judged: Mapping[str, Sequence[Verdict]], limits: Limits) -> tuple[Section, list[Metric]]:
+    """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`."""
+    shares = {name: _shares(verdicts) for name, verdicts in judged.items()}
+    rows: list[list[TableCell]] = [
+        [kind, *(_interval(of[kind]) for of in shares.values()), _rule(kind, limits)] for kind in KINDS
+    ]
+    metrics = [
+        Metric.from_estimate(
+            f"share_{kind.replace(' ', '_')}",
+            shares["generated"][kind],
+            "similarity",
+            null=shares["held-out"][kind].value,
+            ceiling=shares["copies"][kind].value,
+        )
+        for kind in KINDS
+    ]
+    counts = ", ".join(f"{len(verdicts)} {name}" for name, verdicts in judged.items())
+    section = Section(
+        "What is each sample?",
+        "Every image gets the first verdict that applies; verdicts.parquet has the reasons. Thresholds are read off "
+        "held-out images, so these show how often a verdict is wrong. All were traced as images from outside, told no "
+        f"class ({counts}).",
+        [
+            picture_of_figure(
+                plot_verdicts(judged),
+                alt="Shares of verdicts among generated images, held-out images and training images",
+                caption="Held-out images should be novel or blends, training images copies.",
+            )
+        ],
+        Table(["verdict", *judged, "rule"], rows, "Clopper-Pearson 95 % intervals in brackets."),
+    )
+    return section, metrics
+
+
+def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
+    """Plot a bar for every set of images, divided by verdict."""
+    figure = Figure(figsize=(8.0, 0.55 * len(judged) + 1.0), layout="constrained")
+    axes = figure.subplots()
+    for place, verdicts in enumerate(judged.values()):
+        left = 0.0
+        for kind, share in _shares(verdicts).items():
+            axes.barh(place, share.value, left=left, color=COLORS[kind], label=kind if place == 0 else None)
+            if share.value >= 0.05:
+                axes.text(
+                    left + share.value / 2, place, f"{share.value:.0%}", ha="center", va="center", fontsize=8
+                )
+            left += share.value
+    axes.set_yticks(range(len(judged)), list(judged), color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of images")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(KINDS), frameon=False, fontsize=8)
+    return figure
+
+
+def write_verdicts(path: Path, evidence: Evidence, verdicts: Sequence[Verdict]) -> None:
+    """Write a row for every sample: verdict, reason and evidence."""
+    columns = {name: values.double().tolist() for name, values in vars(evidence).items()}
+    table = pa.table(
+        {
+            "sample": list(range(len(verdicts))),
+            "verdict": [verdict.kind for verdict in verdicts],
+            "reason": [verdict.reason for verdict in verdicts],
+            **columns,
+        }
+    ).replace_schema_metadata({"schema_version": "1"})
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def _shares(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
+    return {
+        kind: proportion(sum(verdict.kind == kind for verdict in verdicts), len(verdicts)) for kind in KINDS
+    }
+
+
+def _rule(kind: str, limits: Limits) -> str:
+    return {
+        "copy": "nearest training image at less than 1/3 of the distance of the second",
+        "near copy": f"calibrated distance below {limits.calibrated:.2f}, that of 1 % of held-out images",
+        "unsupported": f"no training image within {limits.distance:.2f}, or less than {limits.of_class:.0%} of its "
+        "sources of the class asked for",
+        "blend of few": "at most 4 effective sources",
+        "novel": "none of these",
+    }[kind]
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
