@@ -49,6 +49,10 @@ class Evidence:
     def __len__(self) -> int:
         return len(self.ratio)
 
+    def select(self, rows: Tensor | slice) -> Evidence:
+        """Keep the evidence on some images."""
+        return Evidence(**{name: values[rows] for name, values in vars(self).items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
