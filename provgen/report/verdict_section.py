@@ -45,8 +45,8 @@ def verdict_section(judged: Mapping[str, Sequence[Verdict]], limits: Limits) -> 
     section = Section(
         "What is each sample?",
         "Every image gets the first verdict that applies; verdicts.parquet has the reasons. Thresholds are read off "
-        "other held-out images, so that those shown tell how often a verdict is wrong. All were traced as images from outside, told no "
-        f"class ({counts}).",
+        "other held-out images, so that those shown tell how often a verdict is wrong. All were traced as images from "
+        f"outside, told no class ({counts}).",
         [
             picture_of_figure(
                 plot_verdicts(judged),
