@@ -97,6 +97,12 @@ def planted(context: typer.Context) -> None:
     run_recipe("planted", context.args)
 
 
+@app.command(name="memorization-sweep", context_settings=PASS_THROUGH, add_help_option=False)
+def memorization_sweep(context: typer.Context) -> None:
+    """Train on more and more images: where does copying end, and what do traces say?"""
+    run_recipe("memorization_sweep", context.args)
+
+
 def main() -> None:
     """Entry point of the `provgen` command."""
     app()

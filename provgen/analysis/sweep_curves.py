@@ -1,0 +1,121 @@
+"""What a sweep over the number of training images shows, as rows: one for every size and training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from provgen.analysis.memorization import share_memorized
+from provgen.analysis.statistics import Estimate, auroc, mean_estimate
+from provgen.analysis.transition import halves_agreement
+from provgen.analysis.verdicts import MEMORIZED
+
+Measured = Mapping[str, Tensor]
+"""What `sweep.measure` gave of one model."""
+
+PREDICTORS = ("entropy", "top", "commitment")
+"""Of a trace: what may tell a copy."""
+
+FEWEST = 5
+"""Copies, and samples that are none, that a prediction is judged on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepCurves:
+    """Everything a sweep shows."""
+
+    points: Mapping[tuple[int, int], Mapping[str, Estimate]]
+    """By size and training step, then by name (`curve_point`)."""
+    predictions: Mapping[int, Mapping[str, Estimate]]
+    """AUROC of copies at the last step by size, then by predictor; sizes with too few of either kind are left out."""
+    early: Mapping[int, Sequence[tuple[float, Estimate]]]
+    """AUROC of the entropy at every sampling step by size, with a_t."""
+
+
+def curve_point(
+    models: Sequence[Measured], halves: Sequence[tuple[Measured, Measured]]
+) -> dict[str, Estimate]:
+    """Summarise the models of one size at one step.
+
+    Args:
+        models: All of them; their samples are pooled.
+        halves: Pairs that share no training image.
+    """
+    point = {
+        name: share_memorized(torch.cat([model[key] for model in models]))
+        for name, key in (("share_memorized", "ratio"), ("share_memorized_holdout", "holdout_ratio"))
+    }
+    if halves:
+        first, second = (torch.cat([pair[n]["images"] for pair in halves]).flatten(1) / 127.5 for n in (0, 1))
+        labels = torch.cat([pair[0]["labels"] + 1000 * n for n, pair in enumerate(halves)])
+        point["halves_agreement"] = halves_agreement(first, second, labels)
+    train, holdout = (
+        torch.cat([m[f"{name}_losses"] for m in models]).mean(dim=1) for name in ("train", "holdout")
+    )
+    point["train_loss"], point["holdout_loss"] = (
+        mean_estimate(values, seed=0) for values in (train, holdout)
+    )
+    point["loss_ratio"] = _ratio(holdout, train)
+    point["divergence"] = mean_estimate(torch.cat([m["divergence"].mean(dim=1) for m in models]), seed=0)
+    for name in ("entropy", "closed_form_entropy"):
+        if all(name in model for model in models):
+            point[name] = mean_estimate(torch.cat([model[name] for model in models]), seed=0)
+    for name in ("commitment", "closed_form_commitment"):
+        if all(name in model for model in models):
+            steps = torch.cat([model[name] for model in models]).double()
+            if (steps >= 0).any():
+                point[name] = mean_estimate(steps[steps >= 0], seed=0)
+    return point
+
+
+def copy_prediction(models: Sequence[Measured]) -> dict[str, Estimate]:
+    """Say how well each predictor of a trace tells copies under the 1/3 rule from other samples: AUROC by name.
+
+    Entropy and commitment count as telling where they are small, the top posterior where it is large. Nothing where
+    there are too few of either kind.
+    """
+    is_copy = torch.cat([model["ratio"] for model in models]) < MEMORIZED
+    if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST:
+        return {}
+    found = {}
+    for name in [f"{who}{what}" for who in ("", "closed_form_") for what in PREDICTORS]:
+        if all(name in model for model in models):
+            scores = torch.cat([_telling(name, model[name]) for model in models])
+            found[name] = auroc(scores[is_copy], scores[~is_copy], seed=0)
+    return found
+
+
+def early_prediction(models: Sequence[Measured], name: str = "step_entropy") -> list[tuple[float, Estimate]]:
+    """Say how well the entropy at every sampling step tells copies: (a_t, AUROC), from noise to image."""
+    is_copy = torch.cat([model["ratio"] for model in models]) < MEMORIZED
+    if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST or not all(name in model for model in models):
+        return []
+    entropies = -torch.cat([model[name] for model in models])
+    levels = models[0]["signal"].tolist()
+    return [
+        (level, auroc(entropies[is_copy, n], entropies[~is_copy, n], seed=0, resamples=200))
+        for n, level in enumerate(levels)
+    ]
+
+
+def _telling(name: str, values: Tensor) -> Tensor:
+    if name.endswith("top"):
+        return values
+    # Never committed is later than any step.
+    return -values.double().masked_fill(values < 0, torch.inf) if name.endswith("commitment") else -values
+
+
+def _ratio(holdout: Tensor, train: Tensor, *, resamples: int = 1000) -> Estimate:
+    """Give the ratio of two means with a bootstrap interval."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        side[torch.randint(len(side), (resamples, len(side)), generator=generator)].mean(dim=1)
+        for side in (holdout, train)
+    ]
+    low, high = (
+        (draws[0] / draws[1]).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    )
+    return Estimate(float(holdout.mean() / train.mean()), low, high, min(len(holdout), len(train)))

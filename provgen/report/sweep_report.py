@@ -1,0 +1,181 @@
+"""A sweep over the number of training images as figures, a table and a Parquet file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from provgen.analysis.statistics import Estimate
+from provgen.analysis.sweep_curves import SweepCurves
+from provgen.analysis.transition import crossing
+from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes
+from provgen.run_folder import atomic_path
+
+ONSET = 0.5
+"""Share of copies, and agreement of halves, at which memorization ends and generalization begins."""
+
+PANELS = (
+    ("share_memorized", "Copies", "share under the 1/3 rule"),
+    ("halves_agreement", "Same noise, no image in common", "agreement of two generators"),
+    ("loss_ratio", "Denoising loss", "held-out / training"),
+    ("divergence", "From learned by heart", "nats"),
+    ("entropy", "Provenance entropy", "nats"),
+    ("commitment", "Commitment", "sampling step"),
+)
+"""Names of `curve_point`, titles and units."""
+
+BESIDE = {
+    "share_memorized": ("share_memorized_holdout", "held-out"),
+    "entropy": ("closed_form_entropy", "closed form"),
+    "commitment": ("closed_form_commitment", "closed form"),
+}
+"""What is drawn beside them, and what it is called."""
+
+NAMES = {
+    "entropy": "entropy",
+    "top": "top posterior",
+    "commitment": "commitment step",
+    "closed_form_entropy": "closed form, entropy",
+    "closed_form_top": "closed form, top posterior",
+    "closed_form_commitment": "closed form, commitment step",
+}
+"""Predictors of copies."""
+
+
+def write_sweep_report(root: Path, curves: SweepCurves) -> str:
+    """Write sweep.parquet, sweep.md, sweep.png, time.png and prediction.png; give the table in words."""
+    rows = [
+        {"size": size, "step": step, "name": name, **asdict(estimate)}
+        for (size, step), point in curves.points.items()
+        for name, estimate in point.items()
+    ]
+    with atomic_path(root / "sweep.parquet") as partial:
+        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata({"schema_version": "1"}), partial)
+    text = sweep_table(curves)
+    with atomic_path(root / "sweep.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    figures: dict[str, Callable[[SweepCurves], Figure]] = {
+        "sweep": plot_sweep,
+        "time": plot_time,
+        "prediction": plot_prediction,
+    }
+    for name, plot in figures.items():
+        with atomic_path(root / f"{name}.png") as partial:
+            plot(curves).savefig(partial, format="png", dpi=110)
+    return f"{text}\ntable and figures in {root}"
+
+
+def last_points(curves: SweepCurves) -> dict[int, Mapping[str, Estimate]]:
+    """Take the last step of every size."""
+    last = max(step for _, step in curves.points)
+    return {size: point for (size, step), point in curves.points.items() if step == last}
+
+
+def onset(curves: SweepCurves, name: str) -> float | None:
+    """Give the number of images at which a curve of the last step crosses one half; None if it does not."""
+    points = {size: point for size, point in last_points(curves).items() if name in point}
+    return crossing(list(points), [point[name].value for point in points.values()], ONSET)
+
+
+def sweep_table(curves: SweepCurves) -> str:
+    """Lay out sizes, what was measured at the last step, the onsets, and the prediction of copies."""
+    lines = ["| images | " + " | ".join(title.lower() for _, title, _ in PANELS) + " | held-out copies |"]
+    lines.append("|---:|" + "---|" * (len(PANELS) + 1))
+    for size, point in last_points(curves).items():
+        cells = [
+            _text(point.get(name)) for name in [*(name for name, _, _ in PANELS), "share_memorized_holdout"]
+        ]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    ends = (("memorization ends", "share_memorized"), ("generalization begins", "halves_agreement"))
+    for what, name in ends:
+        place = onset(curves, name)
+        lines.append(
+            f"\n{what} (half) at {place:.0f} images" if place else f"\n{what}: not within these sizes"
+        )
+    if curves.predictions:
+        lines += ["", "AUROC of telling copies from other samples of generators of the same size:", ""]
+        lines += ["| images | " + " | ".join(NAMES.values()) + " |", "|---:|" + "---|" * len(NAMES)]
+        lines += [
+            f"| {size} | {' | '.join(_text(found.get(name)) for name in NAMES)} |"
+            for size, found in curves.predictions.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot_sweep(curves: SweepCurves) -> Figure:
+    """Plot everything against the number of training images, at the last step."""
+    figure, points = Figure(figsize=(9.0, 5.4), layout="constrained"), last_points(curves)
+    for axes, (name, title, unit) in zip(figure.subplots(2, 3).flatten(), PANELS, strict=True):
+        _draw(axes, points, name, BLUE, "generated" if name == "share_memorized" else "network")
+        if name in BESIDE:
+            other, called = BESIDE[name]
+            _draw(axes, points, other, GREEN, called)
+            if axes.containers:
+                axes.legend(fontsize=7, frameon=False)
+        label_axes(axes, "training images", unit, title)
+        axes.set_xscale("log", base=2)
+        place = onset(curves, name) if name in ("share_memorized", "halves_agreement") else None
+        if place:
+            axes.axvline(place, color=INK, linewidth=0.8, linestyle=":")
+            axes.text(place, axes.get_ylim()[1], f" {place:.0f}", fontsize=8, va="top", color=INK)
+    return figure
+
+
+def plot_time(curves: SweepCurves) -> Figure:
+    """Plot the share of copies against training steps, and against steps for each training image."""
+    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+    sizes = sorted({size for size, _ in curves.points})
+    for axes, divides in zip(figure.subplots(1, 2), (False, True), strict=True):
+        for number, size in enumerate(sizes):
+            steps = sorted(step for of, step in curves.points if of == size)
+            shares = [curves.points[size, step]["share_memorized"].value for step in steps]
+            places = [step / size if divides else step for step in steps]
+            shade = str(0.75 * number / max(1, len(sizes) - 1))
+            axes.plot(places, shares, color=shade, marker="o", markersize=3, label=f"{size}")
+        axes.set_xscale("log")
+        unit = "training steps / training images" if divides else "training steps"
+        label_axes(axes, unit, "share under the 1/3 rule", "Copies against time")
+    figure.axes[0].legend(title="images", fontsize=7, title_fontsize=7, frameon=False)
+    return figure
+
+
+def plot_prediction(curves: SweepCurves) -> Figure:
+    """Plot how well the entropy at every sampling step tells which samples will be copies."""
+    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for (size, found), color in zip(curves.early.items(), (BLUE, VERMILION, GREEN, INK), strict=False):
+        levels = [level for level, _ in found]
+        axes.plot(levels, [estimate.value for _, estimate in found], color=color, label=f"{size} images")
+        axes.fill_between(
+            levels, [e.low for _, e in found], [e.high for _, e in found], color=color, alpha=0.15
+        )
+    axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
+    label_axes(axes, "signal level $a_t$ (0 noise, 1 image)", "AUROC", "Which samples will be copies?")
+    if curves.early:
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _draw(
+    axes: Axes, points: Mapping[int, Mapping[str, Estimate]], name: str, color: str, label: str
+) -> None:
+    there = {size: point[name] for size, point in points.items() if name in point}
+    values = [estimate.value for estimate in there.values()]
+    ends = [
+        [estimate.value - estimate.low for estimate in there.values()],
+        [estimate.high - estimate.value for estimate in there.values()],
+    ]
+    if there:
+        axes.errorbar(
+            list(there), values, yerr=ends, color=color, marker="o", markersize=4, capsize=2, label=label
+        )
+
+
+def _text(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"

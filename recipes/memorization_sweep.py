@@ -1,0 +1,96 @@
+"""From copying to generalizing: train on more and more images, and measure what each generator copies.
+
+    provgen memorization-sweep --config digits output_dir=runs/sweep
+    provgen memorization-sweep --config digits --size 16 --size 64 --size 256 --seeds 3 output_dir=runs/sweep
+
+Two generators of every size that share no image sample from the same noise. Each is measured at several steps of its
+training. Every process trains models of its own; the same command goes on where it was stopped, and parts 1/2 and 2/2
+may run side by side. Writes measured/, sweep.parquet, sweep.md and figures into the output folder.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from accelerate import Accelerator
+
+from provgen import build, cli, retraining, runs, sweep
+from provgen.errors import InputError
+from provgen.experiments import Part
+from provgen.report.sweep_report import write_sweep_report
+from provgen.run_folder import RunFolder, claim_folder
+from provgen.settings import Settings
+from provgen.settings_file import load_settings
+
+SIZES = [16, 32, 64, 128, 256, 512]
+
+SHARES_OF_STEPS = (0.125, 0.25, 0.5, 1.0)
+"""Parts of the training after which a generator is measured."""
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML settings, or the name of shipped ones.")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Training images; repeatable. Default: 16 to 512, and all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each.")] = 1,
+    num_images: Annotated[int, typer.Option(min=20, help="Images that each generates.")] = 200,
+    part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
+) -> None:
+    """Train on more and more images; report what is copied, and what traces say of it."""
+    settings = load_settings(cli.find_config(config), overrides or [])
+    if settings.generator.kind != "diffusion":
+        raise InputError(f"a sweep needs generator.kind=diffusion, got {settings.generator.kind}")
+    accelerator, share = build.make_accelerator(settings), Part.parse(part)
+    root = Path(settings.output_dir)
+    data = runs.open_data(settings, RunFolder(root))
+    num_train = len(data.train)
+    models = sweep.plan(size or [*(n for n in SIZES if n < num_train), num_train], seeds, num_train=num_train)
+    steps = sorted({max(1, round(part * settings.training.max_steps)) for part in SHARES_OF_STEPS})
+    folder = sweep.SweepFolder(root)
+    if accelerator.is_main_process:
+        claim_folder(root, retraining.made_of(settings, num_images=num_images, steps=steps))
+    accelerator.wait_for_everyone()
+    missing = [model for model in share.share(models) if not folder.has(model, steps[-1])]
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    waiting = missing[accelerator.process_index :: accelerator.num_processes]
+    if accelerator.is_main_process:
+        print(f"{len(models)} models into {root}, {len(missing)} of this part are missing", flush=True)
+    start = time.perf_counter()
+    for done, model in enumerate(waiting, start=1):
+        train_and_measure(model, settings, data, steps, folder, accelerator, num_images)
+        left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
+        print(f"[{done}/{len(waiting)}] {model}; about {left:.0f} min left", flush=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        there = [model for model in models if folder.has(model, steps[-1])]
+        print(f"{len(there)} of {len(models)} models measured")
+        print(write_sweep_report(root, sweep.curves(folder, there, steps)))
+    accelerator.end_training()
+
+
+def train_and_measure(
+    model: sweep.SweepModel,
+    settings: Settings,
+    data: runs.RunData,
+    steps: list[int],
+    folder: sweep.SweepFolder,
+    accelerator: Accelerator,
+    num_images: int,
+) -> None:
+    """Train one generator, and measure it at every one of `steps`."""
+    own = sweep.own_settings(settings, model)
+    images = retraining.subset_data(data, sweep.images_of(data.train.labels, model))
+    stream = build.make_stream(own, images.train)
+    trainer = build.make_trainer(own, images, accelerator, is_shared=False)
+    for step in range(steps[-1]):
+        trainer.step(stream.batch(step).to(accelerator.device), step)
+        if step + 1 in steps:
+            folder.save(model, step + 1, sweep.measure(trainer, own, images, num_images=num_images))
+    accelerator.free_memory()
+
+
+if __name__ == "__main__":
+    cli.run(main)

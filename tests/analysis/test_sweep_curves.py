@@ -1,0 +1,70 @@
+"""A point of a curve, and the prediction of copies, on made-up models."""
+
+import pytest
+import torch
+
+from provgen.analysis.sweep_curves import copy_prediction, curve_point, early_prediction
+
+
+def model(ratios, **more):
+    count = len(ratios)
+    generator = torch.Generator().manual_seed(count)
+    return {
+        "ratio": torch.tensor(ratios),
+        "holdout_ratio": torch.full((10,), 0.9),
+        "images": torch.randint(256, (count, 1, 4, 4), generator=generator),
+        "labels": torch.arange(count) % 2,
+        "train_losses": torch.full((7, 3), 0.5),
+        "holdout_losses": torch.full((9, 3), 1.0),
+        "divergence": torch.full((7, 2), 4.0),
+        **more,
+    }
+
+
+def test_a_point_pools_the_samples_of_all_models():
+    first, second = model([0.1, 0.2, 0.9, 0.9]), model([0.1, 0.9, 0.9, 0.9])
+    point = curve_point([first, second], [(first, first)])
+    assert (point["share_memorized"].value, point["share_memorized"].n) == (3 / 8, 8)
+    assert point["share_memorized_holdout"].value == 0
+    assert point["halves_agreement"].value == 1
+    assert (point["loss_ratio"].value, point["loss_ratio"].low, point["loss_ratio"].high) == (2, 2, 2)
+    assert point["divergence"].value == 4
+    assert "entropy" not in point, "of a generator without a provenance network"
+    assert "halves_agreement" not in curve_point([first], [])
+
+
+def test_commitment_counts_samples_that_commit():
+    point = curve_point([model([0.9] * 4, commitment=torch.tensor([10, -1, 20, -1]))], [])
+    assert (point["commitment"].value, point["commitment"].n) == (15, 2)
+    assert "commitment" not in curve_point([model([0.9], commitment=torch.tensor([-1]))], [])
+
+
+def test_copies_are_told_by_small_entropy_large_top_and_early_commitment():
+    ratios = [0.1] * 6 + [0.9] * 6
+    traces = {
+        "entropy": torch.tensor([0.1] * 6 + [2.0] * 6),
+        "top": torch.tensor([0.9] * 6 + [0.3] * 6),
+        "commitment": torch.tensor([10] * 6 + [20, 30, -1, -1, -1, -1]),
+        "closed_form_entropy": torch.tensor([1.0] * 12),
+    }
+    found = copy_prediction([model(ratios, **traces)])
+    assert {name: estimate.value for name, estimate in found.items()} == {
+        "entropy": 1, "top": 1, "commitment": 1, "closed_form_entropy": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ratios", [[0.1] * 12, [0.9] * 12, [0.1] * 4 + [0.9] * 8])
+def test_too_few_of_either_kind_are_not_told_apart(ratios):
+    assert copy_prediction([model(ratios, entropy=torch.rand(12))]) == {}
+    assert (
+        early_prediction([model(ratios, step_entropy=torch.rand(12, 2), signal=torch.tensor([0.1, 0.9]))])
+        == []
+    )
+
+
+def test_every_sampling_step_tells_what_it_knows():
+    known = torch.stack([torch.ones(12), torch.tensor([0.0] * 6 + [1.0] * 6)], dim=1)
+    found = early_prediction(
+        [model([0.1] * 6 + [0.9] * 6, step_entropy=known, signal=torch.tensor([0.25, 0.75]))]
+    )
+    assert [(level, estimate.value) for level, estimate in found] == [(0.25, 0.5), (0.75, 1)]

@@ -1,0 +1,46 @@
+"""The sweep end to end on tiny models: two halves, several steps, resumed where it was stopped."""
+
+import pyarrow.parquet as pq
+import pytest
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, run_recipe, tiny_overrides):
+    root = tmp_path_factory.mktemp("sweep") / "run"
+    arguments = [*tiny_overrides, f"output_dir={root}", "--size", 12, "--size", 18, "--num-images", 24]
+    assert run_recipe("memorization_sweep", *arguments) == 0
+    return root, arguments
+
+
+def test_every_size_and_step_is_measured(swept, run_recipe, capsys):
+    root, arguments = swept
+    rows = pq.read_table(root / "sweep.parquet").to_pylist()
+    assert {row["size"] for row in rows} == {12, 18}
+    assert {row["name"] for row in rows} >= {
+        "share_memorized", "share_memorized_holdout", "halves_agreement", "loss_ratio", "divergence", "entropy",
+        "closed_form_entropy",
+    }  # fmt: skip
+    by_size = {row["size"]: row["n"] for row in rows if row["name"] == "share_memorized"}
+    assert by_size == {12: 48, 18: 48}, "samples of both halves"
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+
+    (gone, *_) = sorted((root / "measured").iterdir())[::-1]
+    before = {path.name: path.stat().st_mtime_ns for path in (root / "measured").iterdir() if path != gone}
+    gone.unlink()
+    assert run_recipe("memorization_sweep", *arguments) == 0
+    assert "1 of this part are missing" in capsys.readouterr().out
+    assert gone.is_file()
+    changed = [name for name, time in before.items() if (root / "measured" / name).stat().st_mtime_ns != time]
+    assert all(name.startswith(gone.name.split("-step")[0]) for name in changed), (
+        "only of the model that was missing"
+    )
+
+
+def test_mistakes_end_in_one_line(swept, run_recipe, capsys):
+    _, arguments = swept
+    assert run_recipe("memorization_sweep", *arguments, "training.learning_rate=0.5") == 2
+    assert "results of another run" in capsys.readouterr().err
+    assert run_recipe("memorization_sweep", *arguments, "--size", 100000) == 2
+    assert "--size must be 2 to" in capsys.readouterr().err
+    assert run_recipe("memorization_sweep", *arguments, "generator.kind=vae") == 2
+    assert "needs generator.kind=diffusion" in capsys.readouterr().err
