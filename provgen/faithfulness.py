@@ -123,7 +123,9 @@ def _gradient_methods(
 ) -> dict[str, Attributor]:
     unet = trained.pipeline.unet
     scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
-    methods: dict[str, Attributor] = {"embedding cosine": EmbeddingCosine(unet, scheduler, seed=0)}
+    methods: dict[str, Attributor] = {
+        "embedding cosine": EmbeddingCosine(trained.pipeline.tracer, trained.pipeline.device)
+    }
     targets: dict[str, Target] = {"TRAK": "noise", "D-TRAK": "zero"}
     for steps in num_timesteps:
         for name, target in targets.items():

@@ -15,6 +15,7 @@ from provgen.analysis.set_measures import FEWEST, set_measures
 from provgen.analysis.verdicts import Limits, verdicts
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
+from provgen.features import features_of, make_encoder
 from provgen.report import exports, sections
 from provgen.report.class_section import class_section
 from provgen.report.faithfulness_section import faithfulness_section, read_lds_rows
@@ -33,7 +34,13 @@ MAX_IMAGES = 2000
 MAX_TRACED = 500  # (query, train) matrices in float64
 
 
-def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) -> None:
+def main(
+    run: Annotated[Path, typer.Option(help="Run folder with samples.")],
+    features: Annotated[
+        str,
+        typer.Option(help="What sets are compared by: pixels, own (encoder), or a torchvision classifier."),
+    ] = "pixels",
+) -> None:
     """Write report.json and report.html: what was generated, from which sources, copied or not."""
     accelerator = build.make_accelerator()
     if not accelerator.is_main_process:
@@ -46,7 +53,7 @@ def main(run: Annotated[Path, typer.Option(help="Run folder with samples.")]) ->
         [] if trained.settings.generator.kind == "none" else exports.read_parts(folder.samples, ["sample"])
     )
     if samples:
-        parts += sample_parts(trained, samples)
+        parts += sample_parts(trained, samples, features)
     evaluations = [row for row in logged if "index_quality" in row]
     if evaluations:
         parts.append(
@@ -106,7 +113,9 @@ def has_loss(settings: Settings, num_classes: int) -> bool:
     )
 
 
-def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> list[sections.Part]:
+def sample_parts(
+    trained: runs.TrainedRun, samples: list[dict[str, Any]], features: str
+) -> list[sections.Part]:
     """Make the sections about generated samples."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     traces = exports.read_parts(folder.traces, ["sample", "rank"])
@@ -130,7 +139,9 @@ def sample_parts(trained: runs.TrainedRun, samples: list[dict[str, Any]]) -> lis
         sections.memorization_section(*sets),
     ]
     if len(generated) >= FEWEST // 2 and len(holdout) >= FEWEST:
-        parts.append(set_section(set_measures(sets[0], sets[1], sets[3])))
+        encoder = make_encoder(features, trained.pipeline)
+        encoded = [features_of(images, encoder) for images in (generated, holdout.images, train.images)]
+        parts.append(set_section(set_measures(*encoded), features))
         parts.append(verdict_part(trained, samples, generated))
     if is_trajectory:
         parts.append((sections.entropy_section(samples), []))

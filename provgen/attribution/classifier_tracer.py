@@ -44,6 +44,11 @@ class ClassifierTracer:
             trace.add(probs, CLEAN_SIGNAL)
         return trace
 
+    def encode(self, clean_images: Tensor) -> Tensor:
+        """Give the last stage; see `Tracer`."""
+        stages: list[Tensor] = self.classifier(clean_images).stages
+        return stages[-1].flatten(1)
+
 
 def no_generator(count: int) -> InputError:
     """Say why `count` images cannot be generated."""

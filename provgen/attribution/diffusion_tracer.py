@@ -142,6 +142,13 @@ class DiffusionTracer:
                 self._place(trace, stages, signal)
         return trace
 
+    def encode(self, clean_images: Tensor) -> Tensor:
+        """Give the last stage of images with little noise, told no class; see `Tracer`."""
+        timestep = (self.scheduler.alphas_cumprod - CLEAR_SIGNAL).abs().argmin()
+        noisy = self._noised(clean_images, int(timestep), seed=0)
+        null = torch.full((len(noisy),), self.unet.config.num_class_embeds - 1, device=noisy.device)
+        return encoder_stages(self.unet, noisy, timestep, null)[-1].flatten(1)
+
     def coordinates(self, noisy: NoisyQueries, class_labels: Tensor) -> Tensor:
         """Give the coordinates of queries, (query, feature), as traces find them.
 

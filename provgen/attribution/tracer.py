@@ -88,6 +88,10 @@ class Tracer(Protocol):
         """
         ...
 
+    def encode(self, clean_images: Tensor) -> Tensor:
+        """Give the generator's own features of images in [-1, 1], its last encoder stage: (query, feature)."""
+        ...
+
 
 def network_probs(
     provenance: ProvenanceNetwork | None,

@@ -70,6 +70,10 @@ class VaeTracer:
                 trace.add(self._probs(output.reconstruction, class_labels), CLEAN_SIGNAL)
         return trace
 
+    def encode(self, clean_images: Tensor) -> Tensor:
+        """Give the last stage of the encoder; see `Tracer`."""
+        return self.vae.stages_of(clean_images)[-1].flatten(1)
+
     def _probs(self, images: Tensor, class_labels: Tensor) -> Tensor:
         signal = images.new_full((len(images),), CLEAN_SIGNAL)
         return network_probs(self.provenance, self.vae.stages_of(images), signal, class_labels)

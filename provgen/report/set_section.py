@@ -36,8 +36,8 @@ COLUMNS = {"generated": ("generated", BLUE), "holdout": ("held-out", GREEN), "co
 PANELS_IN_A_ROW = 4
 
 
-def set_section(measures: Mapping[str, SetMeasure]) -> tuple[Section, list[Metric]]:
-    """Show what `set_measures` found; the 1/3 rule has a section and a metric of its own."""
+def set_section(measures: Mapping[str, SetMeasure], features: str) -> tuple[Section, list[Metric]]:
+    """Show what `set_measures` found on some features; the 1/3 rule has a section and a metric of its own."""
     rows: list[list[TableCell]] = [
         [READ[name][0], *(_interval(getattr(found, column)) for column in COLUMNS), READ[name][1]]
         for name, found in measures.items()
@@ -50,9 +50,12 @@ def set_section(measures: Mapping[str, SetMeasure]) -> tuple[Section, list[Metri
         if name != "share_memorized"
     ]
     count = measures["share_memorized"].generated.n
+    named = {"pixels": "raw pixels", "own": "the generator's last encoder stage"}.get(
+        features, f"features of {features}"
+    )
     section = Section(
         "Does the whole set look copied, or made up?",
-        "No number of this kind means anything alone. Each is measured three times in the same way, on raw pixels: for "
+        f"No number of this kind means anything alone. Each is measured three times in the same way, on {named}: for "
         f"{count} generated images, for {count} held-out images as if they had been generated, which is what a perfect "
         f"generator would score, and for {count} training images, which is what a copier would score. The reference is "
         f"another {count} held-out images.",

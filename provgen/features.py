@@ -1,0 +1,72 @@
+"""What sets of images are compared by: pixels, the generator's own encoder, or a torchvision network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision.models
+from torch import Tensor, nn
+
+from provgen.data.images import to_unit_range
+from provgen.errors import InputError
+from provgen.pipeline import ProvenancePipeline
+
+IMAGES_AT_ONCE = 256
+
+LEAST_SIZE = 64
+"""Height and width that smaller images are enlarged to for networks of larger ones."""
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's colours in [0, 1], as torchvision's networks expect them."""
+
+Encoder = Callable[[Tensor], Tensor]
+"""Images in [-1, 1], (query, channel, height, width), to features, (query, feature)."""
+
+
+def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
+    """Make an encoder by name: `pixels`, `own` for the generator's last encoder stage, or a torchvision classifier.
+
+    Raises:
+        InputError: Neither, or its weights cannot be had.
+    """
+    if name == "pixels":
+        return lambda images: images.flatten(1)
+    if name == "own":
+        return lambda images: pipeline.tracer.encode(images.to(pipeline.device))
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise InputError(
+            f"--features must be pixels, own or a torchvision classifier such as resnet18, got {name!r}"
+        )
+    try:
+        network = torchvision.models.get_model(name, weights="DEFAULT")
+    except (URLError, OSError) as error:
+        raise InputError(
+            f"the weights of {name} cannot be downloaded ({error}); try --features own"
+        ) from error
+    return classifier_encoder(network)
+
+
+def classifier_encoder(network: nn.Module) -> Encoder:
+    """Take what the last linear layer of an ImageNet classifier is given; grey images are given to all its colours."""
+    name = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Identity())
+    network.eval().requires_grad_(requires_grad=False)
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
+
+    def encode(images: Tensor) -> Tensor:
+        size = max(LEAST_SIZE, images.shape[-1])
+        enlarged = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        features: Tensor = network(((enlarged + 1) / 2 - mean) / deviation).flatten(1)
+        return features
+
+    return encode
+
+
+@torch.no_grad()
+def features_of(images: Tensor, encoder: Encoder) -> Tensor:
+    """Encode uint8 images (query, channel, height, width) in batches: float (query, feature) on the CPU."""
+    return torch.cat([encoder(to_unit_range(some)).cpu() for some in images.split(IMAGES_AT_ONCE)])
