@@ -84,14 +84,15 @@ def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = 1
     random = np.random.default_rng(seed)
     sides = [scores.detach().cpu().double().numpy() for scores in (positives, negatives)]
     draws = [
-        _share_above(*(side[random.integers(len(side), size=len(side))] for side in sides))
+        share_above(*(side[random.integers(len(side), size=len(side))] for side in sides))
         for _ in range(resamples)
     ]
     low, high = percentile_interval(np.array(draws))
-    return Estimate(_share_above(*sides), low, high, min(map(len, sides)))
+    return Estimate(share_above(*sides), low, high, min(map(len, sides)))
 
 
-def _share_above(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
+def share_above(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
+    """Give the share of pairs in which the positive is larger, ties counting half: Mann-Whitney U over its maximum."""
     ordered = np.sort(negatives)
     below = np.searchsorted(ordered, positives, side="left") + np.searchsorted(
         ordered, positives, side="right"
