@@ -67,50 +67,34 @@ def main(
     accelerator.wait_for_everyone()
 
     # Samples that no method was tuned on.
-    others = [n for n in range(len(samples.images)) if n not in set(tuned.calibration_queries)]
-    planned = plan(names, shares, others[:num_queries], seeds)
-    nothing = [
-        LeftOut(seed=seed, share=0.0, query=n, method=NOTHING)
-        for seed in range(seeds)
-        for n in others[:num_queries]
-    ]
+    others = [n for n in range(len(samples.images)) if n not in set(tuned.calibration_queries)][:num_queries]
+    planned = plan(names, shares, others, seeds)
+    nothing = plan([NOTHING], [0.0], others, seeds)
     rankings = ranked_sources(trained, tuned, names, samples, folder)
     left_out = {
         m: rankings[m.method][m.query][: max(1, round(m.share * len(trained.data.train)))] for m in planned
     }
     left_out |= {model: torch.empty(0, dtype=torch.int64) for model in nothing}
-    mine = portion.share([*nothing[::num_queries], *planned])
+    # Nothing is left out once for all samples.
+    mine = portion.share([*nothing[:: len(others)], *planned])
     missing = [model for model in mine if not folder.has(model, left_out[model])]
     accelerator.wait_for_everyone()  # all have looked before the first one writes
-    waiting = missing[accelerator.process_index :: accelerator.num_processes]
     if accelerator.is_main_process:
-        print(
-            f"{len(planned) + seeds} models into {folder.root}, {len(missing)} of this part are missing",
-            flush=True,
-        )
-    start = time.perf_counter()
+        total = len(planned) + seeds
+        print(f"{total} models into {folder.root}, {len(missing)} of this part are missing", flush=True)
+    start, waiting = time.perf_counter(), missing[accelerator.process_index :: accelerator.num_processes]
     for done, model in enumerate(waiting, start=1):
         network, settings = train_without(trained, left_out[model], model.seed, accelerator)
-        # Nothing is left out once for all samples.
         for some in [m for m in nothing if m.seed == model.seed] if model.method == NOTHING else [model]:
             folder.save(some, outcome(network, settings, trained, samples, some, left_out[some]))
         left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
         print(f"[{done}/{len(waiting)}] {model}; about {left:.0f} min left", flush=True)
     accelerator.wait_for_everyone()
-
     if accelerator.is_main_process:
         there = {m: folder.load(m) for m in [*nothing, *planned] if folder.has(m, left_out[m])}
-        effects = effects_by_share(there, names, shares, trained.data.train.labels, samples.labels)
-        write_effects(
-            folder.root / "effects.parquet",
-            [row for some, by_title in effects.items() for row in effect_rows(some, by_title)],
-        )
-        table = leave_out_table(effects, names, len(trained.data.train))
-        with atomic_path(folder.root / "table.md") as partial:
-            partial.write_text(table, encoding="utf-8")
-        print(
-            f"{len(set(there) & set(planned))} of {len(planned)} models measured\n\n{table}\ntable in {folder.root}"
-        )
+        table = write_table(folder.root, there, names, shares, trained.data.train.labels, samples.labels)
+        count = len(set(there) & set(planned))
+        print(f"{count} of {len(planned)} models measured\n\n{table}\ntable in {folder.root}")
     accelerator.end_training()
 
 
@@ -164,6 +148,24 @@ def outcome(
         image=retraining.regenerate(network, trained, label=int(label), seed=model.query),
         loss=float(losses["generated"].mean()),
     )
+
+
+def write_table(
+    root: Path,
+    there: Mapping[LeftOut, Outcome],
+    names: Sequence[str],
+    shares: Sequence[float],
+    train_labels: Tensor,
+    query_labels: Tensor,
+) -> str:
+    """Write effects.parquet and table.md of the models that are there; give the table."""
+    effects = effects_by_share(there, names, shares, train_labels, query_labels)
+    rows = [row for some, by_title in effects.items() for row in effect_rows(some, by_title)]
+    write_effects(root / "effects.parquet", rows)
+    table = leave_out_table(effects, names, len(train_labels))
+    with atomic_path(root / "table.md") as partial:
+        partial.write_text(table, encoding="utf-8")
+    return table
 
 
 def effects_by_share(
