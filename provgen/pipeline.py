@@ -16,6 +16,7 @@ from torch import Tensor
 from provgen.attribution.classifier_tracer import ClassifierTracer, no_generator
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.posterior import Oracle
+from provgen.attribution.redrawing import generate_redrawing
 from provgen.attribution.scores import Attribution, check_top_k
 from provgen.attribution.tracer import Request, Tracer
 from provgen.attribution.trajectory import TrajectoryTrace
@@ -27,7 +28,14 @@ from provgen.models.classifier import ImageClassifier
 from provgen.models.credit import CreditHead
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.vae import ImageVae
-from provgen.pipeline_inputs import check_options, check_trace_every, read_count, read_labels, read_pixels
+from provgen.pipeline_inputs import (
+    check_options,
+    check_redraws,
+    check_trace_every,
+    read_count,
+    read_labels,
+    read_pixels,
+)
 
 MANIFEST_NAME = "manifest.parquet"
 
@@ -45,6 +53,8 @@ class ProvenancePipelineOutput(BaseOutput):
     """`Attribution` by the provenance network; None with `top_k=None`."""
     closed_form: Any = None
     """`Attribution` of the same trajectories by the closed form; None when none was given."""
+    redraws: Any = None
+    """How often every image was drawn again, int64 (query,)."""
 
 
 class ProvenancePipeline(DiffusionPipeline):
@@ -171,6 +181,8 @@ class ProvenancePipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         top_k: int | None = 8,
         trace_every: int = 1,
+        redraw_above: float | None = None,
+        max_redraws: int = 4,
         closed_form: Oracle | None = None,
         output_type: str = "pil",
     ) -> ProvenancePipelineOutput:
@@ -185,6 +197,9 @@ class ProvenancePipeline(DiffusionPipeline):
             top_k: Sources per image, at most the number of training images; None generates without traces.
             trace_every: Sampling steps from one that is traced to the next: 4 costs a quarter, and knows the commitment
                 step to four steps. Calibrated weights are the same, as they are of the last steps.
+            redraw_above: Draw a sample again where one training image has a larger posterior than this, in (0, 1); such
+                samples are often copies. None keeps all.
+            max_redraws: Times that a sample may be drawn again.
             closed_form: Also trace by the closed form (needs the training images).
             output_type: `pil` or `pt`.
 
@@ -194,20 +209,22 @@ class ProvenancePipeline(DiffusionPipeline):
         if top_k is not None:
             self._check_traceable(top_k)
         check_options(guidance_scale, output_type, trace_every)
+        check_redraws(redraw_above, max_redraws, is_traced=top_k is not None)
         count = read_count(class_labels, batch_size, generator)
         labels = read_labels(class_labels, count, self.null_label).to(self._execution_device)
-        made = self.tracer.generate(
-            Request(
-                class_labels=labels,
-                null_label=self.null_label,
-                generator=generator,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                is_traced=top_k is not None,
-                trace_every=trace_every,
-                closed_form=closed_form,
-                progress_bar=self.progress_bar,
-            )
+        request = Request(
+            class_labels=labels,
+            null_label=self.null_label,
+            generator=generator,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            is_traced=top_k is not None,
+            trace_every=trace_every,
+            closed_form=closed_form,
+            progress_bar=self.progress_bar,
+        )
+        made, redraws = generate_redrawing(
+            self.tracer, request, above=redraw_above or 1.0, most=0 if redraw_above is None else max_redraws
         )
 
         def attribution(trace: TrajectoryTrace, credit: Tensor | None = None) -> Attribution | None:
@@ -221,6 +238,7 @@ class ProvenancePipeline(DiffusionPipeline):
             images=_finished(made.images, output_type),
             attribution=attribution(made.trace, self._credit(made.trace, labels) if top_k else None),
             closed_form=attribution(made.closed_trace) if closed_form is not None else None,
+            redraws=redraws,
         )
 
     @torch.no_grad()

@@ -31,6 +31,10 @@ def main(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     class_name: Annotated[str | None, typer.Option(help="Only this class; all in turn without it.")] = None,
     trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
+    redraw_above: Annotated[
+        float | None,
+        typer.Option(help="Draw samples again, up to four times, of which one image has a larger posterior."),
+    ] = None,
     closed_form: Annotated[bool, typer.Option(help="Also trace by the closed form.")] = False,
     seed: Annotated[
         int, typer.Option(min=0, max=2**31, help="Seed of the first image; each has its own.")
@@ -62,6 +66,7 @@ def main(
             guidance_scale=guidance_scale,
             top_k=top_k,
             trace_every=trace_every,
+            redraw_above=redraw_above,
             closed_form=oracle,
             output_type="pt",
         )
@@ -72,16 +77,21 @@ def main(
             samples=numbers,
             seeds=seeds,
             class_labels=given,
+            redraws=output.redraws.tolist(),
         )
     writer.close()
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        samples = exports.read_parts(writer.staged.samples, ["sample"])[:GRID_SAMPLES]
+        samples = exports.read_parts(writer.staged.samples, ["sample"])
         traces = exports.read_parts(writer.staged.traces, ["sample", "rank"])
-        draw_samples(writer.staged, samples, traces, train).save(writer.staged.samples / "grid.png")
+        draw_samples(writer.staged, samples[:GRID_SAMPLES], traces, train).save(
+            writer.staged.samples / "grid.png"
+        )
         publish(folder)
         print(f"{num_images} samples in {folder.samples}, their sources in {folder.traces}")
+        if redraw_above is not None:
+            print(f"{sum(sample['redraws'] > 0 for sample in samples)} of them were drawn again")
         print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()
 

@@ -3,8 +3,9 @@
     provgen planted --run runs/digits
 
 Planted are draws from a kernel density around the training images, with their parents; samples of the closed-form
-denoiser, which end on training images; and, on the folder that recipes/data/planted_digits.py writes, samples that
-bear the mark of a cluster. Exact copies count as one source. Writes planted.md into RUN.
+denoiser, which end on training images; held-out images with what no training image supports; and, on the folder that
+recipes/data/planted_digits.py writes, samples that bear the mark of a cluster. Exact copies count as one source. Writes
+planted.md into RUN.
 """
 
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 import typer
 from torch import Tensor
 
-from provgen import build, cli, faithfulness, runs
+from provgen import build, cli, evaluation, faithfulness, runs
 from provgen.analysis.planted import bayes_hits, plant, source_groups
-from provgen.analysis.statistics import mean_estimate, proportion
+from provgen.analysis.statistics import auroc, mean_estimate, proportion
 from provgen.attribution.attributor import Queries
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.ideal_denoiser import ideal_samples
@@ -49,6 +50,8 @@ def main(
     for level in LEVELS:
         parts += kernel_density(trained, pixels, groups, num_queries, level)
     parts += ideal_denoiser(trained, pixels, groups, num_queries)
+    if len(trained.data.holdout):
+        parts += unsupported(trained, num_queries)
     if any(MARK in path for path in trained.data.train.paths):
         parts += marked_cluster(trained, num_queries)
     with atomic_path(run / "planted.md") as partial:
@@ -102,6 +105,45 @@ def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num
         f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
         precision_table(scores, parents, groups, proportion(num_queries, num_queries)),
         reliability_table(beliefs_of(scores), parents, groups),
+    ]
+
+
+def unsupported(trained: runs.TrainedRun, num_queries: int) -> list[str]:
+    """Plant what no training image supports into held-out images, and see whether the evidence tells."""
+    train, holdout = trained.data.train, trained.data.holdout
+    rows = torch.randperm(len(holdout), generator=torch.Generator().manual_seed(0))[:num_queries]
+    images, labels = holdout.images[rows], holdout.labels[rows]
+    order = torch.randperm(images[0, 0].numel(), generator=torch.Generator().manual_seed(1))
+    shuffled = images.flatten(2)[..., order].view_as(images)
+    planted = {"pixels shuffled": (shuffled, labels)}
+    if train.num_classes > 1:
+        other = (labels + 1) % train.num_classes
+        by_class, partner = labels.argsort(), torch.empty_like(rows)
+        partner[by_class] = by_class.roll(
+            len(rows) // 2
+        )  # of another class, unless one has half of the images
+        blended = ((images.int() + images[partner].int()) // 2).to(torch.uint8)
+        planted |= {"mean of two classes": (blended, labels), "told another class": (images, other)}
+    known = evaluation.evidence_of(trained, images, labels)
+    lines = [
+        "| planted | distance | effective sources | posterior of the class |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, (some, given) in planted.items():
+        found = evaluation.evidence_of(trained, some, given)
+        pairs = [
+            (found.distance, known.distance),
+            (found.sources, known.sources),
+            (-found.of_class, -known.of_class),
+        ]
+        cells = [auroc(positives, negatives, seed=0) for positives, negatives in pairs]
+        lines.append(
+            f"| {name} | {' | '.join(f'{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]' for e in cells)} |"
+        )
+    return [
+        "## Unsupported images\n",
+        f"AUROC of telling them from the {len(rows)} held-out images they were made of\n",
+        "\n".join(lines) + "\n",
     ]
 
 

@@ -68,6 +68,17 @@ class TrajectoryTrace:
         self._coordinates.append(coordinates / math.sqrt(signal))
         self._clearness.append(signal / (1 - signal))
 
+    def put(self, rows: Tensor, other: TrajectoryTrace) -> None:
+        """Put the trace of other queries over the same levels in the place of some `rows`, int64 (other,)."""
+        if self._sum is not None and other._sum is not None:
+            self._sum = self._sum.index_copy(0, rows, other._sum)
+        for mine, theirs in ((self._entropy, other._entropy), (self._coordinates, other._coordinates)):
+            mine[:] = [old.index_copy(0, rows, new) for old, new in zip(mine, theirs, strict=True)]
+        self._top = [
+            (value.index_copy(0, rows, new_value), index.index_copy(0, rows, new_index))
+            for (value, index), (new_value, new_index) in zip(self._top, other._top, strict=True)
+        ]
+
     def coordinates(self) -> Tensor:
         """Mean coordinates over the clear levels, (query, feature), each with the inverse of its noise's variance."""
         seen = torch.stack(self._coordinates)

@@ -45,11 +45,12 @@ SAMPLE_SCHEMA = pa.schema(
         ("closed_form_commitment_step", pa.int64()),
         ("closed_form_step_entropy", pa.list_(pa.float64())),
         ("closed_form_mass_unreachable", pa.float64()),
+        ("redraws", pa.int64()),
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
 """Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for.
-`closed_form_mass_unreachable`: posterior that the closed form gives to examples the network cannot name."""
+`redraws`: how often the sample was drawn again from its seed; `closed_form_mass_unreachable`: posterior that the closed form gives to examples the network cannot name."""
 
 
 def trace_rows(attribution: Attribution, samples: Sequence[int], manifest: Manifest) -> list[dict[str, Any]]:
@@ -83,17 +84,19 @@ def sample_rows(
     samples: Sequence[int],
     seeds: Sequence[int],
     class_labels: Sequence[int | None],
+    redraws: Sequence[int],
     paths: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Make rows of SAMPLE_SCHEMA, one per query."""
     rows = []
-    for query, (sample, seed, label, path) in enumerate(
-        zip(samples, seeds, class_labels, paths, strict=True)
+    for query, (sample, seed, label, again, path) in enumerate(
+        zip(samples, seeds, class_labels, redraws, paths, strict=True)
     ):
         row = {
             "sample": sample,
             "seed": seed,
             "class_label": label,
+            "redraws": again,
             "path": path,
             **_evidence(attribution, query),
         }

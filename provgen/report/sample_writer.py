@@ -38,6 +38,7 @@ class SampleWriter:
         samples: Sequence[int],
         seeds: Sequence[int],
         class_labels: Sequence[int | None],
+        redraws: Sequence[int],
     ) -> None:
         """Write the PNGs of one batch and keep its rows.
 
@@ -48,13 +49,20 @@ class SampleWriter:
             samples: Their numbers in the whole run.
             seeds: Their seeds.
             class_labels: Their classes; None for no class.
+            redraws: How often each was drawn again.
         """
         paths = [f"samples/{sample:05d}.png" for sample in samples]
         for query, path in enumerate(paths):
             text = self._png_text(attribution, query, seeds[query])
             save_png(images[query], self.staged.root / path, text)
         self._samples += exports.sample_rows(
-            attribution, closed_form, samples=samples, seeds=seeds, class_labels=class_labels, paths=paths
+            attribution,
+            closed_form,
+            samples=samples,
+            seeds=seeds,
+            class_labels=class_labels,
+            redraws=redraws,
+            paths=paths,
         )
         self._traces += exports.trace_rows(attribution, samples, self.manifest)
         if closed_form is not None:

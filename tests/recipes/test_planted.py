@@ -34,6 +34,10 @@ def test_copies_and_marks_are_in_the_folder_and_in_the_report(tmp_path, run_reci
     ideal = report.split("## Samples of the closed-form denoiser")[1].splitlines()
     assert any(line.startswith("| pixel distance | 100.0") for line in ideal)
     assert any(line.startswith("| best possible | 100.0") for line in ideal)
+    (shuffled,) = [line for line in report.splitlines() if line.startswith("| pixels shuffled")]
+    assert float(shuffled.split("|")[2].split()[0]) > 0.9, "by their distance"
+    (told,) = [line for line in report.splitlines() if line.startswith("| told another class")]
+    assert told.split("|")[2].split()[0] == "0.500", "the images are the same"
 
 
 def test_a_run_without_marks_has_no_part_on_them(trained_root, tmp_path, run_recipe, capsys):

@@ -61,6 +61,7 @@ def generate(folder, manifest):
                     samples=[sample],
                     seeds=[100 + sample],
                     class_labels=[sample % 3 if sample else None],
+                    redraws=[sample % 2],
                 )
             writer.close()
         publish(folder)
@@ -104,6 +105,7 @@ def test_samples_come_back_with_their_evidence(generate, folder):
         "closed_form_commitment_step": None,
         "closed_form_step_entropy": [5.0, 4.0],
         "closed_form_mass_unreachable": pytest.approx(0.15),
+        "redraws": 1,
     }
     assert rows[4]["commitment_step"] == rows[4]["closed_form_commitment_step"] == 4
     assert len(exports.read_parts(folder.closed_form_traces, ["sample"])) == 10
@@ -155,7 +157,7 @@ def test_a_killed_call_leaves_the_samples_of_the_one_before(generate, folder, ma
     start_staging(folder)
     writer = SampleWriter(folder, manifest, 0)
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    writer.add(image, attribution_of(1), None, samples=[7], seeds=[7], class_labels=[None])
+    writer.add(image, attribution_of(1), None, samples=[7], seeds=[7], class_labels=[None], redraws=[0])
     writer.close()
     assert exports.read_parts(folder.samples, ["sample"]) == before
     assert not (folder.samples / "00007.png").exists()
