@@ -17,7 +17,7 @@ from provgen.analysis.denoiser_divergence import denoiser_divergence
 from provgen.analysis.index_quality import LEVELS
 from provgen.analysis.memorization import distance_ratio
 from provgen.analysis.neighbors import distinct_rows, nearest
-from provgen.analysis.sweep_curves import SweepCurves, copy_prediction, curve_point, early_prediction
+from provgen.analysis.sweep_curves import SweepCurves, copy_prediction, curve_point, early_prediction, redraw
 from provgen.attribution.posterior import ClosedFormPosterior
 from provgen.attribution.scores import Attribution
 from provgen.data.dataset import ImageSet
@@ -33,6 +33,9 @@ from provgen.training.trainer import CoTrainer
 
 MAX_LOSSES = 200
 """Training images, and held-out ones, that losses are measured on."""
+
+BOUNDS, MAX_REDRAWS = (0.5, 0.7, 0.9), 4
+"""Of the top posterior above which samples are drawn again, and times that they may be."""
 
 Arrays = dict[str, Any]
 """NumPy arrays by name."""
@@ -157,6 +160,11 @@ def curves(folder: SweepFolder, models: Sequence[SweepModel], steps: Sequence[in
         points=points,
         predictions={size: found for size, found in predictions.items() if found},
         early={size: found for size, found in early.items() if found},
+        redrawing={
+            size: {above: redraw(some, above=above, most=MAX_REDRAWS) for above in BOUNDS}
+            for size, some in last.items()
+            if all("top" in model for model in some)
+        },
     )
 
 

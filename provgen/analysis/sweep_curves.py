@@ -33,6 +33,8 @@ class SweepCurves:
     """AUROC of copies at the last step by size, then by predictor; sizes with too few of either kind are left out."""
     early: Mapping[int, Sequence[tuple[float, Estimate]]]
     """AUROC of the entropy at every sampling step by size, with a_t."""
+    redrawing: Mapping[int, Mapping[float, tuple[float, float]]]
+    """What drawing again would do (`redraw`), by size, then by bound."""
 
 
 def curve_point(
@@ -99,6 +101,33 @@ def early_prediction(models: Sequence[Measured], name: str = "step_entropy") -> 
         (level, auroc(entropies[is_copy, n], entropies[~is_copy, n], seed=0, resamples=200))
         for n, level in enumerate(levels)
     ]
+
+
+def redraw(models: Sequence[Measured], *, above: float, most: int) -> tuple[float, float]:
+    """Say what drawing samples again would do: the share of copies that is left, and the draws a sample takes.
+
+    From samples that were drawn once: with a share p of a class above the bound, p^(most + 1) of it is above in every
+    draw, and (1 - p^(most + 1)) / (1 - p) draws are made.
+
+    Args:
+        models: With traces.
+        above: Bound of the top posterior.
+        most: Times a sample may be drawn again.
+    """
+    copies, top, labels = (
+        torch.cat([values(model) for model in models])
+        for values in (lambda m: m["ratio"] < MEMORIZED, lambda m: m["top"] > above, lambda m: m["labels"])
+    )
+    left = draws = 0.0
+    for label in labels.unique():
+        is_copy, is_drawn = copies[labels == label].double(), top[labels == label]
+        p = float(is_drawn.double().mean())
+        kept = float(is_copy[~is_drawn].mean()) if p < 1 else 0.0
+        failed = float(is_copy[is_drawn].mean()) if p > 0 else 0.0
+        share = len(is_copy) / len(labels)
+        left += share * ((1 - p ** (most + 1)) * kept + p ** (most + 1) * failed)
+        draws += share * sum(p**draw for draw in range(most + 1))
+    return left, draws
 
 
 def _telling(name: str, values: Tensor) -> Tensor:

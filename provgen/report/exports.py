@@ -50,7 +50,8 @@ SAMPLE_SCHEMA = pa.schema(
     metadata={"schema_version": SCHEMA_VERSION},
 )
 """Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for.
-`redraws`: how often the sample was drawn again from its seed; `closed_form_mass_unreachable`: posterior that the closed form gives to examples the network cannot name."""
+`redraws`: how often the sample was drawn again from its seed. `closed_form_mass_unreachable`: posterior that the
+closed form gives to examples the network cannot name."""
 
 
 def trace_rows(attribution: Attribution, samples: Sequence[int], manifest: Manifest) -> list[dict[str, Any]]:

@@ -105,6 +105,19 @@ def sweep_table(curves: SweepCurves) -> str:
             f"| {size} | {' | '.join(_text(found.get(name)) for name in NAMES)} |"
             for size, found in curves.predictions.items()
         ]
+    if curves.redrawing:
+        bounds = next(iter(curves.redrawing.values()))
+        lines += [
+            "",
+            "Copies left, and draws for each sample, where samples with a larger top posterior are drawn again:",
+            "",
+        ]
+        lines += ["| images | as drawn | " + " | ".join(f"above {above:g}" for above in bounds) + " |"]
+        lines += ["|---:|---:|" + "---:|" * len(bounds)]
+        for size, found in curves.redrawing.items():
+            cells = [f"{left:.3f}, {draws:.2f} draws" for left, draws in found.values()]
+            share = last_points(curves)[size]["share_memorized"].value
+            lines.append(f"| {size} | {share:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
