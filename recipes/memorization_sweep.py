@@ -5,7 +5,7 @@
 
 Two generators of every size that share no image sample from the same noise. Each is measured at several steps of its
 training. Every process trains models of its own; the same command goes on where it was stopped, and parts 1/2 and 2/2
-may run side by side. Writes measured/, sweep.parquet, sweep.md and figures into the output folder.
+may run side by side. Writes measured/, sweep.parquet, sweep.md, figures and report.html into the output folder.
 """
 
 import time

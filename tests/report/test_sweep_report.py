@@ -63,7 +63,10 @@ def test_figures_show_what_was_measured(curves):
 
 
 def test_everything_is_written(curves, tmp_path):
-    assert "table and figures in" in write_sweep_report(tmp_path, curves)
+    assert "report.html in" in write_sweep_report(tmp_path, curves)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 3
+    assert "16 to 64" in page
     rows = pq.read_table(tmp_path / "sweep.parquet").to_pylist()
     assert {k: rows[7][k] for k in ("size", "step", "name")} == {
         "size": 64,
