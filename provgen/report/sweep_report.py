@@ -41,8 +41,8 @@ BESIDE = {
 SECTIONS = {
     "sweep": (
         "From copying to generalizing",
-        "Generators of the same settings, trained on more and more images. Two of each size share no image and start from "
-        "the same noise: where they make the same image, it is not one that they were trained on.",
+        "Generators of the same settings, trained on more and more images. Two of each size share no image and start "
+        "from the same noise: where they make the same image, it is not one that they were trained on.",
         "Dotted: where the share of copies, and the agreement, cross one half. 95 % intervals.",
     ),
     "time": (
@@ -52,8 +52,8 @@ SECTIONS = {
     ),
     "prediction": (
         "Can a copy be told before it is finished?",
-        "AUROC of the entropy of provenance at every sampling step, for telling samples that will be copies under the 1/3 "
-        "rule from others of generators of the same size. Sizes with fewer than 5 of either kind are left out.",
+        "AUROC of the entropy of provenance at every sampling step, for telling samples that will be copies under the "
+        "1/3 rule from others of generators of the same size. Sizes with fewer than 5 of either kind are left out.",
         "Bands: 95 % bootstrap intervals. 0.5 is guessing.",
     ),
 }
