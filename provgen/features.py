@@ -46,13 +46,19 @@ def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
         raise InputError(
             f"the weights of {name} cannot be downloaded ({error}); try --features own"
         ) from error
-    return classifier_encoder(network)
+    return classifier_encoder(network, name)
 
 
-def classifier_encoder(network: nn.Module) -> Encoder:
-    """Take what the last linear layer of an ImageNet classifier is given; grey images are given to all its colours."""
-    name = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent, _, child = name.rpartition(".")
+def classifier_encoder(network: nn.Module, name: str) -> Encoder:
+    """Take what the last linear layer of an ImageNet classifier is given; grey images are given to all its colours.
+
+    Raises:
+        InputError: It has none, or cannot read images as small.
+    """
+    layers = [layer for layer, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise InputError(f"{name} has no linear layer to take features from; try resnet18")
+    parent, _, child = layers[-1].rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())
     network.eval().requires_grad_(requires_grad=False)
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
@@ -63,6 +69,10 @@ def classifier_encoder(network: nn.Module) -> Encoder:
         features: Tensor = network(((enlarged + 1) / 2 - mean) / deviation).flatten(1)
         return features
 
+    try:
+        encode(torch.zeros(1, 3, LEAST_SIZE, LEAST_SIZE))
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"{name} cannot read images of {LEAST_SIZE}x{LEAST_SIZE}; try resnet18") from error
     return encode
 
 

@@ -56,14 +56,17 @@ class SweepModel:
         return f"{self.size} images, half {self.half}, seed {self.seed}"
 
 
-def plan(sizes: Sequence[int], seeds: int, *, num_train: int) -> list[SweepModel]:
+def plan(sizes: Sequence[int], seeds: int, *, num_train: int, num_classes: int) -> list[SweepModel]:
     """List all models: two halves of every size that leaves room for them, small sizes first.
 
     Raises:
-        InputError: A size that is no number of training images.
+        InputError: A size that is no number of training images, or leaves classes without any.
     """
-    if bad := [size for size in sizes if not 2 <= size <= num_train]:
-        raise InputError(f"--size must be 2 to {num_train}, the number of training images, got {bad[0]}")
+    least = max(2, num_classes)
+    if bad := [size for size in sizes if not least <= size <= num_train]:
+        raise InputError(
+            f"--size must be {least} to {num_train}, an image of each class to all training images, got {bad[0]}"
+        )
     return [
         SweepModel(size, half, seed)
         for seed in range(seeds)
@@ -159,6 +162,8 @@ def curves(folder: SweepFolder, models: Sequence[SweepModel], steps: Sequence[in
     return SweepCurves(
         points=points,
         predictions={size: found for size, found in predictions.items() if found},
+        within={size: copy_prediction(some, within=True) for size, some in last.items() if predictions[size]},
+        overall=copy_prediction([model for some in last.values() for model in some]),
         early={size: found for size, found in early.items() if found},
         redrawing={
             size: {above: redraw(some, above=above, most=MAX_REDRAWS) for above in BOUNDS}

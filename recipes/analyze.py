@@ -11,8 +11,8 @@ import typer
 from torch import Tensor
 
 from provgen import build, cli, evaluation, runs
-from provgen.analysis.set_measures import FEWEST, set_measures
-from provgen.analysis.verdicts import Limits, verdicts
+from provgen.analysis.set_measures import FEWEST, common_size, set_measures
+from provgen.analysis.verdicts import FEWEST_HELD_OUT, Limits, verdicts
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.features import features_of, make_encoder
@@ -138,10 +138,11 @@ def sample_parts(
         ),
         sections.memorization_section(*sets),
     ]
-    if len(generated) >= FEWEST // 2 and len(holdout) >= FEWEST:
+    if common_size(len(generated), len(holdout), len(train)) >= FEWEST:
         encoder = make_encoder(features, trained.pipeline)
         encoded = [features_of(images, encoder) for images in (generated, holdout.images, train.images)]
         parts.append(set_section(set_measures(*encoded), features))
+    if len(holdout) >= FEWEST_HELD_OUT:
         parts.append(verdict_part(trained, samples, generated))
     if is_trajectory:
         parts.append((sections.entropy_section(samples), []))
@@ -156,13 +157,18 @@ def verdict_part(trained: runs.TrainedRun, samples: list[dict[str, Any]], genera
     train, holdout = trained.data.train, trained.data.holdout
     null = train.num_classes
     asked = [null if sample["class_label"] is None else sample["class_label"] for sample in samples]
+    is_told = any(label != null for label in asked)
     held, copies = some_of(holdout, MAX_IMAGES), some_of(train, min(MAX_IMAGES, len(generated)))
     evidence = {
         "generated": evaluation.evidence_of(
             trained, generated[:MAX_IMAGES], torch.tensor(asked[:MAX_IMAGES])
         ),
-        "held-out": evaluation.evidence_of(trained, held.images, held.labels),
-        "copies": evaluation.evidence_of(trained, copies.images, copies.labels),
+        **{
+            name: evaluation.evidence_of(
+                trained, some.images, some.labels if is_told else torch.full_like(some.labels, null)
+            )
+            for name, some in (("held-out", held), ("copies", copies))
+        },
     }
     limits = Limits.of(evidence["held-out"].select(slice(0, None, 2)))
     evidence["held-out"] = evidence["held-out"].select(slice(1, None, 2))

@@ -76,8 +76,13 @@ def main(
     }
     left_out |= {model: torch.empty(0, dtype=torch.int64) for model in nothing}
     # Nothing is left out once for all samples.
+    samples_of = {model: [m for m in nothing if m.seed == model.seed] for model in nothing}
     mine = portion.share([*nothing[:: len(others)], *planned])
-    missing = [model for model in mine if not folder.has(model, left_out[model])]
+    missing = [
+        model
+        for model in mine
+        if not all(folder.has(some, left_out[some]) for some in samples_of.get(model, [model]))
+    ]
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if accelerator.is_main_process:
         total = len(planned) + seeds
@@ -85,7 +90,7 @@ def main(
     start, waiting = time.perf_counter(), missing[accelerator.process_index :: accelerator.num_processes]
     for done, model in enumerate(waiting, start=1):
         network, settings = train_without(trained, left_out[model], model.seed, accelerator)
-        for some in [m for m in nothing if m.seed == model.seed] if model.method == NOTHING else [model]:
+        for some in samples_of.get(model, [model]):
             folder.save(some, outcome(network, settings, trained, samples, some, left_out[some]))
         left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
         print(f"[{done}/{len(waiting)}] {model}; about {left:.0f} min left", flush=True)

@@ -41,13 +41,13 @@ def main(
 ) -> None:
     """Train on more and more images; report what is copied, and what traces say of it."""
     settings = load_settings(cli.find_config(config), overrides or [])
-    if settings.generator.kind != "diffusion":
-        raise InputError(f"a sweep needs generator.kind=diffusion, got {settings.generator.kind}")
     accelerator, share = build.make_accelerator(settings), Part.parse(part)
     root = Path(settings.output_dir)
     data = runs.open_data(settings, RunFolder(root))
+    require_sweepable(settings, data)
     num_train = len(data.train)
-    models = sweep.plan(size or [*(n for n in SIZES if n < num_train), num_train], seeds, num_train=num_train)
+    sizes = size or [*(n for n in SIZES if data.train.num_classes <= n < num_train), num_train]
+    models = sweep.plan(sizes, seeds, num_train=num_train, num_classes=data.train.num_classes)
     steps = sorted({max(1, round(part * settings.training.max_steps)) for part in SHARES_OF_STEPS})
     folder = sweep.SweepFolder(root)
     if accelerator.is_main_process:
@@ -67,8 +67,19 @@ def main(
     if accelerator.is_main_process:
         there = [model for model in models if folder.has(model, steps[-1])]
         print(f"{len(there)} of {len(models)} models measured")
-        print(write_sweep_report(root, sweep.curves(folder, there, steps)))
+        if there:
+            print(write_sweep_report(root, sweep.curves(folder, there, steps)))
     accelerator.end_training()
+
+
+def require_sweepable(settings: Settings, data: runs.RunData) -> None:
+    """Refuse what could only fail when everything is trained."""
+    if settings.generator.kind != "diffusion":
+        raise InputError(f"a sweep needs generator.kind=diffusion, got {settings.generator.kind}")
+    if settings.provenance.coverage < 1:
+        raise InputError(f"a sweep needs provenance.coverage=1, got {settings.provenance.coverage}")
+    if not len(data.holdout):
+        raise InputError("a sweep needs held-out images to compare with; raise data.holdout_fraction")
 
 
 def train_and_measure(

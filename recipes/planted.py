@@ -111,7 +111,9 @@ def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num
 def unsupported(trained: runs.TrainedRun, num_queries: int) -> list[str]:
     """Plant what no training image supports into held-out images, and see whether the evidence tells."""
     train, holdout = trained.data.train, trained.data.holdout
-    rows = torch.randperm(len(holdout), generator=torch.Generator().manual_seed(0))[:num_queries]
+    has_class = holdout.labels < max(1, train.num_classes)  # without classes the null label is 0
+    some = torch.randperm(int(has_class.sum()), generator=torch.Generator().manual_seed(0))[:num_queries]
+    rows = has_class.nonzero().flatten()[some]
     images, labels = holdout.images[rows], holdout.labels[rows]
     order = torch.randperm(images[0, 0].numel(), generator=torch.Generator().manual_seed(1))
     shuffled = images.flatten(2)[..., order].view_as(images)
@@ -137,9 +139,8 @@ def unsupported(trained: runs.TrainedRun, num_queries: int) -> list[str]:
             (-found.of_class, -known.of_class),
         ]
         cells = [auroc(positives, negatives, seed=0) for positives, negatives in pairs]
-        lines.append(
-            f"| {name} | {' | '.join(f'{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]' for e in cells)} |"
-        )
+        texts = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in cells]
+        lines.append(f"| {name} | {' | '.join(texts if train.num_classes else [*texts[:-1], '-'])} |")
     return [
         "## Unsupported images\n",
         f"AUROC of telling them from the {len(rows)} held-out images they were made of\n",

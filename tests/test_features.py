@@ -54,9 +54,17 @@ def test_a_classifier_gives_what_its_last_layer_is_given(images):
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = ((pixels.expand(-1, 3, -1, -1) + 1) / 2 - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     expected = network(normal)
-    found = features_of(images, classifier_encoder(network))
+    found = features_of(images, classifier_encoder(network, "resnet18"))
     assert found.shape == (5, 512)
     torch.testing.assert_close(found @ weight.T + bias, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("vit_b_16", "cannot read images"), ("squeezenet1_1", "no linear layer")]
+)
+def test_classifiers_of_no_use_are_refused(name, why, message_of):
+    network = torchvision.models.get_model(name, weights=None).eval()
+    assert why in message_of(classifier_encoder, network, name)
 
 
 def test_unknown_features_are_refused(trained, message_of):

@@ -25,17 +25,19 @@ def test_as_many_images_as_were_asked_for(size):
 
 
 def test_sizes_without_room_for_two_halves_have_one():
-    models = plan([100, 50, 51], 2, num_train=100)
+    models = plan([100, 50, 51], 2, num_train=100, num_classes=5)
     assert models[:4] == [
         SweepModel(50, 0, 0), SweepModel(50, 1, 0), SweepModel(51, 0, 0), SweepModel(100, 0, 0),
     ]  # fmt: skip
     assert [model.seed for model in models] == [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize("size", [1, 101])
+@pytest.mark.parametrize("size", [1, 4, 101])
 def test_impossible_sizes_are_refused(size):
-    with pytest.raises(InputError, match=f"2 to 100, the number of training images, got {size}"):
-        plan([size], 1, num_train=100)
+    with pytest.raises(
+        InputError, match=f"5 to 100, an image of each class to all training images, got {size}"
+    ):
+        plan([size], 1, num_train=100, num_classes=5)
 
 
 def test_models_of_a_size_differ_by_their_seed_alone(tiny_settings):

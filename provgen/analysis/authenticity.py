@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from provgen.analysis.neighbors import Neighbors, nearest, nearest_others
 from provgen.analysis.statistics import Estimate, proportion
-from provgen.errors import InputError
 
 
 def authenticity(found: Neighbors, distinct: Tensor) -> Estimate:
@@ -26,26 +24,17 @@ def authenticity(found: Neighbors, distinct: Tensor) -> Estimate:
     return proportion(int((among_training < found.distances[:, 0]).sum()), len(found.distances))
 
 
-def closer_to_train(generated: Tensor, holdout: Tensor, train: Tensor, *, seed: int) -> Estimate:
+def closer_to_train(generated: Tensor, holdout: Tensor, train: Tensor) -> Estimate:
     """Give the share of generated images that are nearer to a training image than to any held-out one.
 
-    Of as many training images as there are held-out ones, drawn at random; otherwise the larger set is nearer by
-    itself. A generator that has learned no more of the training images than of the held-out ones has 1/2; ties count
-    half, rounded down.
+    A generator that has learned no more of the training images than of the held-out ones has N / (N + M), with N
+    training and M held-out images; a copier has 1. Ties count half, rounded down.
 
     Args:
         generated: (query, feature).
-        holdout: (query, feature), no more than training images.
+        holdout: (query, feature).
         train: (train, feature).
-        seed: Of the draw.
-
-    Raises:
-        InputError: More images are held out than trained on.
     """
-    if len(holdout) > len(train):
-        raise InputError(f"closer_to_train needs {len(holdout)} training images, got {len(train)}")
-    rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(holdout)]
-    to_train = nearest(generated, train[rows.to(train.device)], 1).distances[:, 0]
-    to_holdout = nearest(generated, holdout, 1).distances[:, 0]
+    to_train, to_holdout = (nearest(generated, images, 1).distances[:, 0] for images in (train, holdout))
     closer = int((to_train < to_holdout).sum()) + int((to_train == to_holdout).sum()) // 2
     return proportion(closer, len(generated))

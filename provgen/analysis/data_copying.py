@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -15,7 +16,6 @@ from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
 from provgen.analysis.statistics import Estimate, percentile_interval, share_above
-from provgen.errors import InputError
 
 NUM_CELLS = 3
 """Parts of the space, as in dgm-eval and FLD."""
@@ -63,36 +63,42 @@ def data_copying(generated: Placed, holdout: Placed, *, seed: int, resamples: in
         seed: Of the bootstrap.
         resamples: Of the bootstrap.
 
-    Raises:
-        InputError: No cell has enough of both.
+    Where no cell has enough of both, the whole space is one cell.
     """
     sets = [(placed.distances.cpu().numpy(), placed.cells.cpu().numpy()) for placed in (generated, holdout)]
-    value, null_deviation = copying_statistic(*sets)
+    counted = counted_cells(*(cells for _, cells in sets))
+    if not counted:
+        sets = [(distances, np.zeros_like(cells)) for distances, cells in sets]
+        counted = [0]
+    value, null_deviation = copying_statistic(sets[0], sets[1], counted)
     random, draws = np.random.default_rng(seed), []
     for _ in range(resamples):
         rows = [random.integers(len(distances), size=len(distances)) for distances, _ in sets]
         again = [(distances[some], cells[some]) for (distances, cells), some in zip(sets, rows, strict=True)]
-        draws.append(copying_statistic(*again)[0])
+        draws.append(copying_statistic(again[0], again[1], counted)[0])
     low, high = percentile_interval(np.array(draws))
     return DataCopying(Estimate(value, low, high, len(generated.distances)), null_deviation)
 
 
-def copying_statistic(generated: Sides, holdout: Sides) -> tuple[float, float]:
+def counted_cells(generated: NDArray[np.int64], holdout: NDArray[np.int64]) -> list[int]:
+    """List the cells that hold enough generated images and a held-out one."""
+    return [int(cell) for cell in np.unique(holdout) if (generated == cell).sum() >= FEWEST_GENERATED]
+
+
+def copying_statistic(generated: Sides, holdout: Sides, counted: Sequence[int]) -> tuple[float, float]:
     """Give C_T and its deviation under the null from distances to the nearest training image, and cells.
 
-    Raises:
-        InputError: No cell has enough of both.
+    Args:
+        generated: Distances and cells.
+        holdout: Distances and cells.
+        counted: Cells that are looked at; those without an image of either kind are left out.
     """
     scores, weights = [], []
-    for cell in np.unique(holdout[1]):
+    for cell in counted:
         mine, theirs = (distances[cells == cell] for distances, cells in (generated, holdout))
-        if len(mine) >= FEWEST_GENERATED:
+        if len(mine) and len(theirs):
             scores.append(rank_sum_score(mine, theirs))
             weights.append(len(theirs) / len(holdout[0]))
-    if not scores:
-        raise InputError(
-            f"no part of the space holds {FEWEST_GENERATED} generated images and a held-out one; generate more"
-        )
     total = sum(weights)
     value = sum(w * z for w, z in zip(weights, scores, strict=True)) / total
     # A mean of independent standard normal scores has this deviation, and not 1.

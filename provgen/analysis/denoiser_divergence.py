@@ -31,7 +31,7 @@ def denoiser_divergence(
 
     Args:
         unet: The denoiser.
-        closed_form: Posterior over the training images.
+        closed_form: Posterior over the training images, on any device.
         scheduler: The forward process.
         images: What is noised.
         timesteps: Levels.
@@ -48,7 +48,8 @@ def denoiser_divergence(
         labels, steps = batch.clean_labels, batch.timesteps
         noisy = scheduler.add_noise(batch.clean_images, batch.noise, steps)
         signal = scheduler.alphas_cumprod.to(unet.device)[steps]
-        ideal = (closed_form.probs(noisy, signal, labels) @ closed_form.rows).view_as(noisy)
+        asked = (given.to(closed_form.rows.device) for given in (noisy, signal, labels))
+        ideal = (closed_form.probs(*asked) @ closed_form.rows).view(noisy.shape).to(noisy.device)
         level = signal.view(-1, 1, 1, 1)
         ideal_noise = (noisy - level.sqrt() * ideal) / (1 - level).sqrt()
         predicted = unet(noisy, steps, class_labels=labels).sample

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GRID = 4
-"""An image is cut into at most GRID x GRID parts."""
+"""An image is cut into GRID x GRID parts, or a few more where its size is no multiple."""
 
 SAME = 0.1
 """Root mean squared difference, on a range of 2, by which a part may be farther than the nearest one and still be
 explained as well."""
 
 COMMON = 0.05
-"""Share of the training images from which on a part is common, such as an empty corner, and says nothing."""
+"""Share of the training images (but at least two) that may explain a part; one that more explain, such as an empty
+corner, says nothing."""
 
 MAX_BYTES = 256 * 2**20
 """Of the (query, train, part) array that is held at once."""
@@ -25,14 +26,14 @@ def patch_share(images: Tensor, train: Tensor) -> Tensor:
 
     A training image explains a part if the same part of no other is nearer by more than `SAME`. Copies have 1, also
     where some parts are changed but little else is near; an image put together from several has less. An image without
-    any telling part has 1.
+    any telling part has NaN.
 
     Args:
         images: In [-1, 1], (query, channel, height, width).
-        train: (train, channel, height, width).
+        train: Without exact duplicates, (train, channel, height, width).
 
     Returns:
-        float64 (query,) in (0, 1].
+        float64 (query,) in (0, 1], or NaN.
     """
     theirs = _parts(train)
     size = max(1, MAX_BYTES // (4 * len(train) * theirs.shape[1]))
@@ -45,10 +46,10 @@ def _share(mine: Tensor, theirs: Tensor) -> Tensor:
         [torch.cdist(mine[:, p], theirs[:, p]) / mine.shape[2] ** 0.5 for p in range(mine.shape[1])], dim=2
     )
     explains = distances <= distances.amin(dim=1, keepdim=True) + SAME
-    tells = explains.double().mean(dim=1) < COMMON
+    tells = explains.sum(dim=1) <= max(2, COMMON * explains.shape[1])
     explained = (explains & tells[:, None]).sum(dim=2).amax(dim=1)
     count = tells.sum(dim=1)
-    return torch.where(count > 0, explained / count.clamp_min(1), 1).double()
+    return torch.where(count > 0, explained / count.clamp_min(1), torch.nan).double()
 
 
 def _parts(images: Tensor) -> Tensor:

@@ -49,10 +49,14 @@ def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5, seed: 
             f"balls of {k} neighbours need more than {k} images, got {len(generated)} and {len(reference)}"
         )
     own, theirs = (
-        nearest_others(rows, torch.arange(len(rows)), k).distances[:, -1].square()
+        nearest_others(rows, torch.arange(len(rows), device=rows.device), k).distances[:, -1].square()
         for rows in (generated, reference)
     )
-    balls, is_recalled, is_covered = [], torch.zeros(len(reference), dtype=torch.bool), []
+    balls, is_recalled, is_covered = (
+        [],
+        torch.zeros(len(reference), dtype=torch.bool, device=reference.device),
+        [],
+    )
     for some, radii in zip(generated.split(CHUNK), own.split(CHUNK), strict=True):
         distances, rounding = _squared_distances(some.double(), reference.double())
         is_copy = distances <= rounding

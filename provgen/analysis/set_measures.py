@@ -17,8 +17,8 @@ from provgen.analysis.precision_recall import precision_recall
 from provgen.analysis.statistics import Estimate
 from provgen.errors import InputError
 
-FEWEST = 40
-"""Images of each kind that a comparison needs: held-out ones are halved, and intervals leave out tenths."""
+FEWEST = 20
+"""Images of each kind that a comparison needs, as intervals leave out tenths; held-out ones are halved."""
 
 MAX_SPREAD = 2000
 """Images of each kind for measures whose time grows with their square."""
@@ -53,11 +53,11 @@ def set_measures(
     Raises:
         InputError: Too few of either.
     """
-    size = min(len(generated), len(holdout) // 2, len(train))
-    if size < FEWEST // 2:
+    size = common_size(len(generated), len(holdout), len(train))
+    if size < FEWEST:
         raise InputError(
-            f"comparing sets needs {FEWEST // 2} generated and {FEWEST} held-out images, got {len(generated)} and "
-            f"{len(holdout)}"
+            f"comparing sets needs {FEWEST} generated, {2 * FEWEST} held-out and {FEWEST} training images, got "
+            f"{len(generated)}, {len(holdout)} and {len(train)}"
         )
     generator = torch.Generator().manual_seed(seed)
     held = holdout[torch.randperm(len(holdout), generator=generator).to(holdout.device)]
@@ -74,6 +74,11 @@ def set_measures(
     }
 
 
+def common_size(generated: int, holdout: int, train: int) -> int:
+    """Give the number of images that every set is cut to."""
+    return min(generated, holdout // 2, train)
+
+
 class _Measures:
     """What does not depend on the column."""
 
@@ -88,11 +93,9 @@ class _Measures:
         alike = precision_recall(images[:MAX_SPREAD], self.reference[:MAX_SPREAD], seed=self.seed)
         return {
             "share_memorized": share_memorized(distance_ratio(found)),
-            "data_copying": data_copying(
-                self._place(images, found.distances), self.placed, seed=self.seed
-            ).statistic,
+            "data_copying": self._copying(images, found.distances),
             "authenticity": authenticity(found, self.distinct),
-            "closer_to_train": closer_to_train(images, self.reference, self.train, seed=self.seed),
+            "closer_to_train": closer_to_train(images, self.reference, self.train),
             **alike._asdict(),
             "frechet_distance": with_interval(frechet_distance, images, self.reference, seed=self.seed),
             "kernel_distance": with_interval(
@@ -100,6 +103,13 @@ class _Measures:
             ),
             "vendi_score": with_interval(vendi_score, images[:MAX_SPREAD], seed=self.seed),
         }
+
+    def _copying(self, images: Tensor, distances: Tensor) -> Estimate:
+        """Give C_T in units of its deviation under the null, as that depends on the cells."""
+        found = data_copying(self._place(images, distances), self.placed, seed=self.seed)
+        c = found.statistic
+        value, low, high = (end / found.null_deviation for end in (c.value, c.low, c.high))
+        return Estimate(value, low, high, c.n)
 
     def _place(self, images: Tensor, distances: Tensor) -> Placed:
         return Placed(distances[:, 0], self.cells(images))

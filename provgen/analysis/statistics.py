@@ -91,6 +91,33 @@ def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = 1
     return Estimate(share_above(*sides), low, high, min(map(len, sides)))
 
 
+def stratified_auroc(
+    scores: Tensor, is_positive: Tensor, strata: Tensor, *, seed: int, resamples: int = 1000
+) -> Estimate | None:
+    """Give the probability that a positive scores above a negative of its own stratum; None without such a pair.
+
+    Args:
+        scores: (observation,).
+        is_positive: bool (observation,).
+        strata: int64 (observation,).
+        seed: Of the bootstrap over strata.
+        resamples: Of the bootstrap.
+    """
+    values, pairs = [], []
+    for stratum in strata.unique():
+        mine = strata == stratum
+        positives, negatives = (scores[mine & some].double().numpy() for some in (is_positive, ~is_positive))
+        if len(positives) and len(negatives):
+            values.append(share_above(positives, negatives))
+            pairs.append(len(positives) * len(negatives))
+    if not pairs:
+        return None
+    shares, weights = np.array(values), np.array(pairs)
+    rows = np.random.default_rng(seed).integers(len(shares), size=(resamples, len(shares)))
+    low, high = percentile_interval((shares * weights)[rows].sum(axis=1) / weights[rows].sum(axis=1))
+    return Estimate(float((shares * weights).sum() / weights.sum()), low, high, len(shares))
+
+
 def share_above(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
     """Give the share of pairs in which the positive is larger, ties counting half: Mann-Whitney U over its maximum."""
     ordered = np.sort(negatives)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from provgen.analysis.memorization import share_memorized
-from provgen.analysis.statistics import Estimate, auroc, mean_estimate
+from provgen.analysis.statistics import Estimate, auroc, mean_estimate, stratified_auroc
 from provgen.analysis.transition import halves_agreement
 from provgen.analysis.verdicts import MEMORIZED
 
@@ -31,6 +31,10 @@ class SweepCurves:
     """By size and training step, then by name (`curve_point`)."""
     predictions: Mapping[int, Mapping[str, Estimate]]
     """AUROC of copies at the last step by size, then by predictor; sizes with too few of either kind are left out."""
+    within: Mapping[int, Mapping[str, Estimate]]
+    """The same among samples of one generator and class."""
+    overall: Mapping[str, Estimate]
+    """AUROC by predictor, of all sizes together at the last step."""
     early: Mapping[int, Sequence[tuple[float, Estimate]]]
     """AUROC of the entropy at every sampling step by size, with a_t."""
     redrawing: Mapping[int, Mapping[float, tuple[float, float]]]
@@ -42,21 +46,21 @@ def curve_point(
 ) -> dict[str, Estimate]:
     """Summarise the models of one size at one step.
 
+    Intervals are over samples and images of these very models, and not over trainings.
+
     Args:
-        models: All of them; their samples are pooled.
+        models: All of them; their samples are pooled, and held-out images, which are the same for all, averaged.
         halves: Pairs that share no training image.
     """
-    point = {
-        name: share_memorized(torch.cat([model[key] for model in models]))
-        for name, key in (("share_memorized", "ratio"), ("share_memorized_holdout", "holdout_ratio"))
-    }
+    point = {"share_memorized": share_memorized(torch.cat([model["ratio"] for model in models]))}
+    held = torch.stack([model["holdout_ratio"] < MEMORIZED for model in models]).double().mean(dim=0)
+    point["share_memorized_holdout"] = mean_estimate(held, seed=0)
     if halves:
         first, second = (torch.cat([pair[n]["images"] for pair in halves]).flatten(1) / 127.5 for n in (0, 1))
-        labels = torch.cat([pair[0]["labels"] + 1000 * n for n, pair in enumerate(halves)])
+        labels = _strata([pair[0] for pair in halves])
         point["halves_agreement"] = halves_agreement(first, second, labels)
-    train, holdout = (
-        torch.cat([m[f"{name}_losses"] for m in models]).mean(dim=1) for name in ("train", "holdout")
-    )
+    train = torch.cat([model["train_losses"] for model in models]).mean(dim=1)
+    holdout = torch.stack([model["holdout_losses"] for model in models]).mean(dim=(0, 2))
     point["train_loss"], point["holdout_loss"] = (
         mean_estimate(values, seed=0) for values in (train, holdout)
     )
@@ -73,21 +77,35 @@ def curve_point(
     return point
 
 
-def copy_prediction(models: Sequence[Measured]) -> dict[str, Estimate]:
+def copy_prediction(models: Sequence[Measured], *, within: bool = False) -> dict[str, Estimate]:
     """Say how well each predictor of a trace tells copies under the 1/3 rule from other samples: AUROC by name.
 
     Entropy and commitment count as telling where they are small, the top posterior where it is large. Nothing where
     there are too few of either kind.
+
+    Args:
+        models: Their samples are pooled.
+        within: Compare samples of the same generator and class only. A class of few training images has little entropy
+            whatever its samples are, and more copies.
     """
     is_copy = torch.cat([model["ratio"] for model in models]) < MEMORIZED
     if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST:
         return {}
-    found = {}
+    found: dict[str, Estimate] = {}
     for name in [f"{who}{what}" for who in ("", "closed_form_") for what in PREDICTORS]:
         if all(name in model for model in models):
             scores = torch.cat([_telling(name, model[name]) for model in models])
-            found[name] = auroc(scores[is_copy], scores[~is_copy], seed=0)
+            if not within:
+                found[name] = auroc(scores[is_copy], scores[~is_copy], seed=0)
+            elif (estimate := stratified_auroc(scores, is_copy, _strata(models), seed=0)) is not None:
+                found[name] = estimate
     return found
+
+
+def _strata(models: Sequence[Measured]) -> Tensor:
+    """Number the classes of all models, each model's apart: int64 (query,)."""
+    classes = 1 + max(int(model["labels"].max()) for model in models)
+    return torch.cat([model["labels"] + classes * number for number, model in enumerate(models)])
 
 
 def early_prediction(models: Sequence[Measured], name: str = "step_entropy") -> list[tuple[float, Estimate]]:

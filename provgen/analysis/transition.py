@@ -25,7 +25,9 @@ def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor, *, see
         seed: Of the bootstrap over noises.
     """
     distances = torch.cdist(first.double(), second.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    is_other = (class_labels[:, None] == class_labels) & ~torch.eye(len(first), dtype=torch.bool)
+    is_other = ~torch.eye(len(first), dtype=torch.bool)
+    of_class = is_other & (class_labels[:, None] == class_labels)
+    is_other = of_class if of_class.any() else is_other  # one image of each class
     return mean_estimate(1 - distances.diagonal() / distances[is_other].mean(), seed=seed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Literal
 
 import torch
@@ -21,6 +22,9 @@ MEMORIZED = 1 / 3
 
 TAIL = 0.01
 """Share of held-out images that may lie beyond a threshold."""
+
+FEWEST_HELD_OUT = 40
+"""Held-out images from which on limits are read; half of them are judged by these."""
 
 FEW = 4.0
 """Effective number of sources up to which an image is a blend of few."""
@@ -40,7 +44,7 @@ class Evidence:
     distance: Tensor
     """To the nearest training image, root mean squared over pixels in [-1, 1]."""
     patches: Tensor
-    """Largest share of telling parts that one training image explains."""
+    """Largest share of telling parts that one training image explains; NaN where no part tells."""
     sources: Tensor
     """Exponential of the posterior's entropy: the effective number of sources."""
     of_class: Tensor
@@ -64,14 +68,17 @@ class Limits:
     """Largest distance."""
     of_class: float
     """Least posterior of the own class."""
+    n: int
+    """Held-out images that they were read off: of fewer than 100, one is beyond each limit more often than TAIL."""
 
     @classmethod
     def of(cls, holdout: Evidence) -> Limits:
         """Read them off held-out images, which no generator has seen."""
         return cls(
-            calibrated=float(holdout.calibrated.quantile(TAIL)),
-            distance=float(holdout.distance.quantile(1 - TAIL)),
-            of_class=float(holdout.of_class.double().quantile(TAIL)),
+            calibrated=float(holdout.calibrated.quantile(TAIL, interpolation="lower")),
+            distance=float(holdout.distance.quantile(1 - TAIL, interpolation="higher")),
+            of_class=float(holdout.of_class.double().quantile(TAIL, interpolation="lower")),
+            n=len(holdout),
         )
 
 
@@ -100,7 +107,7 @@ def gather_evidence(
         ratio=distance_ratio(found),
         calibrated=calibrated_distance(found),
         distance=found.distances[:, 0] / distinct.shape[1] ** 0.5,
-        patches=patch_share(images, train),
+        patches=patch_share(images, distinct.view(-1, *train.shape[1:])),
         sources=entropy.double().exp(),
         of_class=torch.ones(len(images)) if of_class is None else of_class,
     )
@@ -118,13 +125,11 @@ def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
     )
     if ratio < MEMORIZED:
         return Verdict("copy", f"nearest training image at {ratio:.2f} of the distance of the second")
-    if patches == 1 and calibrated < limits.calibrated:
-        return Verdict(
-            "near copy", "one training image explains every telling part, and nothing else is as near"
-        )
+    parts = "" if isnan(patches) else f", {patches:.0%} of its parts from one image"
     if calibrated < limits.calibrated:
         return Verdict(
-            "near copy", f"calibrated distance {calibrated:.2f}, of held-out images {limits.calibrated:.2f}"
+            "near copy",
+            f"calibrated distance {calibrated:.2f}, of held-out images {limits.calibrated:.2f}{parts}",
         )
     if distance > limits.distance:
         return Verdict(
@@ -133,6 +138,4 @@ def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
         )
     if of_class < limits.of_class:
         return Verdict("unsupported", f"its sources are of the class asked for with {of_class:.0%} only")
-    if sources <= FEW:
-        return Verdict("blend of few", f"{sources:.1f} sources, {patches:.0%} of its parts from one image")
-    return Verdict("novel", f"{sources:.1f} sources, {patches:.0%} of its parts from one image")
+    return Verdict("blend of few" if sources <= FEW else "novel", f"{sources:.1f} sources{parts}")

@@ -43,8 +43,8 @@ def leave_out_effects(
         query
         for query in sorted({model.query for model in outcomes})
         if all(
-            LeftOut(seed=seed, share=share, query=query, method=method) in outcomes
-            for method in methods
+            LeftOut(seed=seed, share=of, query=query, method=method) in outcomes
+            for of, method in [(0.0, NOTHING), *((share, method) for method in methods)]
             for seed in seeds
         )
     ]

@@ -14,9 +14,12 @@ from provgen.report.metrics import Metric
 
 READ = {
     "share_memorized": ("1/3 rule", "nearest training image thrice as near as the second"),
-    "data_copying": ("C_T", "below 0: nearer to training images than held-out ones are, or too few kinds"),
+    "data_copying": (
+        "C_T",
+        "below 0: nearer to training images than held-out ones are, or too few kinds",
+    ),
     "authenticity": ("authenticity", "training images have nearer neighbours than the generated ones"),
-    "closer_to_train": ("closer to train", "nearer to a training image than to any of as many held-out ones"),
+    "closer_to_train": ("closer to train", "nearer to a training image than to any held-out one"),
     "precision": ("precision", "generated images among held-out ones"),
     "recall": ("recall", "held-out images among generated ones"),
     "density": ("density", "how thickly: 1 where both are alike"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from provgen.analysis.statistics import Estimate
 from provgen.analysis.sweep_curves import SweepCurves
 from provgen.analysis.transition import crossing
-from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes
+from provgen.report.figures import BLUE, GREEN, INK, label_axes
 from provgen.report.html import Section, picture_of_figure, render_report
 from provgen.run_folder import atomic_path
 
@@ -27,7 +28,7 @@ PANELS = (
     ("loss_ratio", "Denoising loss", "held-out / training"),
     ("divergence", "From learned by heart", "nats"),
     ("entropy", "Provenance entropy", "nats"),
-    ("commitment", "Commitment", "sampling step"),
+    ("commitment", "Commitment, where samples commit", "sampling step"),
 )
 """Names of `curve_point`, titles and units."""
 
@@ -127,11 +128,9 @@ def sweep_table(curves: SweepCurves) -> str:
         )
     if curves.predictions:
         lines += ["", "AUROC of telling copies from other samples of generators of the same size:", ""]
-        lines += ["| images | " + " | ".join(NAMES.values()) + " |", "|---:|" + "---|" * len(NAMES)]
-        lines += [
-            f"| {size} | {' | '.join(_text(found.get(name)) for name in NAMES)} |"
-            for size, found in curves.predictions.items()
-        ]
+        lines += _prediction_table({**curves.predictions, "all": curves.overall})
+        lines += ["", "The same, among samples of one generator and class:", ""]
+        lines += _prediction_table(curves.within)
     if curves.redrawing:
         bounds = next(iter(curves.redrawing.values()))
         lines += [
@@ -146,6 +145,15 @@ def sweep_table(curves: SweepCurves) -> str:
             share = last_points(curves)[size]["share_memorized"].value
             lines.append(f"| {size} | {share:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _prediction_table(predictions: Mapping[Any, Mapping[str, Estimate]]) -> list[str]:
+    header = ["| images | " + " | ".join(NAMES.values()) + " |", "|---:|" + "---|" * len(NAMES)]
+    rows = [
+        f"| {size} | {' | '.join(_text(found.get(name)) for name in NAMES)} |"
+        for size, found in predictions.items()
+    ]
+    return header + rows
 
 
 def plot_sweep(curves: SweepCurves) -> Figure:
@@ -189,7 +197,8 @@ def plot_prediction(curves: SweepCurves) -> Figure:
     """Plot how well the entropy at every sampling step tells which samples will be copies."""
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")
     axes = figure.subplots()
-    for (size, found), color in zip(curves.early.items(), (BLUE, VERMILION, GREEN, INK), strict=False):
+    for number, (size, found) in enumerate(curves.early.items()):
+        color = str(0.75 * number / max(1, len(curves.early) - 1))
         levels = [level for level, _ in found]
         axes.plot(levels, [estimate.value for _, estimate in found], color=color, label=f"{size} images")
         axes.fill_between(

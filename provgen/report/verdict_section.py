@@ -35,7 +35,7 @@ def verdict_section(judged: Mapping[str, Sequence[Verdict]], limits: Limits) -> 
         Metric.from_estimate(
             f"share_{kind.replace(' ', '_')}",
             shares["generated"][kind],
-            "similarity",
+            "similarity" if kind in ("copy", "near copy") else "learned provenance",
             null=shares["held-out"][kind].value,
             ceiling=shares["copies"][kind].value,
         )
@@ -105,7 +105,7 @@ def _shares(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
 def _rule(kind: str, limits: Limits) -> str:
     return {
         "copy": "nearest training image at less than 1/3 of the distance of the second",
-        "near copy": f"calibrated distance below {limits.calibrated:.2f}, that of 1 % of held-out images",
+        "near copy": f"calibrated distance below {limits.calibrated:.2f}, as of 1 % of {limits.n} held-out images",
         "unsupported": f"no training image within {limits.distance:.2f}, or less than {limits.of_class:.0%} of its "
         "sources of the class asked for",
         "blend of few": "at most 4 effective sources",

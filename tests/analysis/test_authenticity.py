@@ -7,7 +7,6 @@ import torch
 
 from provgen.analysis.authenticity import authenticity, closer_to_train
 from provgen.analysis.neighbors import distinct_rows, nearest
-from provgen.errors import InputError
 
 
 def authenticity_of(generated, train):
@@ -51,18 +50,15 @@ def test_the_null_of_independent_gaussians(dimension, expected, generator):
 
 
 def test_nearer_to_training_images(generator):
-    train, holdout = torch.randn(90, 5, generator=generator), torch.randn(90, 5, generator=generator)
-    assert closer_to_train(train, holdout, train, seed=0).value == 1
-    assert closer_to_train(holdout, holdout, train, seed=0).value == 0
+    train, holdout = torch.randn(90, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    assert closer_to_train(train, holdout, train).value == 1
+    assert closer_to_train(holdout, holdout, train).value == 0
     alike = torch.randn(2000, 5, generator=generator)
-    others = [torch.randn(count, 5, generator=generator) for count in (1000, 4000)]
-    assert closer_to_train(alike, *others, seed=0).value == pytest.approx(0.5, abs=0.05), "whatever the sizes"
+    others = [torch.randn(count, 5, generator=generator) for count in (1000, 3000)]
+    assert closer_to_train(alike, *others).value == pytest.approx(3 / 4, abs=0.04), (
+        "the share of training images"
+    )
 
 
 def test_ties_count_half():
-    assert closer_to_train(torch.zeros(10, 1), torch.ones(3, 1), -torch.ones(3, 1), seed=0).value == 0.5
-
-
-def test_more_held_out_than_trained_on_is_refused():
-    with pytest.raises(InputError, match="needs 3 training images, got 2"):
-        closer_to_train(torch.zeros(1, 1), torch.zeros(3, 1), torch.zeros(2, 1), seed=0)
+    assert closer_to_train(torch.zeros(10, 1), torch.ones(3, 1), -torch.ones(3, 1)).value == 0.5

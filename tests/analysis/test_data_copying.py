@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from provgen.analysis.data_copying import Placed, SpaceCells, copying_statistic, data_copying, rank_sum_score
+from provgen.analysis.data_copying import (
+    Placed,
+    SpaceCells,
+    copying_statistic,
+    counted_cells,
+    data_copying,
+    rank_sum_score,
+)
 from provgen.analysis.neighbors import nearest
-from provgen.errors import InputError
 
 
 def copying_of(generated, holdout, train, **options):
@@ -49,14 +55,18 @@ def test_cells_are_weighed_by_their_held_out_images():
     generated_cells = np.repeat([0, 1, 2], [20, 25, 19])
     holdout, holdout_cells = np.ones(100), np.repeat([0, 1, 2], [30, 10, 60])
     first, second = rank_sum_score(np.zeros(20), np.ones(30)), rank_sum_score(np.full(25, 2.0), np.ones(10))
-    value, deviation = copying_statistic((generated, generated_cells), (holdout, holdout_cells))
+    value, deviation = copying_statistic(
+        (generated, generated_cells), (holdout, holdout_cells), counted_cells(generated_cells, holdout_cells)
+    )
     assert value == pytest.approx((0.3 * first + 0.1 * second) / 0.4)
     assert deviation == pytest.approx(math.hypot(0.3, 0.1) / 0.4)
 
 
 def test_three_equal_cells_have_a_deviation_of_0577():
     cells = np.repeat([0, 1, 2], 40)
-    assert copying_statistic((np.zeros(120), cells), (np.zeros(120), cells))[1] == pytest.approx(3**-0.5)
+    assert copying_statistic((np.zeros(120), cells), (np.zeros(120), cells), [0, 1, 2])[1] == pytest.approx(
+        3**-0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,6 +105,11 @@ def test_many_features_are_reduced_first():
     assert copying_of(train[:100], holdout, train, resamples=5).statistic.value < -8
 
 
-def test_too_few_images_are_refused():
-    with pytest.raises(InputError, match="20 generated images"):
-        copying_of(torch.zeros(5, 2), torch.zeros(5, 2), torch.eye(2))
+@pytest.mark.parametrize("n", [20, 30, 45])
+def test_few_images_are_one_cell(n):
+    generator = torch.Generator().manual_seed(n)
+    generated, holdout, train = (torch.randn(count, 16, generator=generator) for count in (n, n, 200))
+    found = copying_of(generated, holdout, train, resamples=100)
+    assert abs(found.statistic.value) < 3.5
+    assert found.null_deviation <= 1
+    assert copying_of(train[:n], holdout, train, resamples=10).statistic.value < -4

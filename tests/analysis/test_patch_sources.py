@@ -29,7 +29,15 @@ def test_parts_that_all_images_share_do_not_count(train):
     image = train[:1].clone()
     image[..., :4] = train[1:2, :, :, :4]
     assert patch_share(image, train).tolist() == [0.5], "of the lower half"
-    assert patch_share(-torch.ones(1, 1, 8, 8), -torch.ones(50, 1, 8, 8)).tolist() == [1]
+    assert patch_share(-torch.ones(1, 1, 8, 8), -torch.ones(50, 1, 8, 8)).isnan().all(), "no part tells"
+
+
+@pytest.mark.parametrize("count", [2, 16, 20])
+def test_noise_is_of_no_single_image_of_a_small_set(train, count, generator):
+    images = 2 * torch.rand(30, 1, 8, 8, generator=generator) - 1
+    assert patch_share(train[:2], train[:count]).tolist() == [1, 1]
+    if count > 2:
+        assert patch_share(images, train[:count]).nanmean() < 0.5
 
 
 def test_chunks_and_order_change_nothing(train, generator, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import beta
 
-from provgen.analysis.statistics import Estimate, auroc, mean_estimate, proportion
+from provgen.analysis.statistics import Estimate, auroc, mean_estimate, proportion, stratified_auroc
 from provgen.errors import InputError
 
 
@@ -91,3 +91,17 @@ def test_auroc_of_shifted_gaussians(shift, expected):
 def test_auroc_of_nothing_is_refused():
     with pytest.raises(InputError, match="got 0 and 3"):
         auroc(torch.empty(0), torch.ones(3), seed=0)
+
+
+def test_strata_are_compared_within_themselves():
+    # In each stratum nothing tells; pooled, the stratum of all positives would.
+    scores = torch.tensor([5.0, 5, 5, 5, 1, 1, 1, 1])
+    positive = torch.tensor([True, True, True, False, True, False, False, False])
+    strata = torch.tensor([0] * 4 + [1] * 4)
+    assert auroc(scores[positive], scores[~positive], seed=0).value == pytest.approx(0.75)
+    found = stratified_auroc(scores, positive, strata, seed=0)
+    assert (found.value, found.n) == (0.5, 2)
+    # Stratum 0: 3 pairs of which 2 are right; stratum 1: 3 pairs, all right.
+    scores = torch.tensor([7.0, 6, 1, 5, 3, 2, 1, 0])
+    assert stratified_auroc(scores, positive, strata, seed=0).value == pytest.approx(5 / 6)
+    assert stratified_auroc(scores, strata == 0, strata, seed=0) is None

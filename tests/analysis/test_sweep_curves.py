@@ -53,6 +53,15 @@ def test_copies_are_told_by_small_entropy_large_top_and_early_commitment():
     }  # fmt: skip
 
 
+def test_within_a_class_its_size_does_not_tell():
+    # Class 0 has little entropy and copies only, class 1 much and none but for two, which do not stand out.
+    made = model([0.1] * 6 + [0.1, 0.1] + [0.9] * 6)
+    made["labels"] = torch.tensor([0] * 6 + [1] * 8)
+    made["entropy"] = torch.tensor([0.0] * 6 + [2.0] * 8)
+    assert copy_prediction([made])["entropy"].value > 0.8
+    assert copy_prediction([made], within=True)["entropy"].value == 0.5
+
+
 @pytest.mark.parametrize("ratios", [[0.1] * 12, [0.9] * 12, [0.1] * 4 + [0.9] * 8])
 def test_too_few_of_either_kind_are_not_told_apart(ratios):
     assert copy_prediction([model(ratios, entropy=torch.rand(12))]) == {}

@@ -81,8 +81,9 @@ def test_the_wrong_class_is_unsupported(digits, evidence_of, holdout):
         ({}, "novel", "9.0 sources, 50% of its parts"),
         ({"ratio": 0.3}, "copy", "0.30 of the distance"),
         ({"calibrated": 0.5}, "near copy", "distance 0.50, of held-out images 0.80"),
-        ({"calibrated": 0.5, "patches": 1.0}, "near copy", "every telling part"),
+        ({"calibrated": 0.5, "patches": 1.0}, "near copy", "100% of its parts from one image"),
         ({"patches": 1.0}, "novel", "100% of its parts"),
+        ({"patches": float("nan")}, "novel", "9.0 sources"),
         ({"distance": 0.7}, "unsupported", "within 0.70, of held-out images 0.60"),
         ({"of_class": 0.1}, "unsupported", "with 10% only"),
         ({"sources": 3.5}, "blend of few", "3.5 sources"),
@@ -99,6 +100,6 @@ def test_rules_by_hand(changed, kind, reason):
         "of_class": 0.9,
     }
     evidence = Evidence(**{name: torch.tensor([value]) for name, value in (usual | changed).items()})
-    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, of_class=0.2))
+    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, of_class=0.2, n=100))
     assert found.kind == kind in KINDS
     assert reason in found.reason

@@ -41,6 +41,8 @@ def test_mistakes_end_in_one_line(swept, run_recipe, capsys):
     assert run_recipe("memorization_sweep", *arguments, "training.learning_rate=0.5") == 2
     assert "results of another run" in capsys.readouterr().err
     assert run_recipe("memorization_sweep", *arguments, "--size", 100000) == 2
-    assert "--size must be 2 to" in capsys.readouterr().err
+    assert "--size must be 10 to" in capsys.readouterr().err
+    assert run_recipe("memorization_sweep", *arguments, "data.holdout_fraction=0") == 2
+    assert "raise data.holdout_fraction" in capsys.readouterr().err
     assert run_recipe("memorization_sweep", *arguments, "generator.kind=vae") == 2
     assert "needs generator.kind=diffusion" in capsys.readouterr().err

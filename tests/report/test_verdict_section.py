@@ -7,7 +7,7 @@ import torch
 from provgen.analysis.verdicts import KINDS, Evidence, Limits, Verdict
 from provgen.report.verdict_section import plot_verdicts, verdict_section, write_verdicts
 
-LIMITS = Limits(calibrated=0.8, distance=0.6, of_class=0.2)
+LIMITS = Limits(calibrated=0.8, distance=0.6, of_class=0.2, n=100)
 
 
 @pytest.fixture
