@@ -181,7 +181,7 @@ class ProvenancePipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         top_k: int | None = 8,
         trace_every: int = 1,
-        redraw_above: float | None = None,
+        redraw_below: float | None = None,
         max_redraws: int = 4,
         closed_form: Oracle | None = None,
         output_type: str = "pil",
@@ -197,8 +197,8 @@ class ProvenancePipeline(DiffusionPipeline):
             top_k: Sources per image, at most the number of training images; None generates without traces.
             trace_every: Sampling steps from one that is traced to the next: 4 costs a quarter, and knows the commitment
                 step to four steps. Calibrated weights are the same, as they are of the last steps.
-            redraw_above: Draw a sample again where one training image has a larger posterior than this, in (0, 1); such
-                samples are often copies. None keeps all.
+            redraw_below: Draw a sample again where the entropy of its sources, shortly before it is finished, is below
+                this, in nats, such as 0.001; such samples are often copies. None keeps all.
             max_redraws: Times that a sample may be drawn again.
             closed_form: Also trace by the closed form (needs the training images).
             output_type: `pil` or `pt`.
@@ -209,7 +209,7 @@ class ProvenancePipeline(DiffusionPipeline):
         if top_k is not None:
             self._check_traceable(top_k)
         check_options(guidance_scale, output_type, trace_every)
-        check_redraws(redraw_above, max_redraws, is_traced=top_k is not None)
+        check_redraws(redraw_below, max_redraws, is_traced=top_k is not None)
         count = read_count(class_labels, batch_size, generator)
         labels = read_labels(class_labels, count, self.null_label).to(self._execution_device)
         request = Request(
@@ -224,7 +224,7 @@ class ProvenancePipeline(DiffusionPipeline):
             progress_bar=self.progress_bar,
         )
         made, redraws = generate_redrawing(
-            self.tracer, request, above=redraw_above or 1.0, most=0 if redraw_above is None else max_redraws
+            self.tracer, request, below=redraw_below or 0.0, most=0 if redraw_below is None else max_redraws
         )
 
         def attribution(trace: TrajectoryTrace, credit: Tensor | None = None) -> Attribution | None:

@@ -36,19 +36,19 @@ def check_trace_every(trace_every: int) -> None:
         raise InputError(f"trace_every must be at least 1, got {trace_every}")
 
 
-def check_redraws(redraw_above: float | None, max_redraws: int, *, is_traced: bool) -> None:
+def check_redraws(redraw_below: float | None, max_redraws: int, *, is_traced: bool) -> None:
     """Refuse redraws that could never end, or that have no trace to go by.
 
     Raises:
-        InputError: A bound outside (0, 1), no redraw at all, or no trace.
+        InputError: No positive bound, no redraw at all, or no trace.
     """
-    if redraw_above is None:
+    if redraw_below is None:
         return
     if not is_traced:
-        raise InputError("redraw_above looks at traces; give top_k as well, or leave it out")
-    if not 0 < redraw_above < 1 or max_redraws < 1:
+        raise InputError("redraw_below looks at traces; give top_k as well, or leave it out")
+    if redraw_below <= 0 or max_redraws < 1:
         raise InputError(
-            f"redraw_above must be in (0, 1) and max_redraws at least 1, got {redraw_above} and {max_redraws}"
+            f"redraw_below must be positive and max_redraws at least 1, got {redraw_below} and {max_redraws}"
         )
 
 

@@ -34,8 +34,8 @@ from provgen.training.trainer import CoTrainer
 MAX_LOSSES = 200
 """Training images, and held-out ones, that losses are measured on."""
 
-BOUNDS, MAX_REDRAWS = (0.5, 0.7, 0.9), 4
-"""Of the top posterior above which samples are drawn again, and times that they may be."""
+BOUNDS, MAX_REDRAWS = (1e-4, 1e-3, 1e-2), 4
+"""Of the late entropy in nats below which samples are drawn again, and times that they may be."""
 
 Arrays = dict[str, Any]
 """NumPy arrays by name."""
@@ -166,9 +166,9 @@ def curves(folder: SweepFolder, models: Sequence[SweepModel], steps: Sequence[in
         overall=copy_prediction([model for some in last.values() for model in some]),
         early={size: found for size, found in early.items() if found},
         redrawing={
-            size: {above: redraw(some, above=above, most=MAX_REDRAWS) for above in BOUNDS}
+            size: {below: redraw(some, below=below, most=MAX_REDRAWS) for below in BOUNDS}
             for size, some in last.items()
-            if all("top" in model for model in some)
+            if all("entropy" in model for model in some)
         },
     )
 

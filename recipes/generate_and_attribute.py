@@ -31,9 +31,11 @@ def main(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     class_name: Annotated[str | None, typer.Option(help="Only this class; all in turn without it.")] = None,
     trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
-    redraw_above: Annotated[
+    redraw_below: Annotated[
         float | None,
-        typer.Option(help="Draw samples again, up to four times, of which one image has a larger posterior."),
+        typer.Option(
+            help="Draw samples again, up to four times, whose sources have less entropy (nats), such as 0.001."
+        ),
     ] = None,
     closed_form: Annotated[bool, typer.Option(help="Also trace by the closed form.")] = False,
     seed: Annotated[
@@ -66,7 +68,7 @@ def main(
             guidance_scale=guidance_scale,
             top_k=top_k,
             trace_every=trace_every,
-            redraw_above=redraw_above,
+            redraw_below=redraw_below,
             closed_form=oracle,
             output_type="pt",
         )
@@ -90,7 +92,7 @@ def main(
         )
         publish(folder)
         print(f"{num_images} samples in {folder.samples}, their sources in {folder.traces}")
-        if redraw_above is not None:
+        if redraw_below is not None:
             print(f"{sum(sample['redraws'] > 0 for sample in samples)} of them were drawn again")
         print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()

@@ -12,11 +12,12 @@ from provgen.analysis.memorization import share_memorized
 from provgen.analysis.statistics import Estimate, auroc, mean_estimate, stratified_auroc
 from provgen.analysis.transition import halves_agreement
 from provgen.analysis.verdicts import MEMORIZED
+from provgen.attribution.trajectory import late_level
 
 Measured = Mapping[str, Tensor]
 """What `sweep.measure` gave of one model."""
 
-PREDICTORS = ("entropy", "top", "commitment")
+PREDICTORS = ("late_entropy", "entropy", "top", "commitment")
 """Of a trace: what may tell a copy."""
 
 FEWEST = 5
@@ -93,8 +94,8 @@ def copy_prediction(models: Sequence[Measured], *, within: bool = False) -> dict
         return {}
     found: dict[str, Estimate] = {}
     for name in [f"{who}{what}" for who in ("", "closed_form_") for what in PREDICTORS]:
-        if all(name in model for model in models):
-            scores = torch.cat([_telling(name, model[name]) for model in models])
+        if all("entropy" in model for model in models):
+            scores = torch.cat([_telling(name, model) for model in models])
             if not within:
                 found[name] = auroc(scores[is_copy], scores[~is_copy], seed=0)
             elif (estimate := stratified_auroc(scores, is_copy, _strata(models), seed=0)) is not None:
@@ -121,24 +122,23 @@ def early_prediction(models: Sequence[Measured], name: str = "step_entropy") -> 
     ]
 
 
-def redraw(models: Sequence[Measured], *, above: float, most: int) -> tuple[float, float]:
+def redraw(models: Sequence[Measured], *, below: float, most: int) -> tuple[float, float]:
     """Say what drawing samples again would do: the share of copies that is left, and the draws a sample takes.
 
-    From samples that were drawn once: with a share p of a class above the bound, p^(most + 1) of it is above in every
+    From samples that were drawn once: with a share p of a class below the bound, p^(most + 1) of it is below in every
     draw, and (1 - p^(most + 1)) / (1 - p) draws are made.
 
     Args:
         models: With traces.
-        above: Bound of the top posterior.
+        below: Bound of the late entropy in nats.
         most: Times a sample may be drawn again.
     """
-    copies, top, labels = (
-        torch.cat([values(model) for model in models])
-        for values in (lambda m: m["ratio"] < MEMORIZED, lambda m: m["top"] > above, lambda m: m["labels"])
-    )
+    copies = torch.cat([model["ratio"] < MEMORIZED for model in models])
+    collapsed = torch.cat([_late_entropy(model) < below for model in models])
+    labels = torch.cat([model["labels"] for model in models])
     left = draws = 0.0
     for label in labels.unique():
-        is_copy, is_drawn = copies[labels == label].double(), top[labels == label]
+        is_copy, is_drawn = copies[labels == label].double(), collapsed[labels == label]
         p = float(is_drawn.double().mean())
         kept = float(is_copy[~is_drawn].mean()) if p < 1 else 0.0
         failed = float(is_copy[is_drawn].mean()) if p > 0 else 0.0
@@ -148,11 +148,19 @@ def redraw(models: Sequence[Measured], *, above: float, most: int) -> tuple[floa
     return left, draws
 
 
-def _telling(name: str, values: Tensor) -> Tensor:
+def _telling(name: str, model: Measured) -> Tensor:
+    """Give scores that are large where a copy is likely."""
+    if name.endswith("late_entropy"):
+        return -_late_entropy(model, name.removesuffix("late_entropy"))
+    values = model[name]
     if name.endswith("top"):
         return values
     # Never committed is later than any step.
     return -values.double().masked_fill(values < 0, torch.inf) if name.endswith("commitment") else -values
+
+
+def _late_entropy(model: Measured, who: str = "") -> Tensor:
+    return model[f"{who}step_entropy"][:, late_level(model["signal"].tolist())]
 
 
 def _ratio(holdout: Tensor, train: Tensor, *, resamples: int = 1000) -> Estimate:

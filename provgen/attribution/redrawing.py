@@ -1,4 +1,4 @@
-"""Drawing samples again whose provenance has collapsed onto one training image."""
+"""Drawing samples again whose provenance collapses onto one training image before they are finished."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from provgen.attribution.tracer import Generated, Request, Tracer
 
 
 def generate_redrawing(
-    tracer: Tracer, request: Request, *, above: float, most: int
+    tracer: Tracer, request: Request, *, below: float, most: int
 ) -> tuple[Generated, Tensor]:
-    """Generate, and draw again what one training image has too large a share of.
+    """Generate, and draw again what comes from one training image too surely.
 
     A sample with a generator of its own is drawn again from the noise that this one gives next, so that it does not
     depend on its batch.
@@ -21,7 +21,7 @@ def generate_redrawing(
     Args:
         tracer: Of the generator.
         request: With traces.
-        above: Largest posterior of one training image from which on a sample is drawn again.
+        below: Entropy in nats, at the cleanest level of the trace window, below which a sample is drawn again.
         most: Times a sample may be drawn again; the last draw is kept, whatever it is.
 
     Returns:
@@ -30,7 +30,7 @@ def generate_redrawing(
     made = tracer.generate(request)
     redraws = torch.zeros(len(request.class_labels), dtype=torch.int64)
     for _ in range(most):
-        rows = (made.trace.posterior().amax(dim=1) > above).nonzero().flatten()
+        rows = (made.trace.late_entropy() < below).nonzero().flatten()
         if not len(rows):
             break
         made = _put(made, rows, tracer.generate(_of_rows(request, rows)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +92,11 @@ class TrajectoryTrace:
         assert self._sum is not None, "no noise level lies in the window"
         return self._sum / self._in_window
 
+    def late_entropy(self) -> Tensor:
+        """Give the entropy at the cleanest level of the window in nats, (query,): next to nothing for most copies."""
+        place = late_level(self._signal, self.window)
+        return self._entropy[place]
+
     def attribution(
         self, top_k: int, *, is_trajectory: bool, reachable: Tensor, credit: Tensor | None = None
     ) -> Attribution:
@@ -130,3 +136,9 @@ class TrajectoryTrace:
         held_to_the_end = holds.flip(0).cumprod(dim=0).sum(dim=0)
         first = self.first_step + self.every * (len(self._top) - held_to_the_end)
         return torch.where(held_to_the_end > 0, first, -1)
+
+
+def late_level(signal: Sequence[float], window: tuple[float, float] = WINDOW) -> int:
+    """Give the place of the cleanest of some levels, rising, that is in a window."""
+    inside = [place for place, level in enumerate(signal) if window[0] < level < window[1]]
+    return inside[-1]

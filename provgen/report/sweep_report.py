@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from provgen.analysis.statistics import Estimate
 from provgen.analysis.sweep_curves import SweepCurves
@@ -28,7 +29,7 @@ PANELS = (
     ("loss_ratio", "Denoising loss", "held-out / training"),
     ("divergence", "From learned by heart", "nats"),
     ("entropy", "Provenance entropy", "nats"),
-    ("commitment", "Commitment, where samples commit", "sampling step"),
+    ("commitment", "Commitment, if any", "sampling step"),
 )
 """Names of `curve_point`, titles and units."""
 
@@ -61,9 +62,11 @@ SECTIONS = {
 """Figures, with titles, texts and captions."""
 
 NAMES = {
+    "late_entropy": "late entropy",
     "entropy": "entropy",
     "top": "top posterior",
     "commitment": "commitment step",
+    "closed_form_late_entropy": "closed form, late entropy",
     "closed_form_entropy": "closed form, entropy",
     "closed_form_top": "closed form, top posterior",
     "closed_form_commitment": "closed form, commitment step",
@@ -135,10 +138,10 @@ def sweep_table(curves: SweepCurves) -> str:
         bounds = next(iter(curves.redrawing.values()))
         lines += [
             "",
-            "Copies left, and draws for each sample, where samples with a larger top posterior are drawn again:",
+            "Copies left, and draws for each sample, where samples with less late entropy (nats) are drawn again:",
             "",
         ]
-        lines += ["| images | as drawn | " + " | ".join(f"above {above:g}" for above in bounds) + " |"]
+        lines += ["| images | as drawn | " + " | ".join(f"below {below:g}" for below in bounds) + " |"]
         lines += ["|---:|---:|" + "---:|" * len(bounds)]
         for size, found in curves.redrawing.items():
             cells = [f"{left:.3f}, {draws:.2f} draws" for left, draws in found.values()]
@@ -187,6 +190,7 @@ def plot_time(curves: SweepCurves) -> Figure:
             shade = str(0.75 * number / max(1, len(sizes) - 1))
             axes.plot(places, shares, color=shade, marker="o", markersize=3, label=f"{size}")
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         unit = "training steps / training images" if divides else "training steps"
         label_axes(axes, unit, "share under the 1/3 rule", "Copies against time")
     figure.axes[0].legend(title="images", fontsize=7, title_fontsize=7, frameon=False)

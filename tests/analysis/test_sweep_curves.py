@@ -21,6 +21,12 @@ def model(ratios, **more):
     }
 
 
+def traced(ratios, late, **more):
+    """Make a model of some entropies at the only level."""
+    signal = {"signal": torch.tensor([0.8]), "step_entropy": torch.tensor(late)[:, None]}
+    return model(ratios, **{"entropy": torch.tensor(late), "top": -torch.tensor(late), **signal, **more})
+
+
 def test_a_point_pools_the_samples_of_all_models():
     first, second = model([0.1, 0.2, 0.9, 0.9]), model([0.1, 0.9, 0.9, 0.9])
     point = curve_point([first, second], [(first, first)])
@@ -40,31 +46,35 @@ def test_commitment_counts_samples_that_commit():
 
 
 def test_copies_are_told_by_small_entropy_large_top_and_early_commitment():
-    ratios = [0.1] * 6 + [0.9] * 6
-    traces = {
-        "entropy": torch.tensor([0.1] * 6 + [2.0] * 6),
-        "top": torch.tensor([0.9] * 6 + [0.3] * 6),
-        "commitment": torch.tensor([10] * 6 + [20, 30, -1, -1, -1, -1]),
-        "closed_form_entropy": torch.tensor([1.0] * 12),
-    }
-    found = copy_prediction([model(ratios, **traces)])
-    assert {name: estimate.value for name, estimate in found.items()} == {
-        "entropy": 1, "top": 1, "commitment": 1, "closed_form_entropy": 0.5,
-    }  # fmt: skip
+    made = traced(
+        [0.1] * 6 + [0.9] * 6,
+        [0.1] * 6 + [2.0] * 6,
+        top=torch.tensor([0.9] * 6 + [0.3] * 6),
+        commitment=torch.tensor([10] * 6 + [20, 30, -1, -1, -1, -1]),
+        closed_form_entropy=torch.tensor([1.0] * 12),
+        closed_form_step_entropy=torch.tensor([[1.0]] * 12),
+        closed_form_top=torch.tensor([1.0] * 12),
+        closed_form_commitment=torch.tensor([1] * 12),
+    )
+    found = copy_prediction([made])
+    for name in ("late_entropy", "entropy", "top", "commitment"):
+        assert found[name].value == 1
+        assert found[f"closed_form_{name}"].value == 0.5
+    assert copy_prediction([model([0.1] * 6 + [0.9] * 6)]) == {}, "without traces"
 
 
 def test_within_a_class_its_size_does_not_tell():
     # Class 0 has little entropy and copies only, class 1 much and none but for two, which do not stand out.
-    made = model([0.1] * 6 + [0.1, 0.1] + [0.9] * 6)
-    made["labels"] = torch.tensor([0] * 6 + [1] * 8)
-    made["entropy"] = torch.tensor([0.0] * 6 + [2.0] * 8)
-    assert copy_prediction([made])["entropy"].value > 0.8
-    assert copy_prediction([made], within=True)["entropy"].value == 0.5
+    made = traced([0.1] * 6 + [0.1, 0.1] + [0.9] * 6, [0.0] * 6 + [2.0] * 8)
+    made |= {"labels": torch.tensor([0] * 6 + [1] * 8), "commitment": torch.tensor([1] * 14)}
+    made |= {f"closed_form_{name}": made[name] for name in ("entropy", "step_entropy", "top", "commitment")}
+    assert copy_prediction([made])["late_entropy"].value > 0.8
+    assert copy_prediction([made], within=True)["late_entropy"].value == 0.5
 
 
 @pytest.mark.parametrize("ratios", [[0.1] * 12, [0.9] * 12, [0.1] * 4 + [0.9] * 8])
 def test_too_few_of_either_kind_are_not_told_apart(ratios):
-    assert copy_prediction([model(ratios, entropy=torch.rand(12))]) == {}
+    assert copy_prediction([traced(ratios, [0.5] * 12)]) == {}
     assert (
         early_prediction([model(ratios, step_entropy=torch.rand(12, 2), signal=torch.tensor([0.1, 0.9]))])
         == []
@@ -80,24 +90,23 @@ def test_every_sampling_step_tells_what_it_knows():
 
 
 def test_drawing_again_by_hand():
-    # Of class 0 half are above the bound, all of them copies; of class 1 all are, and a quarter are copies.
-    made = model([0.1, 0.9] * 4 + [0.1] + [0.9] * 3)
+    # Of class 0 half are below the bound, all of them copies; of class 1 all are, and a quarter are copies.
+    made = traced([0.1, 0.9] * 4 + [0.1] + [0.9] * 3, [0.1, 0.8] * 4 + [0.1] * 4)
     made["labels"] = torch.tensor([0] * 8 + [1] * 4)
-    made["top"] = torch.tensor([0.9, 0.2] * 4 + [0.9] * 4)
-    left, draws = redraw([made], above=0.5, most=2)
+    left, draws = redraw([made], below=0.5, most=2)
     assert left == pytest.approx(2 / 3 * 0.5**3 * 1 + 1 / 3 * 0.25)
     assert draws == pytest.approx(2 / 3 * (1 + 0.5 + 0.25) + 1 / 3 * 3)
-    assert redraw([made], above=0.95, most=2) == pytest.approx((5 / 12, 1))
+    assert redraw([made], below=0.05, most=2) == pytest.approx((5 / 12, 1))
 
 
 def test_drawing_again_is_what_simulation_says():
     generator = torch.Generator().manual_seed(0)
     ratios = torch.rand(4000, generator=generator)
-    top = (1 - ratios + 0.3 * torch.randn(4000, generator=generator)).clamp(0, 1)
-    made = model(ratios.tolist(), top=top, labels=torch.zeros(4000, dtype=torch.int64))
-    left, draws = redraw([made], above=0.6, most=4)
+    late = (ratios + 0.3 * torch.randn(4000, generator=generator)).clamp(0, 1)
+    made = traced(ratios.tolist(), late.tolist(), labels=torch.zeros(4000, dtype=torch.int64))
+    left, draws = redraw([made], below=0.4, most=4)
     rows = torch.randint(4000, (5, 20_000), generator=generator)
-    rejected = top[rows] > 0.6
+    rejected = late[rows] < 0.4
     stops = (~rejected).int().argmax(dim=0).masked_fill(rejected.all(dim=0), 4)
     final = rows.gather(0, stops[None])[0]
     assert left == pytest.approx(float((ratios[final] < 1 / 3).double().mean()), abs=0.01)

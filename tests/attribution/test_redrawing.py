@@ -1,7 +1,9 @@
-"""Samples drawn again: only those that one image has too much of, from their own generators, and not for ever."""
+"""Samples drawn again: only those with too few sources, from their own generators, and not for ever."""
 
 import pytest
 import torch
+
+from provgen.attribution.trajectory import WINDOW
 
 
 def seeds(*numbers):
@@ -28,15 +30,20 @@ def plain(pipe):
     return pipe(LABELS, seeds(*range(6)))
 
 
+def late(attribution):
+    inside = attribution.signal < WINDOW[1]
+    return attribution.step_entropy[:, inside][:, -1]
+
+
 @pytest.fixture(scope="module")
-def above(plain):
-    """Half of the samples are above it."""
-    return float(plain.attribution.posterior[:, 0].sort().values[2:4].mean())
+def below(plain):
+    """Half of the samples are below it."""
+    return float(late(plain.attribution).sort().values[2:4].mean())
 
 
-def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe, plain, above):
-    found = pipe(LABELS, seeds(*range(6)), redraw_above=above, max_redraws=1)
-    collapsed = plain.attribution.posterior[:, 0] > above
+def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe, plain, below):
+    found = pipe(LABELS, seeds(*range(6)), redraw_below=below, max_redraws=1)
+    collapsed = late(plain.attribution) < below
     assert collapsed.sum() == 3
     assert torch.equal(found.redraws > 0, collapsed)
     assert torch.equal(found.images[~collapsed], plain.images[~collapsed])
@@ -54,7 +61,7 @@ def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe
 
 
 def test_what_can_not_be_helped_is_kept_after_so_many_draws(pipe):
-    found = pipe(LABELS, seeds(*range(6)), redraw_above=1e-6, max_redraws=3)
+    found = pipe(LABELS, seeds(*range(6)), redraw_below=100.0, max_redraws=3)
     assert found.redraws.tolist() == [3] * 6
 
 
@@ -63,11 +70,11 @@ def test_nothing_is_drawn_again_unless_asked_for(plain):
 
 
 @pytest.mark.parametrize(
-    "options", [{"redraw_above": 0.0}, {"redraw_above": 1.0}, {"redraw_above": 0.5, "max_redraws": 0}]
+    "options", [{"redraw_below": 0.0}, {"redraw_below": -1.0}, {"redraw_below": 0.5, "max_redraws": 0}]
 )
 def test_impossible_bounds_are_refused(options, pipe, message_of):
-    assert "redraw_above must be in (0, 1)" in message_of(pipe, LABELS, seeds(*range(6)), **options)
+    assert "redraw_below must be positive" in message_of(pipe, LABELS, seeds(*range(6)), **options)
 
 
 def test_redraws_need_traces(trained, message_of):
-    assert "give top_k as well" in message_of(trained.pipeline, [0], top_k=None, redraw_above=0.5)
+    assert "give top_k as well" in message_of(trained.pipeline, [0], top_k=None, redraw_below=0.5)

@@ -69,6 +69,12 @@ def test_steps_between_traced_ones_count_as_the_next():
     assert trace.commitment_step().tolist() == [15]
 
 
+def test_the_late_entropy_is_that_of_the_cleanest_level_of_the_window():
+    trace = trace_of(UNDECIDED, HALF, FIRST, signals=[0.2, 0.85, 0.97])
+    expected = -sum(p * math.log(p) for p in HALF)
+    assert trace.late_entropy().tolist() == pytest.approx([expected])
+
+
 def test_outside_images_have_no_commitment():
     attribution = trace_of(FIRST, FIRST).attribution(2, is_trajectory=False, reachable=ALL)
     assert attribution.commitment_step.tolist() == [-1]
