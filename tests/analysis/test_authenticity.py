@@ -14,11 +14,6 @@ def authenticity_of(generated, train):
     return authenticity(nearest(generated, distinct, 1), distinct)
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def test_copies_are_not_authentic_and_far_images_are(generator):
     train = torch.randn(100, 4, generator=generator)
     assert authenticity_of(train[:30], train).value == 0

@@ -17,11 +17,6 @@ from provgen.errors import InputError
 
 
 @pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def sets(generator):
     mixing = torch.randn(12, 12, generator=generator)
     return torch.randn(400, 12, generator=generator) @ mixing, 1 + 2 * torch.randn(

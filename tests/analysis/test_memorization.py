@@ -17,11 +17,6 @@ def points(generator):
     return torch.randn(70, 5, generator=generator), torch.randn(200, 5, generator=generator)
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def test_exact_copies_are_all_memorized(points):
     _, train = points
     ratios = ratios_of(train, train)

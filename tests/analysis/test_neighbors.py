@@ -11,11 +11,6 @@ def points(generator):
     return torch.randn(70, 5, generator=generator), torch.randn(200, 5, generator=generator)
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def test_neighbors_equal_brute_force(points):
     queries, train = points
     expected = torch.cdist(queries.double(), train.double(), compute_mode="donot_use_mm_for_euclid_dist")
