@@ -7,21 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
 from provgen.analysis.class_quality import ClassQuality, class_quality
+from provgen.analysis.denoiser_divergence import denoiser_divergence
 from provgen.analysis.generator_loss import generator_losses
 from provgen.analysis.index_quality import LEVELS, IndexProbe, mean_kl_gap
 from provgen.analysis.statistics import Estimate
 from provgen.analysis.verdicts import Evidence, gather_evidence
 from provgen.attribution.network import NetworkPosterior
-from provgen.attribution.posterior import Oracle
+from provgen.attribution.posterior import ClosedFormPosterior, Oracle
 from provgen.build import make_mixing
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.kinds import DiffusionKind, make_kind
-from provgen.models.diffusion import make_sampling_scheduler
+from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
 from provgen.pipeline import ProvenancePipeline, ProvenancePipelineOutput
 from provgen.run_folder import RunFolder, atomic_path
 from provgen.runs import RunData, TrainedRun
@@ -139,6 +140,30 @@ def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence
         entropy=traced.entropy,
         of_class=torch.where(labels < train.num_classes, of_class, 1.0),
     )
+
+
+def divergence_by_step(
+    unet: UNet2DModel, settings: Settings, train: ImageSet, images: ImageSet
+) -> dict[int, Tensor]:
+    """Measure how far a denoiser is from the one that has learned `train` by heart: nats (query,) by timestep.
+
+    Args:
+        unet: The denoiser.
+        settings: Of the run.
+        train: Its training images.
+        images: What is noised.
+    """
+    pixels = to_unit_range(train.images, torch.float64)
+    steps = make_kind(settings, train).timesteps(LEVELS)
+    found = denoiser_divergence(
+        unet,
+        ClosedFormPosterior(pixels, train.labels, null_label=train.num_classes),
+        make_training_scheduler(settings.generator.beta_schedule),
+        images,
+        timesteps=steps,
+        seed=0,
+    )
+    return {step: found[:, place] for place, step in enumerate(steps)}
 
 
 def make_probe(settings: Settings, data: RunData, num_queries: int = 256) -> IndexProbe:

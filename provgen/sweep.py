@@ -9,23 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
 from provgen import evaluation
-from provgen.analysis.denoiser_divergence import denoiser_divergence
-from provgen.analysis.index_quality import LEVELS
 from provgen.analysis.memorization import distance_ratio
 from provgen.analysis.neighbors import distinct_rows, nearest
 from provgen.analysis.sweep_curves import SweepCurves, copy_prediction, curve_point, early_prediction, redraw
-from provgen.attribution.posterior import ClosedFormPosterior
 from provgen.attribution.scores import Attribution
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
-from provgen.kinds import make_kind
-from provgen.models.diffusion import make_training_scheduler
 from provgen.run_folder import atomic_path
 from provgen.runs import RunData
 from provgen.settings import Settings
@@ -112,7 +106,8 @@ def measure(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images
         arrays[f"{name}_losses"] = evaluation.losses_by_draw(
             pipeline.unet, settings, _some(images), draws=evaluation.LOSS_DRAWS
         )
-    arrays["divergence"] = _divergence(pipeline.unet, settings, data)
+    by_step = evaluation.divergence_by_step(pipeline.unet, settings, data.train, _some(data.train))
+    arrays["divergence"] = torch.stack(list(by_step.values()), dim=1)
     return {name: values.cpu().numpy() for name, values in arrays.items()}
 
 
@@ -129,15 +124,6 @@ def _trace(attribution: Attribution) -> dict[str, Tensor]:
         "step_entropy": attribution.step_entropy,
         "signal": attribution.signal,
     }
-
-
-def _divergence(unet: UNet2DModel, settings: Settings, data: RunData) -> Tensor:
-    kind = make_kind(settings, data.train)
-    images = to_unit_range(data.train.images, torch.float64)
-    closed_form = ClosedFormPosterior(images, data.train.labels, null_label=data.train.num_classes)
-    scheduler = make_training_scheduler(settings.generator.beta_schedule)
-    some, steps = _some(data.train), kind.timesteps(LEVELS)
-    return denoiser_divergence(unet, closed_form, scheduler, some, timesteps=steps, seed=0)
 
 
 def _some(images: ImageSet) -> ImageSet:

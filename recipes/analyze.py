@@ -19,6 +19,7 @@ from provgen.features import features_of, make_encoder
 from provgen.report import exports, sections
 from provgen.report.class_section import class_section
 from provgen.report.faithfulness_section import faithfulness_section, read_lds_rows
+from provgen.report.generalization_section import generalization_section
 from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
@@ -65,11 +66,7 @@ def main(
         some = some_of(labelled, MAX_TRACED)
         parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
     if len(holdout) and has_loss(trained.settings, train.num_classes):
-        losses = [
-            evaluation.losses(trained.pipeline.network, trained.settings, some_of(images, MAX_IMAGES))
-            for images in (train, holdout)
-        ]
-        parts.append(sections.loss_section(trained.settings.generator.kind, *losses))
+        parts.append(generalization_part(trained))
     if (measured := run / "faithfulness" / "retrained.parquet").is_file():
         parts.append(faithfulness_section(read_lds_rows(measured)))
     parts.append((sections.training_section(logged), []))
@@ -150,6 +147,21 @@ def sample_parts(
         closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
         parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
     return parts
+
+
+def generalization_part(trained: runs.TrainedRun) -> sections.Part:
+    """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
+    settings, train, pipeline = trained.settings, trained.data.train, trained.pipeline
+    seen, unseen = (
+        evaluation.losses_by_draw(
+            pipeline.network, settings, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS
+        )
+        for images in (train, trained.data.holdout)
+    )
+    divergence = None
+    if pipeline.unet is not None:
+        divergence = evaluation.divergence_by_step(pipeline.unet, settings, train, some_of(train, MAX_TRACED))
+    return generalization_section(settings.generator.kind, seen, unseen, divergence)
 
 
 def verdict_part(trained: runs.TrainedRun, samples: list[dict[str, Any]], generated: Tensor) -> sections.Part:

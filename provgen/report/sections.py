@@ -12,7 +12,7 @@ from torch import Tensor
 from provgen.analysis.agreement import agreement, mismatched
 from provgen.analysis.memorization import distance_ratio, share_memorized
 from provgen.analysis.neighbors import distinct_rows, nearest
-from provgen.analysis.statistics import Estimate, mean_estimate
+from provgen.analysis.statistics import Estimate
 from provgen.report.exports import group_traces
 from provgen.report.figures import plot_entropy, plot_index_quality, plot_ratio_histogram, plot_training
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
@@ -183,37 +183,6 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
         Table(["images", "share memorized", "n"], rows, "Clopper-Pearson 95 % intervals in brackets."),
     )
     return section, [metric]
-
-
-LOSSES = {
-    "diffusion": ("denoising_loss", "Mean squared error of the predicted noise"),
-    "vae": (
-        "autoencoder_loss",
-        "Squared error of the reconstruction, plus the weighted divergence of the latent",
-    ),
-    "none": ("class_loss", "Cross-entropy of the class (nats), times its weight"),
-}
-"""Name in report.json and description of the loss of each kind of generator."""
-
-
-def loss_section(kind: str, train_losses: Tensor, holdout_losses: Tensor) -> Part:
-    """Compare the generator's loss on training and held-out images, each (query,)."""
-    name, what = LOSSES[kind]
-    seen, unseen = mean_estimate(train_losses, seed=0), mean_estimate(holdout_losses, seed=0)
-    metrics = [
-        Metric.from_estimate(f"holdout_{name}", unseen, "model fit"),
-        Metric.from_estimate(f"train_{name}", seen, "model fit"),
-    ]
-    section = Section(
-        "Does it generalize?",
-        f"{what}, averaged weights. A network that memorizes is much better on the images it has seen.",
-        table=Table(
-            ["images", name.replace("_", " "), "n"],
-            [["training", _interval(seen), seen.n], ["held-out", _interval(unseen), unseen.n]],
-            "Bootstrap 95 % intervals over images in brackets.",
-        ),
-    )
-    return section, metrics
 
 
 def _index_metrics(last: Mapping[str, Any], num_covered: int, num_classes: int) -> list[Metric]:
