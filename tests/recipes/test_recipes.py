@@ -25,7 +25,7 @@ from provgen.training.tracking import read_metrics
 
 FINISHED_FILES = {
     "config.yaml", "manifest.parquet", "metrics.jsonl", "checkpoints", "pipeline", "tensorboard",
-    "samples", "traces", "traces_closed_form", "report.html", "report.json",
+    "samples", "traces", "traces_closed_form", "report.html", "report.json", "verdicts.parquet",
 }  # fmt: skip
 
 
