@@ -24,17 +24,17 @@ def authenticity(found: Neighbors, distinct: Tensor) -> Estimate:
     return proportion(int((among_training < found.distances[:, 0]).sum()), len(found.distances))
 
 
-def closer_to_train(generated: Tensor, holdout: Tensor, train: Tensor) -> Estimate:
+def closer_to_train(found: Neighbors, generated: Tensor, holdout: Tensor) -> Estimate:
     """Give the share of generated images that are nearer to a training image than to any held-out one.
 
     A generator that has learned no more of the training images than of the held-out ones has N / (N + M), with N
     training and M held-out images; a copier has 1. Ties count half, rounded down.
 
     Args:
+        found: Neighbours of the generated images among the training images.
         generated: (query, feature).
         holdout: (query, feature).
-        train: (train, feature).
     """
-    to_train, to_holdout = (nearest(generated, images, 1).distances[:, 0] for images in (train, holdout))
+    to_train, to_holdout = found.distances[:, 0], nearest(generated, holdout, 1).distances[:, 0]
     closer = int((to_train < to_holdout).sum()) + int((to_train == to_holdout).sum()) // 2
     return proportion(closer, len(generated))

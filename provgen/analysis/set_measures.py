@@ -83,7 +83,7 @@ class _Measures:
     """What does not depend on the column."""
 
     def __init__(self, reference: Tensor, train: Tensor, seed: int) -> None:
-        self.reference, self.train, self.seed = reference, train, seed
+        self.reference, self.seed = reference, seed
         self.distinct = distinct_rows(train)
         self.cells = SpaceCells(train, seed=seed)
         self.placed = self._place(reference, nearest(reference, self.distinct, 1).distances)
@@ -95,7 +95,7 @@ class _Measures:
             "share_memorized": share_memorized(distance_ratio(found)),
             "data_copying": self._copying(images, found.distances),
             "authenticity": authenticity(found, self.distinct),
-            "closer_to_train": closer_to_train(images, self.reference, self.train),
+            "closer_to_train": closer_to_train(found, images, self.reference),
             **alike._asdict(),
             "frechet_distance": with_interval(frechet_distance, images, self.reference, seed=self.seed),
             "kernel_distance": with_interval(

@@ -14,6 +14,10 @@ def authenticity_of(generated, train):
     return authenticity(nearest(generated, distinct, 1), distinct)
 
 
+def closer_of(generated, holdout, train):
+    return closer_to_train(nearest(generated, train, 1), generated, holdout)
+
+
 def test_copies_are_not_authentic_and_far_images_are(generator):
     train = torch.randn(100, 4, generator=generator)
     assert authenticity_of(train[:30], train).value == 0
@@ -46,14 +50,12 @@ def test_the_null_of_independent_gaussians(dimension, expected, generator):
 
 def test_nearer_to_training_images(generator):
     train, holdout = torch.randn(90, 5, generator=generator), torch.randn(30, 5, generator=generator)
-    assert closer_to_train(train, holdout, train).value == 1
-    assert closer_to_train(holdout, holdout, train).value == 0
+    assert closer_of(train, holdout, train).value == 1
+    assert closer_of(holdout, holdout, train).value == 0
     alike = torch.randn(2000, 5, generator=generator)
     others = [torch.randn(count, 5, generator=generator) for count in (1000, 3000)]
-    assert closer_to_train(alike, *others).value == pytest.approx(3 / 4, abs=0.04), (
-        "the share of training images"
-    )
+    assert closer_of(alike, *others).value == pytest.approx(3 / 4, abs=0.04), "the share of training images"
 
 
 def test_ties_count_half():
-    assert closer_to_train(torch.zeros(10, 1), torch.ones(3, 1), -torch.ones(3, 1)).value == 0.5
+    assert closer_of(torch.zeros(10, 1), torch.ones(3, 1), -torch.ones(3, 1)).value == 0.5
