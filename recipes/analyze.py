@@ -135,10 +135,15 @@ def sample_parts(
         ),
         sections.memorization_section(*sets),
     ]
-    if common_size(len(generated), len(holdout), len(train)) >= FEWEST:
-        encoder = make_encoder(features, trained.pipeline)
+    encoder = make_encoder(features, trained.pipeline)
+    size = common_size(len(generated), len(holdout), len(train))
+    if size >= FEWEST:
         encoded = [features_of(images, encoder) for images in (generated, holdout.images, train.images)]
         parts.append(set_section(set_measures(*encoded), features))
+    else:
+        print(
+            f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} are needed"
+        )
     if len(holdout) >= FEWEST_HELD_OUT:
         parts.append(verdict_part(trained, samples, generated))
     if is_trajectory:
