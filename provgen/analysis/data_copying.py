@@ -27,8 +27,8 @@ FEWEST_GENERATED = 20
 """Generated images that a part needs to be counted."""
 
 
-Sides = tuple[NDArray[np.float64], NDArray[np.int64]]
-"""Distances to the nearest training image, and cells, each (query,)."""
+Sides = tuple[NDArray[np.float64], ...]
+"""Distances of generated and of held-out images to the nearest training image, each (query,)."""
 
 
 @dataclass(frozen=True)
@@ -65,44 +65,33 @@ def data_copying(generated: Placed, holdout: Placed, *, seed: int, resamples: in
 
     Where no cell has enough of both, the whole space is one cell.
     """
-    sets = [(placed.distances.cpu().numpy(), placed.cells.cpu().numpy()) for placed in (generated, holdout)]
-    counted = counted_cells(*(cells for _, cells in sets))
-    if not counted:
-        sets = [(distances, np.zeros_like(cells)) for distances, cells in sets]
-        counted = [0]
-    value, null_deviation = copying_statistic(sets[0], sets[1], counted)
+    cells = counted_cells(generated, holdout)
+    value, null_deviation = copying_statistic(cells)
     random, draws = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        rows = [random.integers(len(distances), size=len(distances)) for distances, _ in sets]
-        again = [(distances[some], cells[some]) for (distances, cells), some in zip(sets, rows, strict=True)]
-        draws.append(copying_statistic(again[0], again[1], counted)[0])
+    for _ in range(resamples):  # within cells, so that none is ever empty
+        again = [tuple(side[random.integers(len(side), size=len(side))] for side in cell) for cell in cells]
+        draws.append(copying_statistic(again)[0])
     low, high = percentile_interval(np.array(draws))
     return DataCopying(Estimate(value, low, high, len(generated.distances)), null_deviation)
 
 
-def counted_cells(generated: NDArray[np.int64], holdout: NDArray[np.int64]) -> list[int]:
-    """List the cells that hold enough generated images and a held-out one."""
-    return [int(cell) for cell in np.unique(holdout) if (generated == cell).sum() >= FEWEST_GENERATED]
+def counted_cells(generated: Placed, holdout: Placed) -> list[Sides]:
+    """Give the distances of both in every cell that holds enough generated images and a held-out one."""
+    sets = [(placed.distances.cpu().numpy(), placed.cells.cpu().numpy()) for placed in (generated, holdout)]
+    cells: list[Sides] = [
+        tuple(distances[of == cell] for distances, of in sets) for cell in np.unique(sets[1][1])
+    ]
+    enough = [cell for cell in cells if len(cell[0]) >= FEWEST_GENERATED]
+    return enough or [(sets[0][0], sets[1][0])]
 
 
-def copying_statistic(generated: Sides, holdout: Sides, counted: Sequence[int]) -> tuple[float, float]:
-    """Give C_T and its deviation under the null from distances to the nearest training image, and cells.
-
-    Args:
-        generated: Distances and cells.
-        holdout: Distances and cells.
-        counted: Cells that are looked at; those without an image of either kind are left out.
-    """
-    scores, weights = [], []
-    for cell in counted:
-        mine, theirs = (distances[cells == cell] for distances, cells in (generated, holdout))
-        if len(mine) and len(theirs):
-            scores.append(rank_sum_score(mine, theirs))
-            weights.append(len(theirs) / len(holdout[0]))
-    total = sum(weights)
-    value = sum(w * z for w, z in zip(weights, scores, strict=True)) / total
+def copying_statistic(cells: Sequence[Sides]) -> tuple[float, float]:
+    """Give C_T and its deviation under the null from distances to the nearest training image, cell by cell."""
+    weights = np.array([len(theirs) for _, theirs in cells], dtype=np.float64)
+    weights /= weights.sum()
+    scores = np.array([rank_sum_score(mine, theirs) for mine, theirs in cells])
     # A mean of independent standard normal scores has this deviation, and not 1.
-    return value, sqrt(sum(w**2 for w in weights)) / total
+    return float(weights @ scores), float(np.sqrt(weights @ weights))
 
 
 def rank_sum_score(generated: NDArray[np.float64], holdout: NDArray[np.float64]) -> float:

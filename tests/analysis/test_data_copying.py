@@ -52,21 +52,26 @@ def test_ties_and_a_hand_worked_case():
 def test_cells_are_weighed_by_their_held_out_images():
     # Cell 0 has 30 held-out images that are all farther, cell 1 has 10 that are all nearer, cell 2 too few generated.
     generated = np.concatenate([np.zeros(20), np.full(25, 2.0), np.zeros(19)])
-    generated_cells = np.repeat([0, 1, 2], [20, 25, 19])
-    holdout, holdout_cells = np.ones(100), np.repeat([0, 1, 2], [30, 10, 60])
-    first, second = rank_sum_score(np.zeros(20), np.ones(30)), rank_sum_score(np.full(25, 2.0), np.ones(10))
-    value, deviation = copying_statistic(
-        (generated, generated_cells), (holdout, holdout_cells), counted_cells(generated_cells, holdout_cells)
+    sides = (
+        Placed(torch.from_numpy(generated), torch.tensor([0] * 20 + [1] * 25 + [2] * 19)),
+        Placed(torch.ones(100), torch.tensor([0] * 30 + [1] * 10 + [2] * 60)),
     )
+    first, second = rank_sum_score(np.zeros(20), np.ones(30)), rank_sum_score(np.full(25, 2.0), np.ones(10))
+    value, deviation = copying_statistic(counted_cells(*sides))
     assert value == pytest.approx((0.3 * first + 0.1 * second) / 0.4)
     assert deviation == pytest.approx(math.hypot(0.3, 0.1) / 0.4)
 
 
 def test_three_equal_cells_have_a_deviation_of_0577():
-    cells = np.repeat([0, 1, 2], 40)
-    assert copying_statistic((np.zeros(120), cells), (np.zeros(120), cells), [0, 1, 2])[1] == pytest.approx(
-        3**-0.5
-    )
+    assert copying_statistic([(np.zeros(40), np.zeros(40))] * 3)[1] == pytest.approx(3**-0.5)
+
+
+def test_all_generated_in_a_cell_of_few_held_out_images():
+    """A collapsed generator: resamples never lose the only cell."""
+    generated = Placed(torch.rand(40, dtype=torch.float64), torch.zeros(40).long())
+    holdout = Placed(torch.rand(64, dtype=torch.float64), torch.tensor([0] + [1] * 63))
+    found = data_copying(generated, holdout, seed=0)
+    assert found.statistic.low <= found.statistic.value <= found.statistic.high
 
 
 @pytest.mark.parametrize(
