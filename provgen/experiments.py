@@ -89,30 +89,6 @@ class VariantRun:
         return {**head, **self.variant.values, **measured}
 
 
-@dataclass(frozen=True)
-class Part:
-    """A share of the runs: `number` of `count`, from 1."""
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """Read `1/2`.
-
-        Raises:
-            InputError: Not two numbers, or not one of the parts.
-        """
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise InputError(f"--part must be a number of how many, such as 1/2, got {text}")
-        return cls(int(match[1]), int(match[2]))
-
-    def share(self, runs: Sequence[T]) -> list[T]:
-        """Take every `count`-th run, so that parts are about equally long."""
-        return list(runs[self.number - 1 :: self.count])
-
-
 def load_experiment(
     path: Path, configs: Path, *, quick: bool = False, overrides: Sequence[str] = ()
 ) -> Experiment:

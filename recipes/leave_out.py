@@ -8,8 +8,8 @@ goes on where it was stopped; parts 1/2 and 2/2 may run side by side. What metho
 after another calibration, remove the folder.
 """
 
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +23,8 @@ from provgen.analysis.calibration_split import Tuned
 from provgen.analysis.leave_out import strongest_first
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
-from provgen.experiments import Part
 from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut, Outcome, plan
+from provgen.parts import Part, missing_models
 from provgen.report.leave_out_table import effect_rows, effect_table, leave_out_effects, write_effects
 from provgen.retrained_files import QueryImages, RetrainedFolder
 from provgen.run_folder import atomic_path, claim_folder, require_run
@@ -77,24 +77,22 @@ def main(
     left_out |= {model: torch.empty(0, dtype=torch.int64) for model in nothing}
     # Nothing is left out once for all samples.
     samples_of = {model: [m for m in nothing if m.seed == model.seed] for model in nothing}
-    mine = portion.share([*nothing[:: len(others)], *planned])
-    missing = [
-        model
-        for model in mine
-        if not all(folder.has(some, left_out[some]) for some in samples_of.get(model, [model]))
-    ]
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
-    if accelerator.is_main_process:
-        total = len(planned) + seeds
-        print(f"{total} models into {folder.root}, {len(missing)} of this part are missing", flush=True)
-    start, waiting = time.perf_counter(), missing[accelerator.process_index :: accelerator.num_processes]
-    for done, model in enumerate(waiting, start=1):
+
+    def is_there(model: LeftOut) -> bool:
+        return all(folder.has(some, left_out[some]) for some in samples_of.get(model, [model]))
+
+    models = [*nothing[:: len(others)], *planned]
+    for model in missing_models(
+        models,
+        is_there,
+        part=portion,
+        accelerator=accelerator,
+        folder=folder.root,
+        say=partial(print, flush=True),
+    ):
         network, settings = train_without(trained, left_out[model], model.seed, accelerator)
         for some in samples_of.get(model, [model]):
             folder.save(some, outcome(network, settings, trained, samples, some, left_out[some]))
-        left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
-        print(f"[{done}/{len(waiting)}] {model}; about {left:.0f} min left", flush=True)
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         there = {m: folder.load(m) for m in [*nothing, *planned] if folder.has(m, left_out[m])}
         table = write_table(folder.root, there, names, shares, trained.data.train.labels, samples.labels)

@@ -8,7 +8,7 @@ training. Every process trains models of its own; the same command goes on where
 may run side by side. Writes measured/, sweep.parquet, sweep.md, figures and report.html into the output folder.
 """
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from provgen import build, cli, retraining, runs, sweep
 from provgen.errors import InputError
-from provgen.experiments import Part
+from provgen.parts import Part, missing_models
 from provgen.report.sweep_report import write_sweep_report
 from provgen.run_folder import RunFolder, claim_folder
 from provgen.settings import Settings
@@ -53,17 +53,15 @@ def main(
     if accelerator.is_main_process:
         claim_folder(root, retraining.made_of(settings, num_images=num_images, steps=steps))
     accelerator.wait_for_everyone()
-    missing = [model for model in share.share(models) if not folder.has(model, steps[-1])]
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
-    waiting = missing[accelerator.process_index :: accelerator.num_processes]
-    if accelerator.is_main_process:
-        print(f"{len(models)} models into {root}, {len(missing)} of this part are missing", flush=True)
-    start = time.perf_counter()
-    for done, model in enumerate(waiting, start=1):
+    for model in missing_models(
+        models,
+        lambda model: folder.has(model, steps[-1]),
+        part=share,
+        accelerator=accelerator,
+        folder=root,
+        say=partial(print, flush=True),
+    ):
         train_and_measure(model, settings, data, steps, folder, accelerator, num_images)
-        left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
-        print(f"[{done}/{len(waiting)}] {model}; about {left:.0f} min left", flush=True)
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         there = [model for model in models if folder.has(model, steps[-1])]
         print(f"{len(there)} of {len(models)} models measured")

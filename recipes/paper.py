@@ -26,11 +26,11 @@ from provgen.errors import InputError
 from provgen.experiment_file import read_description
 from provgen.experiments import (
     Experiment,
-    Part,
     VariantRun,
     load_experiment,
 )
 from provgen.measured_file import is_trained, read_measured, write_measured
+from provgen.parts import Part
 from provgen.report.findings import findings_page, judge, overview
 from provgen.report.variant_figure import plot_variants
 from provgen.report.variant_report import METRICS, markdown_table, with_ratios, write_parquet

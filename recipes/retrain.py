@@ -7,7 +7,7 @@ Every process trains models of its own. The same command goes on where it was st
 side by side with --part 1/2 and --part 2/2. Writes masks.npz, queries.npz and losses/ into RUN/retrained.
 """
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,7 @@ import typer
 
 from provgen import build, cli, retraining, runs
 from provgen.data.splits import subset_masks
-from provgen.experiments import Part
+from provgen.parts import Part, missing_models
 from provgen.retrained_files import RetrainedFolder
 from provgen.run_folder import require_run
 from provgen.settings_file import load_settings
@@ -49,22 +49,22 @@ def main(
     queries = folder.queries() or {}
 
     models = [(subset, seed) for seed in range(seeds) for subset in range(num_subsets)]
-    missing = [model for model in share.share(models) if not folder.has(*model)]
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
-    waiting = missing[accelerator.process_index :: accelerator.num_processes]
-    if accelerator.is_main_process:
-        print(f"{len(models)} models into {folder.root}, {len(missing)} of this part are missing", flush=True)
-    start = time.perf_counter()
-    for done, (subset, seed) in enumerate(waiting, start=1):
+    waiting = missing_models(
+        models,
+        lambda model: folder.has(*model),
+        part=share,
+        accelerator=accelerator,
+        folder=folder.root,
+        say=partial(print, flush=True),
+        describe=lambda model: f"subset {model[0]}, seed {model[1]}",
+    )
+    for subset, seed in waiting:
         settings = retraining.subset_settings(
             trained.settings, seed=SEED + seed, share_of_steps=fraction if keep_epochs else 1.0
         )
         data = retraining.subset_data(trained.data, masks[subset])
         network = retraining.train_generator(settings, data, accelerator)
         folder.save(subset, seed, retraining.query_losses(network, settings, train, queries))
-        left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
-        print(f"[{done}/{len(waiting)}] subset {subset}, seed {seed}; about {left:.0f} min left", flush=True)
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"{len(folder.measured())} of {len(models)} models measured in {folder.root}")
     accelerator.end_training()

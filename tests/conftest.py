@@ -48,6 +48,18 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def expected_coverage():
+    """Coverage of two sets of the same distribution, whatever it is (Naeem et al. 2020)."""
+
+    def call(num_generated: int, num_reference: int, k: int = 5) -> float:
+        j = torch.arange(1, k + 1, dtype=torch.float64)
+        missed = (num_reference - j) / (num_generated + num_reference - j)
+        return float(1 - missed.prod())
+
+    return call
+
+
 @pytest.fixture
 def message_of():
     """Call something that must refuse its input; return the message, which must be one line."""

@@ -10,10 +10,10 @@ import pytest
 
 from provgen.experiments import (
     Experiment,
-    Part,
     load_experiment,
 )
 from provgen.measured_file import is_trained, read_measured, write_measured
+from provgen.parts import Part
 from provgen.run_folder import RunFolder
 from provgen.settings_file import load_settings
 

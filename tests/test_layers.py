@@ -7,7 +7,7 @@ from pathlib import Path
 LAYERS = (
     "errors", "run_folder", "settings", "settings_file", "data", "models", "training", "attribution",
     "pipeline_inputs", "pipeline", "features", "analysis", "leave_out_files", "report", "kinds", "runs", "build",
-    "evaluation", "retrained_files", "comparison", "retraining", "faithfulness", "sweep", "measurement",
+    "parts", "evaluation", "retrained_files", "comparison", "retraining", "faithfulness", "sweep", "measurement",
     "measured_file", "experiment_file", "experiments", "cli",
 )  # fmt: skip
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from provgen.analysis.neighbors import Neighbors
 from provgen.analysis.statistics import Estimate, proportion
 
+MEMORIZED = 1 / 3
+"""Distance ratio below which an image is a copy (Yoon et al. 2023)."""
+
 
 def distance_ratio(found: Neighbors) -> Tensor:
     """Divide each query's distance to its nearest training image by that to the second nearest.
@@ -27,7 +30,7 @@ def distance_ratio(found: Neighbors) -> Tensor:
     return found.distances[:, 0] / found.distances[:, 1]
 
 
-def share_memorized(ratios: Tensor, threshold: float = 1 / 3) -> Estimate:
+def share_memorized(ratios: Tensor, threshold: float = MEMORIZED) -> Estimate:
     """Give the share of `ratios` (query,) strictly below `threshold`: the 1/3 rule of Yoon et al. 2023.
 
     Raises:

@@ -77,10 +77,3 @@ def _squared_distances(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Give squared distances of rows by one product, and by how much they may be wrong, both (first, second)."""
     lengths = first.square().sum(dim=1)[:, None] + second.square().sum(dim=1)
     return lengths - 2 * first @ second.T, ROUNDING * lengths
-
-
-def expected_coverage(num_generated: int, num_reference: int, k: int = 5) -> float:
-    """Give the expected coverage of two sets of the same distribution, whatever it is (Naeem et al. 2020)."""
-    j = torch.arange(1, k + 1, dtype=torch.float64)
-    missed = (num_reference - j) / (num_generated + num_reference - j)
-    return float(1 - missed.prod())

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from provgen.analysis.memorization import share_memorized
+from provgen.analysis.memorization import MEMORIZED, share_memorized
 from provgen.analysis.statistics import Estimate, auroc, mean_estimate, stratified_auroc
 from provgen.analysis.transition import halves_agreement
-from provgen.analysis.verdicts import MEMORIZED
 from provgen.attribution.trajectory import late_level
 
 Measured = Mapping[str, Tensor]
@@ -109,12 +108,14 @@ def _strata(models: Sequence[Measured]) -> Tensor:
     return torch.cat([model["labels"] + classes * number for number, model in enumerate(models)])
 
 
-def early_prediction(models: Sequence[Measured], name: str = "step_entropy") -> list[tuple[float, Estimate]]:
+def early_prediction(models: Sequence[Measured]) -> list[tuple[float, Estimate]]:
     """Say how well the entropy at every sampling step tells copies: (a_t, AUROC), from noise to image."""
     is_copy = torch.cat([model["ratio"] for model in models]) < MEMORIZED
-    if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST or not all(name in model for model in models):
+    if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST or not all(
+        "step_entropy" in model for model in models
+    ):
         return []
-    entropies = -torch.cat([model[name] for model in models])
+    entropies = -torch.cat([model["step_entropy"] for model in models])
     levels = models[0]["signal"].tolist()
     return [
         (level, auroc(entropies[is_copy, n], entropies[~is_copy, n], seed=0, resamples=200))

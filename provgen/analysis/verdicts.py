@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from provgen.analysis.memorization import calibrated_distance, distance_ratio
+from provgen.analysis.memorization import MEMORIZED, calibrated_distance, distance_ratio
 from provgen.analysis.neighbors import distinct_rows, nearest
 from provgen.analysis.patch_sources import patch_share
 
 Kind = Literal["copy", "near copy", "unsupported", "blend of few", "novel"]
 KINDS: tuple[Kind, ...] = ("copy", "near copy", "unsupported", "blend of few", "novel")
-
-MEMORIZED = 1 / 3
-"""Distance ratio below which an image is a copy (Yoon et al. 2023)."""
 
 TAIL = 0.01
 """Share of held-out images that may lie beyond a threshold."""
@@ -90,16 +86,14 @@ class Verdict:
     reason: str
 
 
-def gather_evidence(
-    images: Tensor, train: Tensor, *, entropy: Tensor, of_class: Tensor | None = None
-) -> Evidence:
+def gather_evidence(images: Tensor, train: Tensor, *, entropy: Tensor, of_class: Tensor) -> Evidence:
     """Compare images with the training images.
 
     Args:
         images: In [-1, 1], (query, channel, height, width).
         train: (train, channel, height, width).
         entropy: Of the traced posteriors in nats, (query,).
-        of_class: Posterior of the class asked for, (query,); None where no class was.
+        of_class: Posterior of the class asked for, (query,); 1 where no class was.
     """
     distinct = distinct_rows(train.flatten(1))
     found = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
@@ -109,7 +103,7 @@ def gather_evidence(
         distance=found.distances[:, 0] / distinct.shape[1] ** 0.5,
         patches=patch_share(images, distinct.view(-1, *train.shape[1:])),
         sources=entropy.double().exp(),
-        of_class=torch.ones(len(images)) if of_class is None else of_class,
+        of_class=of_class,
     )
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from provgen.analysis.statistics import Estimate, mean_estimate
+from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
 from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes
 from provgen.report.html import Section, Table, picture_of_figure
 from provgen.report.metrics import Metric
@@ -72,7 +73,7 @@ def plot_by_level(train_losses: Tensor, holdout_losses: Tensor, divergence: Mapp
     figure = Figure(figsize=(9.0, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     draws = train_losses.shape[1]
-    middles = [(draw + 0.5) * 1000 / draws for draw in range(draws)]
+    middles = [(draw + 0.5) * NUM_TRAIN_TIMESTEPS / draws for draw in range(draws)]
     for losses, name, color in ((train_losses, "training", VERMILION), (holdout_losses, "held-out", GREEN)):
         _band(left, middles, [mean_estimate(losses[:, draw], seed=0) for draw in range(draws)], name, color)
     left.set_yscale("log")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from provgen.analysis.precision_recall import expected_coverage, precision_recall
+from provgen.analysis.precision_recall import precision_recall
 from provgen.errors import InputError
 
 
@@ -43,11 +43,11 @@ def test_torch_fidelity_says_the_same():
 
 
 @pytest.mark.parametrize(("n", "m", "k", "expected"), [(10_000, 10_000, 5, 0.968773), (300, 300, 3, 0.8763)])
-def test_expected_coverage(n, m, k, expected):
+def test_expected_coverage(n, m, k, expected, expected_coverage):
     assert expected_coverage(m, n, k) == pytest.approx(expected, abs=5e-5)
 
 
-def test_sets_that_are_alike_have_the_expected_coverage_and_density_one():
+def test_sets_that_are_alike_have_the_expected_coverage_and_density_one(expected_coverage):
     generator = torch.Generator().manual_seed(1)
     coverages, densities = [], []
     for _ in range(30):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from provgen.analysis.precision_recall import expected_coverage
 from provgen.analysis.set_measures import set_measures
 from provgen.errors import InputError
 
@@ -41,7 +40,7 @@ def test_copies_stand_out(measured):
     assert value["closer_to_train"][0] == 1
 
 
-def test_nulls_are_known(measured):
+def test_nulls_are_known(measured, expected_coverage):
     assert measured["share_memorized"].holdout.value < 0.02
     assert measured["authenticity"].holdout.low < 0.59 < measured["authenticity"].holdout.high
     expected = 400 / 550

@@ -7,7 +7,7 @@ import torch
 
 from provgen import build, evaluation, retraining, runs
 from provgen.data.splits import subset_masks
-from provgen.experiments import Part
+from provgen.parts import Part
 from provgen.retrained_files import RetrainedFolder, _rectangle
 from provgen.run_folder import RunFolder
 
