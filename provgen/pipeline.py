@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,20 +227,17 @@ class ProvenancePipeline(DiffusionPipeline):
         made, redraws = generate_redrawing(
             self.tracer, request, below=redraw_below or 0.0, most=0 if redraw_below is None else max_redraws
         )
-
-        def attribution(trace: TrajectoryTrace, credit: Tensor | None = None) -> Attribution | None:
-            if top_k is None:
-                return None
-            return trace.attribution(
-                top_k, is_trajectory=made.is_trajectory, reachable=self.manifest.reachable, credit=credit
+        output = ProvenancePipelineOutput(_finished(made.images, output_type), None, redraws=redraws)
+        if top_k is not None:
+            summarise = partial(
+                TrajectoryTrace.attribution,
+                top_k=top_k,
+                is_trajectory=made.is_trajectory,
+                reachable=self.manifest.reachable,
             )
-
-        return ProvenancePipelineOutput(
-            images=_finished(made.images, output_type),
-            attribution=attribution(made.trace, self._credit(made.trace, labels) if top_k else None),
-            closed_form=attribution(made.closed_trace) if closed_form is not None else None,
-            redraws=redraws,
-        )
+            output.attribution = summarise(made.trace, credit=self._credit(made.trace, labels))
+            output.closed_form = None if closed_form is None else summarise(made.closed_trace)
+        return output
 
     @torch.no_grad()
     def attribute(

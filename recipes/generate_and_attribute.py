@@ -18,6 +18,7 @@ from provgen.data.dataset import ImageSet
 from provgen.report import exports
 from provgen.report.sample_sources import draw_samples
 from provgen.report.sample_writer import SampleWriter, publish, start_staging
+from provgen.run_folder import RunFolder
 
 GRID_SAMPLES = 32
 
@@ -85,17 +86,21 @@ def main(
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        samples = exports.read_parts(writer.staged.samples, ["sample"])
-        traces = exports.read_parts(writer.staged.traces, ["sample", "rank"])
-        draw_samples(writer.staged, samples[:GRID_SAMPLES], traces, train).save(
-            writer.staged.samples / "grid.png"
-        )
-        publish(folder)
-        print(f"{num_images} samples in {folder.samples}, their sources in {folder.traces}")
-        if redraw_below is not None:
-            print(f"{sum(sample['redraws'] > 0 for sample in samples)} of them were drawn again")
+        publish_samples(writer, folder, train, tells_redraws=redraw_below is not None)
         print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()
+
+
+def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *, tells_redraws: bool) -> None:
+    """Draw the grid, put everything in the place of earlier samples, and say so."""
+    samples = exports.read_parts(writer.staged.samples, ["sample"])
+    traces = exports.read_parts(writer.staged.traces, ["sample", "rank"])
+    grid = draw_samples(writer.staged, samples[:GRID_SAMPLES], traces, train)
+    grid.save(writer.staged.samples / "grid.png")
+    publish(folder)
+    print(f"{len(samples)} samples in {folder.samples}, their sources in {folder.traces}")
+    if tells_redraws:
+        print(f"{sum(sample['redraws'] > 0 for sample in samples)} of them were drawn again")
 
 
 def class_labels(train: ImageSet, class_name: str | None, count: int, *, told: bool) -> list[int | None]:

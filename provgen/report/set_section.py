@@ -15,7 +15,7 @@ from provgen.report.metrics import Metric
 READ = {
     "share_memorized": ("1/3 rule", "nearest training image thrice as near as the second"),
     "data_copying": (
-        "C_T",
+        "C_T in deviations",
         "below 0: nearer to training images than held-out ones are, or too few kinds",
     ),
     "authenticity": ("authenticity", "training images have nearer neighbours than the generated ones"),

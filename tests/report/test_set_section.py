@@ -20,7 +20,12 @@ def measures():
 def test_table_and_metrics_hold_all_columns(measures):
     section, metrics = set_section(measures, "pixels")
     assert section.table.header == ["measure", "generated", "held-out", "copies", "what it counts"]
-    assert section.table.rows[1][:4] == ["C_T", "1 [0.5, 2]", "1.25 [0.75, 2.25]", "1.5 [1, 2.5]"]
+    assert section.table.rows[1][:4] == [
+        "C_T in deviations",
+        "1 [0.5, 2]",
+        "1.25 [0.75, 2.25]",
+        "1.5 [1, 2.5]",
+    ]
     assert [metric.name for metric in metrics] == [name for name in READ if name != "share_memorized"]
     assert (metrics[0].value, metrics[0].low, metrics[0].high) == (1, 0.5, 2)
     assert (metrics[0].null, metrics[0].ceiling, metrics[0].n) == (1.25, 1.5, 30)
