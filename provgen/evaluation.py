@@ -104,19 +104,31 @@ def save_pipeline(trainer: CoTrainer, settings: Settings, data: RunData, folder:
 
 
 def sample(
-    pipeline: ProvenancePipeline, settings: Settings, data: RunData, *, count: int
+    pipeline: ProvenancePipeline,
+    settings: Settings,
+    data: RunData,
+    *,
+    count: int,
+    redraw_below: float | None = None,
 ) -> ProvenancePipelineOutput:
-    """Generate images of all classes in turn with seeds 0, 1, ...; traced if there is a provenance network."""
+    """Generate images of all classes in turn with seeds 0, 1, ...; traced if there is a provenance network.
+
+    The closed form traces them as well, but for those that are drawn again with too little late entropy.
+    """
     pipeline.set_progress_bar_config(disable=True)
     classes: list[int | None] = [*range(data.train.num_classes if pipeline.is_told_classes else 0)] or [None]
-    is_traced = pipeline.provenance is not None
-    device, kind = pipeline.device, make_kind(settings, data.train)
-    closed_form = kind.closed_form(pipeline.network, data.train, dtype=torch.float32, device=device)
+    closed_form = None
+    if pipeline.provenance is not None and redraw_below is None:
+        kind = make_kind(settings, data.train)
+        closed_form = kind.closed_form(
+            pipeline.network, data.train, dtype=torch.float32, device=pipeline.device
+        )
     return pipeline(
         [classes[number % len(classes)] for number in range(count)],
         generator=[torch.Generator().manual_seed(number) for number in range(count)],
-        top_k=1 if is_traced else None,
-        closed_form=closed_form if is_traced else None,
+        top_k=None if pipeline.provenance is None else 1,
+        closed_form=closed_form,
+        redraw_below=redraw_below,
         output_type="pt",
     )
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from provgen import evaluation
 from provgen.analysis.memorization import distance_ratio
 from provgen.analysis.neighbors import distinct_rows, nearest
-from provgen.analysis.sweep_curves import SweepCurves, copy_prediction, curve_point, early_prediction, redraw
+from provgen.analysis.sweep_curves import (
+    SweepCurves,
+    copy_prediction,
+    curve_point,
+    early_prediction,
+    redraw_effect,
+    redrawn_names,
+)
 from provgen.attribution.scores import Attribution
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
@@ -28,8 +35,8 @@ from provgen.training.trainer import CoTrainer
 MAX_LOSSES = 200
 """Training images, and held-out ones, that losses are measured on."""
 
-BOUNDS, MAX_REDRAWS = (1e-4, 1e-3, 1e-2), 4
-"""Of the late entropy in nats below which samples are drawn again, and times that they may be."""
+BOUNDS = (1e-4, 1e-3, 1e-2)
+"""Of the late entropy in nats, below which samples are drawn again."""
 
 Arrays = dict[str, Any]
 """NumPy arrays by name."""
@@ -111,6 +118,26 @@ def measure(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images
     return {name: values.cpu().numpy() for name, values in arrays.items()}
 
 
+def measure_redrawn(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images: int) -> Arrays:
+    """Generate the same images again, but draw once more what has less late entropy than each of `BOUNDS`.
+
+    Returns:
+        `ratio` and `redraws` (query,) for each bound, as `redrawn_names` calls them; nothing without a provenance
+        network.
+    """
+    if "provenance" not in trainer.networks:
+        return {}
+    pipeline = evaluation.make_pipeline(trainer, settings, data)
+    arrays: Arrays = {}
+    for below in BOUNDS:
+        made = evaluation.sample(pipeline, settings, data, count=num_images, redraw_below=below)
+        found = (_ratios(made.images, data.train), made.redraws)
+        arrays |= {
+            name: values.cpu().numpy() for name, values in zip(redrawn_names(below), found, strict=True)
+        }
+    return arrays
+
+
 def _ratios(images: Tensor, train: ImageSet) -> Tensor:
     distinct = distinct_rows(to_unit_range(train.images).flatten(1))
     return distance_ratio(nearest(to_unit_range(images).flatten(1), distinct, 2))
@@ -152,7 +179,7 @@ def curves(folder: SweepFolder, models: Sequence[SweepModel], steps: Sequence[in
         overall=copy_prediction([model for some in last.values() for model in some]),
         early={size: found for size, found in early.items() if found},
         redrawing={
-            size: {below: redraw(some, below=below, most=MAX_REDRAWS) for below in BOUNDS}
+            size: {below: redraw_effect(some, below=below) for below in BOUNDS}
             for size, some in last.items()
             if all("entropy" in model for model in some)
         },

@@ -51,7 +51,10 @@ def main(
     steps = sorted({max(1, round(part * settings.training.max_steps)) for part in SHARES_OF_STEPS})
     folder = sweep.SweepFolder(root)
     if accelerator.is_main_process:
-        claim_folder(root, retraining.made_of(settings, num_images=num_images, steps=steps))
+        made_of = retraining.made_of(
+            settings, num_images=num_images, steps=steps, redrawn_below=list(sweep.BOUNDS)
+        )
+        claim_folder(root, made_of)
     accelerator.wait_for_everyone()
     for model in missing_models(
         models,
@@ -97,7 +100,10 @@ def train_and_measure(
     for step in range(steps[-1]):
         trainer.step(stream.batch(step).to(accelerator.device), step)
         if step + 1 in steps:
-            folder.save(model, step + 1, sweep.measure(trainer, own, images, num_images=num_images))
+            measured = sweep.measure(trainer, own, images, num_images=num_images)
+            if step + 1 == steps[-1]:
+                measured |= sweep.measure_redrawn(trainer, own, images, num_images=num_images)
+            folder.save(model, step + 1, measured)
     accelerator.free_memory()
 
 

@@ -37,8 +37,8 @@ class SweepCurves:
     """AUROC by predictor, of all sizes together at the last step."""
     early: Mapping[int, Sequence[tuple[float, Estimate]]]
     """AUROC of the entropy at every sampling step by size, with a_t."""
-    redrawing: Mapping[int, Mapping[float, tuple[float, float]]]
-    """What drawing again would do (`redraw`), by size, then by bound."""
+    redrawing: Mapping[int, Mapping[float, tuple[Estimate, float]]]
+    """What drawing again does (`redraw_effect`), by size, then by bound."""
 
 
 def curve_point(
@@ -123,30 +123,15 @@ def early_prediction(models: Sequence[Measured]) -> list[tuple[float, Estimate]]
     ]
 
 
-def redraw(models: Sequence[Measured], *, below: float, most: int) -> tuple[float, float]:
-    """Say what drawing samples again would do: the share of copies that is left, and the draws a sample takes.
+def redrawn_names(below: float) -> tuple[str, str]:
+    """Name what is measured of samples that were drawn again below a bound: distance ratios and redraws."""
+    return f"ratio_below_{below:g}", f"redraws_below_{below:g}"
 
-    From samples that were drawn once: with a share p of a class below the bound, p^(most + 1) of it is below in every
-    draw, and (1 - p^(most + 1)) / (1 - p) draws are made.
 
-    Args:
-        models: With traces.
-        below: Bound of the late entropy in nats.
-        most: Times a sample may be drawn again.
-    """
-    copies = torch.cat([model["ratio"] < MEMORIZED for model in models])
-    collapsed = torch.cat([_late_entropy(model) < below for model in models])
-    labels = torch.cat([model["labels"] for model in models])
-    left = draws = 0.0
-    for label in labels.unique():
-        is_copy, is_drawn = copies[labels == label].double(), collapsed[labels == label]
-        p = float(is_drawn.double().mean())
-        kept = float(is_copy[~is_drawn].mean()) if p < 1 else 0.0
-        failed = float(is_copy[is_drawn].mean()) if p > 0 else 0.0
-        share = len(is_copy) / len(labels)
-        left += share * ((1 - p ** (most + 1)) * kept + p ** (most + 1) * failed)
-        draws += share * sum(p**draw for draw in range(most + 1))
-    return left, draws
+def redraw_effect(models: Sequence[Measured], *, below: float) -> tuple[Estimate, float]:
+    """Give the share of copies among samples that were drawn again below a bound, and the draws a sample took."""
+    ratios, redraws = (torch.cat([model[name] for model in models]) for name in redrawn_names(below))
+    return share_memorized(ratios), 1 + float(redraws.double().mean())
 
 
 def _telling(name: str, model: Measured) -> Tensor:

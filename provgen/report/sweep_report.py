@@ -144,9 +144,9 @@ def sweep_table(curves: SweepCurves) -> str:
         lines += ["| images | as drawn | " + " | ".join(f"below {below:g}" for below in bounds) + " |"]
         lines += ["|---:|---:|" + "---:|" * len(bounds)]
         for size, found in curves.redrawing.items():
-            cells = [f"{left:.3f}, {draws:.2f} draws" for left, draws in found.values()]
-            share = last_points(curves)[size]["share_memorized"].value
-            lines.append(f"| {size} | {share:.3f} | {' | '.join(cells)} |")
+            cells = [f"{_text(left)}, {draws:.2f} draws" for left, draws in found.values()]
+            share = last_points(curves)[size]["share_memorized"]
+            lines.append(f"| {size} | {_text(share)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.analysis.sweep_curves import copy_prediction, curve_point, early_prediction, redraw
+from provgen.analysis.sweep_curves import copy_prediction, curve_point, early_prediction, redraw_effect
 
 
 def model(ratios, **more):
@@ -89,25 +89,10 @@ def test_every_sampling_step_tells_what_it_knows():
     assert [(level, estimate.value) for level, estimate in found] == [(0.25, 0.5), (0.75, 1)]
 
 
-def test_drawing_again_by_hand():
-    # Of class 0 half are below the bound, all of them copies; of class 1 all are, and a quarter are copies.
-    made = traced([0.1, 0.9] * 4 + [0.1] + [0.9] * 3, [0.1, 0.8] * 4 + [0.1] * 4)
-    made["labels"] = torch.tensor([0] * 8 + [1] * 4)
-    left, draws = redraw([made], below=0.5, most=2)
-    assert left == pytest.approx(2 / 3 * 0.5**3 * 1 + 1 / 3 * 0.25)
-    assert draws == pytest.approx(2 / 3 * (1 + 0.5 + 0.25) + 1 / 3 * 3)
-    assert redraw([made], below=0.05, most=2) == pytest.approx((5 / 12, 1))
-
-
-def test_drawing_again_is_what_simulation_says():
-    generator = torch.Generator().manual_seed(0)
-    ratios = torch.rand(4000, generator=generator)
-    late = (ratios + 0.3 * torch.randn(4000, generator=generator)).clamp(0, 1)
-    made = traced(ratios.tolist(), late.tolist(), labels=torch.zeros(4000, dtype=torch.int64))
-    left, draws = redraw([made], below=0.4, most=4)
-    rows = torch.randint(4000, (5, 20_000), generator=generator)
-    rejected = late[rows] < 0.4
-    stops = (~rejected).int().argmax(dim=0).masked_fill(rejected.all(dim=0), 4)
-    final = rows.gather(0, stops[None])[0]
-    assert left == pytest.approx(float((ratios[final] < 1 / 3).double().mean()), abs=0.01)
-    assert draws == pytest.approx(float((stops + 1).double().mean()), abs=0.03)
+def test_what_drawing_again_did():
+    first = model([0.1] * 4, **{"ratio_below_0.01": torch.tensor([0.1, 0.9, 0.9, 0.9])})
+    second = model([0.9] * 4, **{"ratio_below_0.01": torch.tensor([0.9] * 4)})
+    for made, redraws in ((first, [4, 1, 1, 2]), (second, [0] * 4)):
+        made["redraws_below_0.01"] = torch.tensor(redraws)
+    left, draws = redraw_effect([first, second], below=0.01)
+    assert (left.value, left.n, draws) == (1 / 8, 8, 2)

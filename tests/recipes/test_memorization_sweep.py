@@ -2,6 +2,10 @@
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+
+from provgen.attribution.trajectory import late_level
+from provgen.sweep import SweepFolder, SweepModel
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,18 @@ def test_every_size_and_step_is_measured(swept, run_recipe, capsys):
     assert all(name.startswith(gone.name.split("-step")[0]) for name in changed), (
         "only of the model that was missing"
     )
+
+
+def test_samples_of_little_late_entropy_are_drawn_again(swept):
+    root, _ = swept
+    last = max(int(path.stem.split("-")[-1]) for path in (root / "measured").iterdir())
+    found = SweepFolder(root).load(SweepModel(12, 0, 0), last)
+    late = found["step_entropy"][:, late_level(found["signal"].tolist())]
+    for below in ("0.0001", "0.001", "0.01"):
+        redraws = found[f"redraws_below_{below}"]
+        assert torch.equal(redraws > 0, late < float(below))
+        same = redraws == 0
+        assert torch.equal(found[f"ratio_below_{below}"][same], found["ratio"][same])
 
 
 def test_mistakes_end_in_one_line(swept, run_recipe, capsys):
