@@ -10,6 +10,7 @@ import torch
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
+from provgen.analysis.agreement import shared_sources
 from provgen.analysis.class_quality import ClassQuality, class_quality
 from provgen.analysis.denoiser_divergence import denoiser_divergence
 from provgen.analysis.generator_loss import generator_losses
@@ -32,6 +33,9 @@ from provgen.training.trainer import CoTrainer
 
 NAMED = 50
 """Sources of an image whose classes are looked at."""
+
+COMPARED = 10
+"""Of these, the most probable ones, that are compared with the closed form's."""
 
 LOSS_DRAWS = 20
 """Noise levels at which the generator's loss on an image is measured."""
@@ -142,8 +146,15 @@ def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence
         labels: The classes they were asked for or have, int64 (query,); the null label for none.
     """
     train, pipeline = trained.data.train, trained.pipeline
-    top_k = min(NAMED, int(trained.data.covered.sum()))
-    traced = pipeline.attribute(images, top_k=top_k)
+    num_covered = int(trained.data.covered.sum())
+    traced = pipeline.attribute(images, top_k=min(NAMED, num_covered))
+    compared = min(COMPARED, num_covered)
+    # A calibrated pipeline orders them by weight.
+    believed = traced.posterior.topk(compared, dim=1)
+    closed_form = make_kind(trained.settings, train).closed_form(
+        pipeline.network, train, dtype=torch.float32, device=pipeline.device
+    )
+    others = pipeline.attribute(images, top_k=compared, closed_form=closed_form).example_index
     is_own = train.labels[traced.example_index] == labels[:, None]
     of_class = (traced.posterior * is_own).sum(dim=1) / traced.posterior.sum(dim=1)
     return gather_evidence(
@@ -151,6 +162,8 @@ def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence
         to_unit_range(train.images),
         entropy=traced.entropy,
         of_class=torch.where(labels < train.num_classes, of_class, 1.0),
+        top=believed.values[:, 0],
+        agreement=shared_sources(traced.example_index.gather(1, believed.indices), others),
     )
 
 

@@ -24,7 +24,7 @@ from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
 from provgen.report.sample_sources import draw_samples, load_pixels
 from provgen.report.set_section import set_section
-from provgen.report.verdict_section import verdict_section, write_verdicts
+from provgen.report.verdict_section import gallery_rows, verdict_section, write_verdicts
 from provgen.run_folder import RunFolder, atomic_path
 from provgen.settings import Settings
 from provgen.training.checkpoint import list_checkpoints
@@ -145,7 +145,7 @@ def sample_parts(
             f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} are needed"
         )
     if len(holdout) >= FEWEST_HELD_OUT:
-        parts.append(verdict_part(trained, samples, generated))
+        parts.append(verdict_part(trained, samples[:MAX_IMAGES], traces, generated[:MAX_IMAGES]))
     if is_trajectory:
         parts.append((sections.entropy_section(samples), []))
     if folder.closed_form_traces.is_dir():
@@ -169,17 +169,17 @@ def generalization_part(trained: runs.TrainedRun) -> sections.Part:
     return generalization_section(settings.generator.kind, seen, unseen, divergence)
 
 
-def verdict_part(trained: runs.TrainedRun, samples: list[dict[str, Any]], generated: Tensor) -> sections.Part:
+def verdict_part(
+    trained: runs.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]], generated: Tensor
+) -> sections.Part:
     """Judge every sample, and as many held-out and training images; write verdicts.parquet."""
     train, holdout = trained.data.train, trained.data.holdout
     null = train.num_classes
     asked = [null if sample["class_label"] is None else sample["class_label"] for sample in samples]
     is_told = any(label != null for label in asked)
-    held, copies = some_of(holdout, MAX_IMAGES), some_of(train, min(MAX_IMAGES, len(generated)))
+    held, copies = some_of(holdout, MAX_IMAGES), some_of(train, len(generated))
     evidence = {
-        "generated": evaluation.evidence_of(
-            trained, generated[:MAX_IMAGES], torch.tensor(asked[:MAX_IMAGES])
-        ),
+        "generated": evaluation.evidence_of(trained, generated, torch.tensor(asked)),
         **{
             name: evaluation.evidence_of(
                 trained, some.images, some.labels if is_told else torch.full_like(some.labels, null)
@@ -190,8 +190,14 @@ def verdict_part(trained: runs.TrainedRun, samples: list[dict[str, Any]], genera
     limits = Limits.of(evidence["held-out"].select(slice(0, None, 2)))
     evidence["held-out"] = evidence["held-out"].select(slice(1, None, 2))
     judged = {name: verdicts(known, limits) for name, known in evidence.items()}
-    write_verdicts(trained.folder.verdicts, evidence["generated"], judged["generated"])
-    return verdict_section(judged, limits)
+    ours = judged["generated"]
+    steps = [sample["commitment_step"] for sample in samples]
+    write_verdicts(trained.folder.verdicts, evidence["generated"], ours, steps)
+    rows = gallery_rows(ours)
+    gallery = draw_samples(
+        trained.folder, [samples[row] for row in rows], traces, train, [ours[row].kind for row in rows]
+    )
+    return verdict_section(judged, evidence, limits, gallery)
 
 
 if __name__ == "__main__":

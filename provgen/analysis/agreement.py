@@ -29,8 +29,12 @@ def agreement(first: Tensor, second: Tensor, *, seed: int = 0) -> Agreement:
         seed: Of the bootstrap.
     """
     same = int((first[:, 0] == second[:, 0]).sum())
-    shared = (first[:, :, None] == second[:, None, :]).any(dim=2).double().mean(dim=1)
-    return Agreement(proportion(same, len(first)), mean_estimate(shared, seed=seed))
+    return Agreement(proportion(same, len(first)), mean_estimate(shared_sources(first, second), seed=seed))
+
+
+def shared_sources(first: Tensor, second: Tensor) -> Tensor:
+    """Give the share of the first tracer's sources (query, k) that the second (query, k) names too, (query,)."""
+    return (first[:, :, None] == second[:, None, :]).any(dim=2).double().mean(dim=1)
 
 
 def mismatched(class_labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,10 @@ class Evidence:
     """Exponential of the posterior's entropy: the effective number of sources."""
     of_class: Tensor
     """Posterior of the class that was asked for, by a network that is not told it; 1 where none was asked for."""
+    top: Tensor
+    """Posterior of the most probable source."""
+    agreement: Tensor
+    """Share of the network's most probable sources that are the closed form's as well."""
 
     def __len__(self) -> int:
         return len(self.ratio)
@@ -86,7 +90,9 @@ class Verdict:
     reason: str
 
 
-def gather_evidence(images: Tensor, train: Tensor, *, entropy: Tensor, of_class: Tensor) -> Evidence:
+def gather_evidence(
+    images: Tensor, train: Tensor, *, entropy: Tensor, of_class: Tensor, top: Tensor, agreement: Tensor
+) -> Evidence:
     """Compare images with the training images.
 
     Args:
@@ -94,6 +100,8 @@ def gather_evidence(images: Tensor, train: Tensor, *, entropy: Tensor, of_class:
         train: (train, channel, height, width).
         entropy: Of the traced posteriors in nats, (query,).
         of_class: Posterior of the class asked for, (query,); 1 where no class was.
+        top: Posterior of the most probable source, (query,).
+        agreement: Share of sources that another tracer names as well, (query,).
     """
     distinct = distinct_rows(train.flatten(1))
     found = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
@@ -104,6 +112,8 @@ def gather_evidence(images: Tensor, train: Tensor, *, entropy: Tensor, of_class:
         patches=patch_share(images, distinct.view(-1, *train.shape[1:])),
         sources=entropy.double().exp(),
         of_class=of_class,
+        top=top,
+        agreement=agreement,
     )
 
 
@@ -113,9 +123,9 @@ def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
 
 
 def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
-    ratio, calibrated, distance, patches, sources, of_class = (
+    ratio, calibrated, distance, patches, sources, of_class, agreement = (
         float(getattr(evidence, name)[query])
-        for name in ("ratio", "calibrated", "distance", "patches", "sources", "of_class")
+        for name in ("ratio", "calibrated", "distance", "patches", "sources", "of_class", "agreement")
     )
     if ratio < MEMORIZED:
         return Verdict("copy", f"nearest training image at {ratio:.2f} of the distance of the second")
@@ -132,4 +142,5 @@ def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
         )
     if of_class < limits.of_class:
         return Verdict("unsupported", f"its sources are of the class asked for with {of_class:.0%} only")
-    return Verdict("blend of few" if sources <= FEW else "novel", f"{sources:.1f} sources{parts}")
+    reason = f"{sources:.1f} sources{parts}, {agreement:.0%} of the strongest are the closed form's too"
+    return Verdict("blend of few" if sources <= FEW else "novel", reason)

@@ -22,6 +22,7 @@ def draw_samples(
     samples: Sequence[Mapping[str, Any]],
     traces: Sequence[Mapping[str, Any]],
     train: ImageSet,
+    captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draw samples with their sources, each source with its class and weight.
 
@@ -30,6 +31,7 @@ def draw_samples(
         samples: Rows of `samples/`.
         traces: Rows of `traces/`, sorted by sample and rank.
         train: The training images.
+        captions: What stands under each sample; its class without them.
     """
     groups = group_traces(traces)
     rows = [groups[sample["sample"]] for sample in samples]
@@ -37,7 +39,7 @@ def draw_samples(
         [Image.open(folder.root / sample["path"]) for sample in samples],
         [[to_pil(train.images[source["example_index"]]) for source in row] for row in rows],
         [[_source_caption(source, train) for source in row] for row in rows],
-        [_class_name(sample["class_label"], train) for sample in samples],
+        captions or [_class_name(sample["class_label"], train) for sample in samples],
     )
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from PIL import Image
 
 from provgen.analysis.statistics import Estimate, proportion
 from provgen.analysis.verdicts import KINDS, Evidence, Limits, Verdict
+from provgen.report.evidence_figure import plot_evidence
 from provgen.report.figures import INK
-from provgen.report.html import Section, Table, TableCell, picture_of_figure
+from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
 from provgen.report.metrics import Metric
 from provgen.run_folder import atomic_path
 
@@ -25,8 +27,24 @@ COLORS = {
 }
 
 
-def verdict_section(judged: Mapping[str, Sequence[Verdict]], limits: Limits) -> tuple[Section, list[Metric]]:
-    """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`."""
+GALLERY = 3
+"""Samples of each verdict that are shown."""
+
+
+def verdict_section(
+    judged: Mapping[str, Sequence[Verdict]],
+    evidence: Mapping[str, Evidence],
+    limits: Limits,
+    gallery: Image.Image,
+) -> tuple[Section, list[Metric]]:
+    """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`.
+
+    Args:
+        judged: The verdicts by set.
+        evidence: What they rest on.
+        limits: What held-out images hardly ever go beyond.
+        gallery: The samples of `gallery_rows`, with their sources.
+    """
     shares = {name: _shares(verdicts) for name, verdicts in judged.items()}
     rows: list[list[TableCell]] = [
         [kind, *(_interval(of[kind]) for of in shares.values()), _rule(kind, limits)] for kind in KINDS
@@ -52,11 +70,30 @@ def verdict_section(judged: Mapping[str, Sequence[Verdict]], limits: Limits) -> 
                 plot_verdicts(judged),
                 alt="Shares of verdicts among generated images, held-out images and training images",
                 caption="Held-out images should be novel or blends, training images copies.",
-            )
+            ),
+            picture_of_image(
+                gallery,
+                alt="Samples of each verdict with their sources",
+                caption=f"The first {GALLERY} samples of each verdict with the sources of their own traces.",
+            ),
+            picture_of_figure(
+                plot_evidence(evidence, limits),
+                alt="Distributions of all evidence for generated images, held-out images and training images",
+                caption="What the verdicts rest on; dotted: their limits.",
+            ),
         ],
         Table(["verdict", *judged, "rule"], rows, "Clopper-Pearson 95 % intervals in brackets."),
     )
     return section, metrics
+
+
+def gallery_rows(verdicts: Sequence[Verdict]) -> list[int]:
+    """Choose samples for the gallery: the first few of each verdict, in the order of verdicts."""
+    return [
+        row
+        for kind in KINDS
+        for row in [place for place, verdict in enumerate(verdicts) if verdict.kind == kind][:GALLERY]
+    ]
 
 
 def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
@@ -81,8 +118,10 @@ def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
     return figure
 
 
-def write_verdicts(path: Path, evidence: Evidence, verdicts: Sequence[Verdict]) -> None:
-    """Write a row for every sample: verdict, reason and evidence."""
+def write_verdicts(
+    path: Path, evidence: Evidence, verdicts: Sequence[Verdict], commitment_steps: Sequence[int | None]
+) -> None:
+    """Write a row for every sample: verdict, reason and evidence; the commitment step is of its own trajectory."""
     columns = {name: values.double().tolist() for name, values in vars(evidence).items()}
     table = pa.table(
         {
@@ -90,6 +129,7 @@ def write_verdicts(path: Path, evidence: Evidence, verdicts: Sequence[Verdict]) 
             "verdict": [verdict.kind for verdict in verdicts],
             "reason": [verdict.reason for verdict in verdicts],
             **columns,
+            "commitment_step": pa.array(commitment_steps, pa.int64()),
         }
     ).replace_schema_metadata({"schema_version": "1"})
     with atomic_path(path) as partial:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.analysis.agreement import agreement, mismatched
+from provgen.analysis.agreement import agreement, mismatched, shared_sources
 
 FIRST = torch.tensor([[4, 7], [1, 2], [3, 5], [6, 8]])
 
@@ -15,6 +15,11 @@ def test_agreement_by_hand():
     assert found.top1.n == 4
     assert found.overlap.value == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert found.overlap.low <= found.overlap.value <= found.overlap.high
+
+
+def test_shared_sources_by_hand():
+    second = torch.tensor([[4, 7], [2, 1], [3, 9], [0, 9]])
+    assert shared_sources(FIRST, second).tolist() == [1, 1, 0.5, 0]
 
 
 def test_a_tracer_agrees_with_itself_and_not_with_one_that_names_others():

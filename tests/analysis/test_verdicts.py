@@ -33,7 +33,14 @@ def evidence_of(digits):
         noisy = SIGNAL**0.5 * some + (1 - SIGNAL) ** 0.5 * noise
         probs = closed_form.probs(noisy, torch.full((len(some),), SIGNAL), torch.full((len(some),), 10))
         of_class = (probs * (labels == asked[:, None])).sum(dim=1)
-        return gather_evidence(some, images, entropy=torch.special.entr(probs).sum(dim=1), of_class=of_class)
+        return gather_evidence(
+            some,
+            images,
+            entropy=torch.special.entr(probs).sum(dim=1),
+            of_class=of_class,
+            top=probs.amax(dim=1),
+            agreement=torch.ones(len(some)),
+        )
 
     return call
 
@@ -79,6 +86,7 @@ def test_the_wrong_class_is_unsupported(digits, evidence_of, holdout):
     ("changed", "kind", "reason"),
     [
         ({}, "novel", "9.0 sources, 50% of its parts"),
+        ({"agreement": 0.3}, "novel", "30% of the strongest are the closed form's too"),
         ({"ratio": 0.3}, "copy", "0.30 of the distance"),
         ({"calibrated": 0.5}, "near copy", "distance 0.50, of held-out images 0.80"),
         ({"calibrated": 0.5, "patches": 1.0}, "near copy", "100% of its parts from one image"),
@@ -98,6 +106,8 @@ def test_rules_by_hand(changed, kind, reason):
         "patches": 0.5,
         "sources": 9.0,
         "of_class": 0.9,
+        "top": 0.2,
+        "agreement": 0.8,
     }
     evidence = Evidence(**{name: torch.tensor([value]) for name, value in (usual | changed).items()})
     (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, of_class=0.2, n=100))

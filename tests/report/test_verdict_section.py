@@ -3,10 +3,13 @@
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from provgen.analysis.verdicts import KINDS, Evidence, Limits, Verdict
-from provgen.report.verdict_section import plot_verdicts, verdict_section, write_verdicts
+from provgen.report.evidence_figure import PANELS, plot_evidence
+from provgen.report.verdict_section import gallery_rows, plot_verdicts, verdict_section, write_verdicts
 
+NAMES = ("ratio", "calibrated", "distance", "patches", "sources", "of_class", "top", "agreement")
 LIMITS = Limits(calibrated=0.8, distance=0.6, of_class=0.2, n=100)
 
 
@@ -24,8 +27,20 @@ def judged():
     }
 
 
-def test_shares_stand_beside_those_of_held_out_images_and_copies(judged):
-    section, metrics = verdict_section(judged, LIMITS)
+def evidence_of(count):
+    """Make evidence whose every kind counts up, each from its own place on."""
+    return Evidence(**{name: torch.arange(float(count)) + place for place, name in enumerate(NAMES)})
+
+
+@pytest.fixture
+def evidence(judged):
+    return {name: evidence_of(len(verdicts)) for name, verdicts in judged.items()}
+
+
+def test_shares_stand_beside_those_of_held_out_images_and_copies(judged, evidence):
+    gallery = Image.new("RGB", (30, 20))
+    section, metrics = verdict_section(judged, evidence, LIMITS, gallery)
+    assert [picture.width for picture in section.figures][1] == 30
     assert section.table.header == ["verdict", "generated", "held-out", "copies", "rule"]
     assert [row[0] for row in section.table.rows] == list(KINDS)
     assert [cell.split()[0] for cell in section.table.rows[0][1:4]] == ["0.250", "0.000", "1.000"]
@@ -43,12 +58,27 @@ def test_bars_are_as_long_as_shares(judged):
 
 
 def test_every_sample_is_written_with_its_reason(judged, tmp_path):
-    names = ("ratio", "calibrated", "distance", "patches", "sources", "of_class")
-    evidence = Evidence(**{name: torch.arange(4.0) + place for place, name in enumerate(names)})
-    write_verdicts(tmp_path / "verdicts.parquet", evidence, judged["generated"])
+    write_verdicts(tmp_path / "verdicts.parquet", evidence_of(4), judged["generated"], [30, None, 40, None])
     rows = pq.read_table(tmp_path / "verdicts.parquet").to_pylist()
     assert [row["reason"] for row in rows] == ["a", "b", "c", "d"]
     assert rows[2] == {
         "sample": 2, "verdict": "novel", "reason": "c", "ratio": 2, "calibrated": 3, "distance": 4, "patches": 5,
-        "sources": 6, "of_class": 7,
+        "sources": 6, "of_class": 7, "top": 8, "agreement": 9, "commitment_step": 40,
     }  # fmt: skip
+    assert rows[1]["commitment_step"] is None
+
+
+def test_the_gallery_has_the_first_of_each_verdict():
+    kinds = ["novel", "copy", "novel", "copy", "near copy", "novel", "novel"]
+    assert gallery_rows([Verdict(kind, "") for kind in kinds]) == [1, 3, 4, 0, 2, 5]
+
+
+def test_evidence_is_drawn_with_its_limits(evidence):
+    evidence["held-out"].patches[:] = torch.nan
+    figure = plot_evidence(evidence, LIMITS)
+    titles = {axes.get_title(): axes for axes in figure.axes}
+    assert list(titles) == list(PANELS.values())
+    *curves, bound = titles["calibrated distance"].lines
+    assert [len(curve.get_xdata()) - 1 for curve in curves] == [4, 3, 2], "generated, held-out, copies"
+    assert bound.get_xdata() == [0.8, 0.8]
+    assert len(titles["parts from one image"].lines) == 2, "without the set that has none"
