@@ -71,6 +71,26 @@ def test_tuning_looks_at_nothing_that_is_reported(linear):
     assert tune({"a kind": scores}, masks, {"a kind": changed}, split) == "a"
 
 
+def test_the_usual_setting_is_kept_unless_another_is_clearly_better(linear):
+    masks, effects, outputs = linear
+    split = Split.first(torch.arange(30), 12, calibration=16)
+    # Two that are as noisy as one another: either may be a little better by luck.
+    noisy = [effects + rand(12, 40, seed=seed) for seed in (3, 4)]
+    wrong = rand(12, 40, seed=5)
+
+    def tuned(usual):
+        scores = AttributionScores(
+            values=torch.stack([*noisy, wrong, effects]), settings=("a", "b", "wrong", "true"), usual=usual
+        )
+        some = AttributionScores(values=scores.values[:3], settings=scores.settings[:3], usual=usual)
+        return [tune({"a kind": one}, masks, {"a kind": outputs}, split) for one in (some, scores)]
+
+    (by_luck, true), (of_a, _), (of_b, _) = (tuned(usual) for usual in (None, "a", "b"))
+    assert by_luck in ("a", "b")
+    assert (of_a, of_b, true) == ("a", "b", "true")
+    assert tuned("wrong") == [by_luck, "true"]
+
+
 def test_a_missing_calibration_model_is_noticed(message_of):
     subsets = torch.tensor([0, 1, 3, 4, 5])
     assert "the first 3" in message_of(Split.first, subsets, 10, calibration=3)

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from provgen.analysis.datamodeling import datamodeling_scores, predicted_outputs
+from provgen.analysis.datamodeling import LdsComparison, predicted_outputs
 from provgen.attribution.attributor import AttributionScores
 from provgen.errors import InputError
 from provgen.run_folder import atomic_path
+
+RESAMPLES = 200
+"""Of the calibration part, for the standard error of a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +59,35 @@ def tune(
 ) -> str:
     """Choose the setting with the largest LDS on the calibration part, mean over kinds of queries.
 
+    A method's usual setting, if it names one, is kept unless the best is better by more than a standard error of
+    the difference (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees): the
+    calibration part is small, and the best of many is so by luck.
+
     Args:
         scores: Of all queries, by kind.
         masks: bool (subset, train), of all subsets.
         outputs: (query, subset), minus the losses, by kind.
         split: What may be looked at.
     """
-    means = torch.stack([_means(scores[kind], masks, outputs[kind], split) for kind in scores])
-    names = next(iter(scores.values())).settings
-    return names[int(means.mean(dim=0).argmax())]
+    compared = [_compare(scores[kind], masks, outputs[kind], split) for kind in scores]
+    some = next(iter(scores.values()))
+    means = {name: sum(of.values[name] for of in compared) / len(compared) for name in some.settings}
+    best = max(means, key=lambda name: means[name])
+    if some.usual is None or some.usual == best:
+        return best
+    # The same seed draws the same subsets for all kinds.
+    differences = [of.draws[best] - of.draws[some.usual] for of in compared]
+    standard_error = float(np.mean(differences, axis=0).std())
+    return some.usual if means[best] - means[some.usual] <= standard_error else best
 
 
-def _means(scores: AttributionScores, masks: Tensor, outputs: Tensor, split: Split) -> Tensor:
-    """Give the LDS of every setting on the calibration part, (setting,)."""
+def _compare(scores: AttributionScores, masks: Tensor, outputs: Tensor, split: Split) -> LdsComparison:
+    """Compare all settings on the calibration part."""
     wanted = outputs[split.queries][:, split.subsets]
     predicted = [predicted_outputs(some[split.queries], masks[split.subsets]) for some in scores.values]
-    return torch.stack([datamodeling_scores(some, wanted).mean() for some in predicted])
+    resamples = 0 if scores.usual is None else RESAMPLES
+    named = dict(zip(scores.settings, predicted, strict=True))
+    return LdsComparison(named, wanted, seed=0, resamples=resamples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,8 @@ class AttributionScores:
     """Floating (setting, query, train)."""
     settings: tuple[str, ...]
     """Their names, such as `lambda=0.01`; a single empty one where there is nothing to tune."""
+    usual: str | None = None
+    """The one of them that is kept unless another is clearly better; None where the best is taken as it is."""
 
     def of(self, setting: str) -> Tensor:
         """Give the scores (query, train) under one setting."""

@@ -81,6 +81,12 @@ class Process:
         return f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{parts}, lambda={self.ridge:g}"
 
 
+def usual_process(num_parts: int) -> Process:
+    """Give the middle of all that are tried, which few subset models seldom speak against."""
+    shares = SHARES[num_parts]
+    return Process(Kernel(BANDWIDTHS[1], ACROSS[1], shares[len(shares) // 2]), RIDGES[1])
+
+
 def processes(num_parts: int) -> list[Process]:
     """List the processes that are tried on coordinates of one or two parts."""
     kernels = [Kernel(*values) for values in product(BANDWIDTHS, ACROSS, SHARES[num_parts])]
@@ -182,7 +188,8 @@ class VarianceCredit:
         """Take where images lie, and the features of every part of that; None for one part."""
         self.coordinates = coordinates
         self.widths = widths
-        self.processes = processes(1 if widths is None else len(widths))
+        num_parts = 1 if widths is None else len(widths)
+        self.processes, self.usual = processes(num_parts), usual_process(num_parts).name
 
     def fit(self, train: ImageSet) -> None:
         """Keep where the training images lie."""
@@ -206,8 +213,10 @@ class VarianceCredit:
             for kind, some in queries.items():
                 values[kind].append(fitted.credit(places[kind], some.class_labels, process.ridge).float())
         names = tuple(process.name for process in wanted)
+        usual = self.usual if self.usual in names else None
         return {
-            kind: AttributionScores(values=torch.stack(some), settings=names) for kind, some in values.items()
+            kind: AttributionScores(values=torch.stack(some), settings=names, usual=usual)
+            for kind, some in values.items()
         }
 
     def credit_head(self, process: Process, *, calibration_subsets: int = 0) -> CreditHead:

@@ -12,6 +12,7 @@ from provgen.attribution.variance_credit import (
     VarianceCredit,
     pixel_coordinates,
     processes,
+    usual_process,
 )
 from provgen.models.credit import CreditHead, class_kernel
 
@@ -150,4 +151,8 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     assert torch.equal(kinds["all"].values, everything.values)
     torch.testing.assert_close(kinds["first"].values, everything.values[:, :2], atol=1e-6, rtol=1e-4)
     assert len({process.name for process in processes(2)}) == 81
+    assert everything.usual == "s=1 apart, across classes 0.5, lambda=3"
+    assert method.attribute(queries, everything.settings[0]).usual is None
+    assert usual_process(2).name == "s=1 apart, across classes 0.5, pixels 0.5, lambda=3"
+    assert usual_process(2) in processes(2)
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)
