@@ -24,7 +24,9 @@ from provgen.attribution.diffusion_tracer import DiffusionTracer, SamplingStep
 from provgen.attribution.gradients import GradientFeatures
 from provgen.attribution.loss_gradients import LossGradients
 from provgen.attribution.tracer import Request
-from provgen.faithfulness import SKETCH_SIZE
+from provgen.attribution.variance_credit import NetworkCoordinates, VarianceCredit, usual_process
+from provgen.faithfulness import NUM_INFERENCE_STEPS, SKETCH_SIZE
+from provgen.models.credit import CreditHead
 from provgen.models.diffusion import make_training_scheduler
 
 
@@ -35,10 +37,15 @@ def main(
     timesteps: Annotated[int, typer.Option(help="Noise levels of a D-TRAK query.")] = 100,
     turns: Annotated[int, typer.Option(min=5)] = 9,
     trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
+    calibrated: Annotated[
+        bool, typer.Option(help="Give a run without a calibration the usual credit head first.")
+    ] = False,
 ) -> None:
     """Print milliseconds per image, and ratios."""
     torch.set_num_threads(1)
     trained = runs.open_trained_run(run, build.make_accelerator().device)
+    if calibrated and trained.pipeline.credit is None:
+        trained.pipeline.register_modules(credit=usual_credit(trained))
     with tempfile.TemporaryDirectory() as folder:
         variants = {
             "a trace along the trajectory": along(trained, images, trace_every),
@@ -59,6 +66,16 @@ def main(
     trajectory, image, query = (median(values) for values in seconds.values())
     print(f"D-TRAK / trace along the trajectory: {query / trajectory:.0f}")
     print(f"D-TRAK / trace of an outside image: {query / image:.0f}")
+
+
+def usual_credit(trained: runs.TrainedRun) -> CreditHead:
+    """Fit the credit head that calibration keeps to; the time does not depend on the kernel."""
+    pipeline = trained.pipeline
+    tracer = DiffusionTracer(pipeline.unet, pipeline.provenance, pipeline.scheduler, finds_coordinates=True)
+    coordinates = NetworkCoordinates(tracer, along="noised", num_inference_steps=NUM_INFERENCE_STEPS)
+    method = VarianceCredit(coordinates, coordinates.widths)
+    method.fit(trained.data.train)
+    return method.credit_head(usual_process(num_parts=2))
 
 
 def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:

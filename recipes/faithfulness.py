@@ -16,8 +16,9 @@ from torch import Tensor
 
 from provgen import build, cli, comparison, faithfulness, runs
 from provgen.analysis.calibration_split import Split, Tuned, tune
-from provgen.attribution.attributor import AttributionScores, Attributor
+from provgen.attribution.attributor import AttributionScores, Attributor, Queries
 from provgen.attribution.mixture import fit_mixture
+from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
 from provgen.faithfulness import TunedScores
 from provgen.models.credit import CreditHead
@@ -44,26 +45,14 @@ def main(
     trained = runs.open_trained_run(run, accelerator.device)
     models = RetrainedFolder(run / "retrained")
     retrained, masks = models.load(), models.masks()
-    losses = retrained.losses
-    seeds, num_queries, num_subsets = losses["generated"].shape
+    seeds, num_queries, num_subsets = retrained.losses["generated"].shape
     print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
     split = Split.first(retrained.subsets, num_queries, calibration=calibration_subsets)
     require_calibration(trained.pipeline.credit, calibration_subsets)
     queries = faithfulness.trace_queries(trained, retrained.queries)
     folder, steps = run / "faithfulness", tuple(timesteps or [10])
     methods = without(faithfulness.make_methods(trained, folder, num_timesteps=steps), skip or [])
-    outputs = {kind: -losses[kind].mean(dim=0) for kind in KINDS}
-
-    def choose(kind: str, scores: AttributionScores) -> str:
-        return tune({kind: scores}, retrained.masks, outputs, split)
-
-    tuned = {}
-    for name, method in methods.items():
-        # Held-out images have no trajectory.
-        asked = {kind: some for kind, some in queries.items() if kind == "generated" or not is_along(name)}
-        tuned[name] = faithfulness.tuned_scores(method, trained.data.train, asked, choose)
-        print(f"{name}: {tuned[name].cost.fit_seconds:.0f} s to set up", flush=True)
-
+    tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
     predictions = [
         row
         for kind in KINDS
@@ -80,6 +69,28 @@ def main(
     moved = read_moved(run / "leave_out" / "effects.parquet")
     rows = comparison.compare(kept, models, moved=moved, resamples=resamples)
     print(comparison.write_tables(rows, folder, "retrained"))
+
+
+def tune_methods(
+    methods: Mapping[str, Attributor],
+    train: ImageSet,
+    queries: Mapping[str, Queries],
+    retrained: Retrained,
+    split: Split,
+) -> dict[str, TunedScores]:
+    """Fit every method and tune it on the calibration part, for each kind of query by itself."""
+    outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
+
+    def choose(kind: str, scores: AttributionScores) -> str:
+        return tune({kind: scores}, retrained.masks, outputs, split)
+
+    tuned = {}
+    for name, method in methods.items():
+        # Held-out images have no trajectory.
+        asked = {kind: some for kind, some in queries.items() if kind == "generated" or not is_along(name)}
+        tuned[name] = faithfulness.tuned_scores(method, train, asked, choose)
+        print(f"{name}: {tuned[name].cost.fit_seconds:.0f} s to set up", flush=True)
+    return tuned
 
 
 def without(methods: Mapping[str, Attributor], skipped: Sequence[str]) -> dict[str, Attributor]:

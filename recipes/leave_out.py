@@ -78,13 +78,9 @@ def main(
     # Nothing is left out once for all samples.
     samples_of = {model: [m for m in nothing if m.seed == model.seed] for model in nothing}
 
-    def is_there(model: LeftOut) -> bool:
-        return all(folder.has(some, left_out[some]) for some in samples_of.get(model, [model]))
-
-    models = [*nothing[:: len(others)], *planned]
     for model in missing_models(
-        models,
-        is_there,
+        [*nothing[:: len(others)], *planned],
+        lambda model: all(folder.has(some, left_out[some]) for some in samples_of.get(model, [model])),
         part=portion,
         accelerator=accelerator,
         folder=folder.root,
@@ -96,8 +92,8 @@ def main(
     if accelerator.is_main_process:
         there = {m: folder.load(m) for m in [*nothing, *planned] if folder.has(m, left_out[m])}
         table = write_table(folder.root, there, names, shares, trained.data.train.labels, samples.labels)
-        count = len(set(there) & set(planned))
-        print(f"{count} of {len(planned)} models measured\n\n{table}\ntable in {folder.root}")
+        print(f"{len(set(there) & set(planned))} of {len(planned)} models measured\n\n{table}")
+        print(f"table in {folder.root}")
     accelerator.end_training()
 
 
