@@ -19,23 +19,21 @@ from provgen.analysis.statistics import Estimate
 from provgen.analysis.verdicts import Evidence, gather_evidence
 from provgen.attribution.network import NetworkPosterior
 from provgen.attribution.posterior import ClosedFormPosterior, Oracle
+from provgen.attribution.trajectory import late_level
 from provgen.build import make_mixing
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.kinds import DiffusionKind, make_kind
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
-from provgen.pipeline import ProvenancePipeline, ProvenancePipelineOutput
+from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
 from provgen.run_folder import RunFolder, atomic_path
 from provgen.runs import RunData, TrainedRun
 from provgen.settings import Settings
 from provgen.training.batches import Batch, fixed_batches, seeded_generator
 from provgen.training.trainer import CoTrainer
 
-NAMED = 50
-"""Sources of an image whose classes are looked at."""
-
 COMPARED = 10
-"""Of these, the most probable ones, that are compared with the closed form's."""
+"""Most probable sources of an image that are compared with the closed form's."""
 
 LOSS_DRAWS = 20
 """Noise levels at which the generator's loss on an image is measured."""
@@ -145,26 +143,40 @@ def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence
         images: uint8 (query, channel, height, width).
         labels: The classes they were asked for or have, int64 (query,); the null label for none.
     """
-    train, pipeline = trained.data.train, trained.pipeline
-    num_covered = int(trained.data.covered.sum())
-    traced = pipeline.attribute(images, top_k=min(NAMED, num_covered))
-    compared = min(COMPARED, num_covered)
-    # A calibrated pipeline orders them by weight.
-    believed = traced.posterior.topk(compared, dim=1)
-    closed_form = make_kind(trained.settings, train).closed_form(
-        pipeline.network, train, dtype=torch.float32, device=pipeline.device
+    data, pipeline = trained.data, trained.pipeline
+    closed_form = make_kind(trained.settings, data.train).closed_form(
+        pipeline.network,
+        data.train,
+        dtype=torch.float32,
+        device=pipeline.device,
+        covered=None if data.covered.all() else data.covered,
     )
-    others = pipeline.attribute(images, top_k=compared, closed_form=closed_form).example_index
-    is_own = train.labels[traced.example_index] == labels[:, None]
-    of_class = (traced.posterior * is_own).sum(dim=1) / traced.posterior.sum(dim=1)
+    parts = zip(images.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
+    traced = [_traced_evidence(trained, closed_form, *part) for part in parts]
     return gather_evidence(
         to_unit_range(images),
-        to_unit_range(train.images),
-        entropy=traced.entropy,
-        of_class=torch.where(labels < train.num_classes, of_class, 1.0),
-        top=believed.values[:, 0],
-        agreement=shared_sources(traced.example_index.gather(1, believed.indices), others),
+        to_unit_range(data.train.images),
+        **{name: torch.cat([part[name] for part in traced]) for name in traced[0]},
     )
+
+
+def _traced_evidence(
+    trained: TrainedRun, closed_form: Oracle, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Take the evidence of few images from whole posteriors, whatever a calibration ranks first."""
+    pipeline, num_covered = trained.pipeline, int(trained.data.covered.sum())
+    traced = pipeline.attribute(images, top_k=num_covered)
+    believed = traced.posterior.topk(min(COMPARED, num_covered), dim=1)
+    others = pipeline.attribute(images, top_k=believed.indices.shape[1], closed_form=closed_form)
+    is_own = trained.data.train.labels[traced.example_index] == labels[:, None]
+    of_class = (traced.posterior * is_own).sum(dim=1) / traced.posterior.sum(dim=1)
+    return {
+        "entropy": traced.entropy,
+        "late_entropy": traced.step_entropy[:, late_level(traced.signal.tolist())],
+        "of_class": torch.where(labels < trained.data.train.num_classes, of_class, 1.0),
+        "top": believed.values[:, 0],
+        "agreement": shared_sources(traced.example_index.gather(1, believed.indices), others.example_index),
+    }
 
 
 def divergence_by_step(

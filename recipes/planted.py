@@ -22,8 +22,8 @@ from provgen.attribution.attributor import Queries
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.ideal_denoiser import ideal_samples
 from provgen.attribution.posterior import ClosedFormPosterior
-from provgen.attribution.posterior_attributor import network_steps
-from provgen.attribution.trajectory import WINDOW
+from provgen.attribution.posterior_attributor import closed_form_steps, network_steps
+from provgen.attribution.trajectory import WINDOW, late_level
 from provgen.data.images import to_unit_range
 from provgen.report.planted_table import FIRST, precision_table, reliability_table
 from provgen.run_folder import atomic_path
@@ -99,7 +99,16 @@ def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num
     )
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
-    scores = traced(trained, queries)
+    # The cleanest level of the window by itself.
+    place = late_level(trajectory.signal.tolist())
+    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.signal[place], labels)
+    scores = {
+        f"{name}, cleanest level": ask(*late).softmax(dim=1)
+        for name, ask in (
+            ("provenance network", network_steps(trained.pipeline.unet, trained.pipeline.provenance)),
+            ("closed form", closed_form_steps(closed_form)),
+        )
+    } | traced(trained, queries)
     return [
         "## Samples of the closed-form denoiser, along their trajectories\n",
         f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
@@ -128,14 +137,15 @@ def unsupported(trained: runs.TrainedRun, num_queries: int) -> list[str]:
         planted |= {"mean of two classes": (blended, labels), "told another class": (images, other)}
     known = evaluation.evidence_of(trained, images, labels)
     lines = [
-        "| planted | distance | effective sources | posterior of the class |",
-        "| --- | ---: | ---: | ---: |",
+        "| planted | distance | effective sources | entropy at little noise | posterior of the class |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, (some, given) in planted.items():
         found = evaluation.evidence_of(trained, some, given)
         pairs = [
             (found.distance, known.distance),
             (found.sources, known.sources),
+            (found.late_entropy, known.late_entropy),
             (-found.of_class, -known.of_class),
         ]
         cells = [auroc(positives, negatives, seed=0) for positives, negatives in pairs]

@@ -191,3 +191,28 @@ def test_an_evaluation_holds_every_level_the_gaps_and_the_recall_of_a_beam(head,
         assert measured["beam_recall10"] == probe.beam_recall(network, 2, 10).value
         assert 0 < measured["beam_recall10_low"] <= measured["beam_recall10_high"] <= 1
     json.dumps(measured, allow_nan=False)
+
+
+def test_evidence_is_taken_from_whole_posteriors(trained):
+    """The same from posteriors over all training images, one image at a time."""
+    train, pipeline = trained.data.train, trained.pipeline
+    images, labels = train.images[:5], train.labels[:5]
+    found = evaluation.evidence_of(trained, images, labels)
+    closed = trained.closed_form()
+    for row in range(len(images)):
+        traces = [
+            pipeline.attribute(images[row : row + 1], top_k=len(train), closed_form=some)
+            for some in (None, closed)
+        ]
+        dense = [torch.zeros(len(train)).scatter(0, t.example_index[0], t.posterior[0]) for t in traces]
+        first, second = (set(some.topk(10).indices.tolist()) for some in dense)
+        assert found.top[row] == pytest.approx(float(dense[0].max()), rel=1e-4)
+        assert found.of_class[row] == pytest.approx(
+            float(dense[0][train.labels == labels[row]].sum()), rel=1e-4
+        )
+        assert found.agreement[row] == len(first & second) / 10
+        entropy = float(torch.special.entr(dense[0].double()).sum().exp())
+        assert found.sources[row] == pytest.approx(entropy, rel=1e-3)
+        assert found.late_entropy[row] == pytest.approx(float(traces[0].step_entropy[0, -1]), rel=1e-3)
+    asked_nothing = evaluation.evidence_of(trained, images, torch.full_like(labels, train.num_classes))
+    assert asked_nothing.of_class.tolist() == [1] * 5

@@ -44,7 +44,7 @@ def linear():
 def test_tuning_finds_the_setting_that_is_true(linear):
     masks, effects, outputs = linear
     scores = AttributionScores(
-        values=torch.stack([rand(12, 40, seed=5), effects, -effects]), settings=("a", "b", "c")
+        values=torch.stack([rand(12, 40, seed=5), effects, -effects]), settings=("a", "b", "c"), usual=None
     )
     split = Split.first(torch.arange(30), 12, calibration=10)
     assert tune({"a kind": scores}, masks, {"a kind": outputs}, split) == "b"
@@ -54,8 +54,12 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
     masks, effects, outputs = linear
     half = effects + rand(12, 40, seed=7)
     kinds = {
-        "first": AttributionScores(values=torch.stack([effects, half, -effects]), settings=("a", "b", "c")),
-        "second": AttributionScores(values=torch.stack([-effects, half, effects]), settings=("a", "b", "c")),
+        "first": AttributionScores(
+            values=torch.stack([effects, half, -effects]), settings=("a", "b", "c"), usual=None
+        ),
+        "second": AttributionScores(
+            values=torch.stack([-effects, half, effects]), settings=("a", "b", "c"), usual=None
+        ),
     }
     split = Split.first(torch.arange(30), 12, calibration=10)
     assert tune(kinds, masks, dict.fromkeys(kinds, outputs), split) == "b"
@@ -64,7 +68,7 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
 def test_tuning_looks_at_nothing_that_is_reported(linear):
     """Turn everything that is reported around: the choice stays."""
     masks, effects, outputs = linear
-    scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"))
+    scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"), usual=None)
     split = Split.first(torch.arange(30), 12, calibration=10)
     changed = -outputs
     changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from provgen.analysis.datamodeling import LdsComparison, predicted_outputs
+from provgen.analysis.datamodeling import LdsComparison, datamodeling_scores, predicted_outputs
 from provgen.attribution.attributor import AttributionScores
 from provgen.errors import InputError
 from provgen.run_folder import atomic_path
 
-RESAMPLES = 200
+RESAMPLES = 500
 """Of the calibration part, for the standard error of a difference."""
 
 
@@ -59,9 +59,9 @@ def tune(
 ) -> str:
     """Choose the setting with the largest LDS on the calibration part, mean over kinds of queries.
 
-    A method's usual setting, if it names one, is kept unless the best is better by more than a standard error of
-    the difference (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees): the
-    calibration part is small, and the best of many is so by luck.
+    A method's usual setting is kept unless the best is better by more than a standard error of the difference (the
+    one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees): the calibration part is
+    small, and the best of many is so by luck.
 
     Args:
         scores: Of all queries, by kind.
@@ -69,25 +69,35 @@ def tune(
         outputs: (query, subset), minus the losses, by kind.
         split: What may be looked at.
     """
-    compared = [_compare(scores[kind], masks, outputs[kind], split) for kind in scores]
+    predicted = {kind: _predictions(scores[kind], masks, split) for kind in scores}
+    wanted = {kind: outputs[kind][split.queries][:, split.subsets] for kind in scores}
     some = next(iter(scores.values()))
-    means = {name: sum(of.values[name] for of in compared) / len(compared) for name in some.settings}
-    best = max(means, key=lambda name: means[name])
-    if some.usual is None or some.usual == best:
+    means = {
+        name: float(
+            np.mean([datamodeling_scores(predicted[kind][name], wanted[kind]).mean() for kind in scores])
+        )
+        for name in some.settings
+    }
+    best, usual = max(means, key=lambda name: means[name]), some.usual
+    if usual is None or usual == best:
         return best
     # The same seed draws the same subsets for all kinds.
-    differences = [of.draws[best] - of.draws[some.usual] for of in compared]
+    differences = []
+    for kind in scores:
+        pair = {name: predicted[kind][name] for name in (best, usual)}
+        compared = LdsComparison(pair, wanted[kind], seed=0, resamples=RESAMPLES)
+        differences.append(compared.draws[best] - compared.draws[usual])
     standard_error = float(np.mean(differences, axis=0).std())
-    return some.usual if means[best] - means[some.usual] <= standard_error else best
+    return usual if means[best] - means[usual] <= standard_error else best
 
 
-def _compare(scores: AttributionScores, masks: Tensor, outputs: Tensor, split: Split) -> LdsComparison:
-    """Compare all settings on the calibration part."""
-    wanted = outputs[split.queries][:, split.subsets]
-    predicted = [predicted_outputs(some[split.queries], masks[split.subsets]) for some in scores.values]
-    resamples = 0 if scores.usual is None else RESAMPLES
-    named = dict(zip(scores.settings, predicted, strict=True))
-    return LdsComparison(named, wanted, seed=0, resamples=resamples)
+def _predictions(scores: AttributionScores, masks: Tensor, split: Split) -> dict[str, Tensor]:
+    """Give what every setting predicts of the calibration part, (query, subset) by name."""
+    seen = scores.values[:, split.queries]
+    return {
+        name: predicted_outputs(some, masks[split.subsets])
+        for name, some in zip(scores.settings, seen, strict=True)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

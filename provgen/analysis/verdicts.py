@@ -43,6 +43,8 @@ class Evidence:
     """Largest share of telling parts that one training image explains; NaN where no part tells."""
     sources: Tensor
     """Exponential of the posterior's entropy: the effective number of sources."""
+    late_entropy: Tensor
+    """Of the posterior at the cleanest traced level, in nats."""
     of_class: Tensor
     """Posterior of the class that was asked for, by a network that is not told it; 1 where none was asked for."""
     top: Tensor
@@ -66,6 +68,8 @@ class Limits:
     """Least calibrated distance."""
     distance: float
     """Largest distance."""
+    late_entropy: float
+    """Largest entropy at little noise, in nats."""
     of_class: float
     """Least posterior of the own class."""
     n: int
@@ -77,6 +81,7 @@ class Limits:
         return cls(
             calibrated=float(holdout.calibrated.quantile(TAIL, interpolation="lower")),
             distance=float(holdout.distance.quantile(1 - TAIL, interpolation="higher")),
+            late_entropy=float(holdout.late_entropy.double().quantile(1 - TAIL, interpolation="higher")),
             of_class=float(holdout.of_class.double().quantile(TAIL, interpolation="lower")),
             n=len(holdout),
         )
@@ -91,7 +96,14 @@ class Verdict:
 
 
 def gather_evidence(
-    images: Tensor, train: Tensor, *, entropy: Tensor, of_class: Tensor, top: Tensor, agreement: Tensor
+    images: Tensor,
+    train: Tensor,
+    *,
+    entropy: Tensor,
+    late_entropy: Tensor,
+    of_class: Tensor,
+    top: Tensor,
+    agreement: Tensor,
 ) -> Evidence:
     """Compare images with the training images.
 
@@ -99,6 +111,7 @@ def gather_evidence(
         images: In [-1, 1], (query, channel, height, width).
         train: (train, channel, height, width).
         entropy: Of the traced posteriors in nats, (query,).
+        late_entropy: At the cleanest traced level in nats, (query,).
         of_class: Posterior of the class asked for, (query,); 1 where no class was.
         top: Posterior of the most probable source, (query,).
         agreement: Share of sources that another tracer names as well, (query,).
@@ -111,6 +124,7 @@ def gather_evidence(
         distance=found.distances[:, 0] / distinct.shape[1] ** 0.5,
         patches=patch_share(images, distinct.view(-1, *train.shape[1:])),
         sources=entropy.double().exp(),
+        late_entropy=late_entropy,
         of_class=of_class,
         top=top,
         agreement=agreement,
@@ -123,10 +137,12 @@ def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
 
 
 def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
-    ratio, calibrated, distance, patches, sources, of_class, agreement = (
+    ratio, calibrated, distance, patches, sources, late_entropy, of_class, agreement = (
         float(getattr(evidence, name)[query])
-        for name in ("ratio", "calibrated", "distance", "patches", "sources", "of_class", "agreement")
-    )
+        for name in (
+            "ratio", "calibrated", "distance", "patches", "sources", "late_entropy", "of_class", "agreement",
+        )
+    )  # fmt: skip
     if ratio < MEMORIZED:
         return Verdict("copy", f"nearest training image at {ratio:.2f} of the distance of the second")
     parts = "" if isnan(patches) else f", {patches:.0%} of its parts from one image"
@@ -139,6 +155,12 @@ def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
         return Verdict(
             "unsupported",
             f"no training image within {distance:.2f}, of held-out images {limits.distance:.2f}",
+        )
+    if late_entropy > limits.late_entropy:
+        return Verdict(
+            "unsupported",
+            f"still {late_entropy:.2f} nats unsure of its sources at little noise, held-out images "
+            f"{limits.late_entropy:.2f}",
         )
     if of_class < limits.of_class:
         return Verdict("unsupported", f"its sources are of the class asked for with {of_class:.0%} only")

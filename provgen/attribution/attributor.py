@@ -45,8 +45,9 @@ class AttributionScores:
     """Floating (setting, query, train)."""
     settings: tuple[str, ...]
     """Their names, such as `lambda=0.01`; a single empty one where there is nothing to tune."""
-    usual: str | None = None
-    """The one of them that is kept unless another is clearly better; None where the best is taken as it is."""
+    usual: str | None
+    """The one of them that is kept unless another is clearly better, such as the middle of what is tried; None where
+    it was not asked for."""
 
     def of(self, setting: str) -> Tensor:
         """Give the scores (query, train) under one setting."""
@@ -99,4 +100,4 @@ class Attributor(Protocol):
 
 def untuned(values: Tensor) -> AttributionScores:
     """Wrap scores (query, train) of a method with nothing to tune."""
-    return AttributionScores(values=values[None], settings=("",))
+    return AttributionScores(values=values[None], settings=("",), usual="")

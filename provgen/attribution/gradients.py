@@ -142,7 +142,8 @@ class Trak:
         turned = self.features.products(queries) @ self.vectors
         inverses = 1 / (self.values + torch.tensor(RIDGES)[:, None] * self.values.mean())
         scores = torch.stack([self._scores(turned, inverse) for inverse in inverses])
-        return AttributionScores(values=scores, settings=tuple(f"lambda={ridge:g}" for ridge in RIDGES))
+        names = tuple(f"lambda={ridge:g}" for ridge in RIDGES)
+        return AttributionScores(values=scores, settings=names, usual=names[len(names) // 2])
 
     def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:
         """Give (query, train) from products with eigenvectors (query, eigenvector) and inverse eigenvalues."""

@@ -96,6 +96,9 @@ AVERAGES = tuple(
     for is_told, low, high, temperature, of in product((True, False), LOWEST, HIGHEST, TEMPERATURES, OF)
 )
 
+USUAL = Average(is_told=True, of="probabilities", low=0.05, high=0.9, temperature=1.0)
+"""What the pipeline calls the posterior of a trace."""
+
 
 class PosteriorAttributor:
     """Averages the posteriors of a query over a window of noise levels.
@@ -148,7 +151,8 @@ class PosteriorAttributor:
                 ]
                 log_probs = torch.stack([given.float().log_softmax(dim=1) for given in logits])
                 named |= {average.name: average(log_probs, signal) for average in some}
-        return AttributionScores(values=torch.stack(list(named.values())), settings=tuple(named))
+        usual = USUAL.name if USUAL.name in named else None
+        return AttributionScores(values=torch.stack(list(named.values())), settings=tuple(named), usual=usual)
 
     def kept(self) -> Kept:
         """Pixels, or the provenance network."""

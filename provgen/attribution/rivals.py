@@ -88,7 +88,8 @@ class PixelNeighbors:
         ranks = distances.argsort(dim=1, stable=True).argsort(dim=1)
         counts = [k for k in NEIGHBORS if k < len(self.pixels)]
         values = torch.stack([(ranks < k).double() for k in counts])
-        return AttributionScores(values=values, settings=tuple(f"k={k}" for k in counts))
+        names = tuple(f"k={k}" for k in counts)
+        return AttributionScores(values=values, settings=names, usual=names[len(names) // 2])
 
     def kept(self) -> Kept:
         """Pixels."""
@@ -112,9 +113,8 @@ class PixelKernel:
         """Weigh by distance."""
         squares = torch.cdist(queries.images.flatten(1).double(), self.pixels).square()
         values = [_kernel(squares, share * self.scale) for share in BANDWIDTHS]
-        return AttributionScores(
-            values=torch.stack(values), settings=tuple(f"s={share:g} apart" for share in BANDWIDTHS)
-        )
+        names = tuple(f"s={share:g} apart" for share in BANDWIDTHS)
+        return AttributionScores(values=torch.stack(values), settings=names, usual=names[len(names) // 2])
 
     def kept(self) -> Kept:
         """Pixels."""

@@ -139,6 +139,6 @@ class TrajectoryTrace:
 
 
 def late_level(signal: Sequence[float], window: tuple[float, float] = WINDOW) -> int:
-    """Give the place of the cleanest of some levels, rising, that is in a window."""
+    """Give the place of the cleanest of some levels, rising, that is in a window; the last where none is."""
     inside = [place for place, level in enumerate(signal) if window[0] < level < window[1]]
-    return inside[-1]
+    return inside[-1] if inside else len(signal) - 1

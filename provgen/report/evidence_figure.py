@@ -17,6 +17,7 @@ PANELS = {
     "patches": "parts from one image",
     "sources": "effective sources",
     "top": "top posterior",
+    "late_entropy": "entropy at little noise",
     "of_class": "posterior of the class",
     "agreement": "shared with the closed form",
 }
@@ -36,11 +37,12 @@ def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
         "ratio": MEMORIZED,
         "calibrated": limits.calibrated,
         "distance": limits.distance,
+        "late_entropy": limits.late_entropy,
         "of_class": limits.of_class,
         "sources": FEW,
     }
-    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 4).flatten(), PANELS.items(), strict=True):
+    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(3, 3).flatten(), PANELS.items(), strict=True):
         for color, (label, of) in zip(COLORS, evidence.items(), strict=True):
             values = getattr(of, name).double()
             values = values[values.isfinite()]

@@ -37,6 +37,7 @@ def evidence_of(digits):
             some,
             images,
             entropy=torch.special.entr(probs).sum(dim=1),
+            late_entropy=torch.special.entr(probs).sum(dim=1),
             of_class=of_class,
             top=probs.amax(dim=1),
             agreement=torch.ones(len(some)),
@@ -64,7 +65,7 @@ def test_the_ideal_denoiser_copies_and_held_out_digits_do_not(digits, evidence_o
     assert kinds_of(evidence_of(made, asked), limits) == {"copy": 60}
     of_holdout = kinds_of(holdout, limits)
     assert of_holdout["copy"] == 0
-    assert of_holdout["unsupported"] <= 2 * 0.011 * len(holdout)
+    assert of_holdout["unsupported"] <= 3 * 0.011 * len(holdout)
 
 
 def test_off_the_manifold_is_unsupported(digits, evidence_of, holdout):
@@ -93,6 +94,7 @@ def test_the_wrong_class_is_unsupported(digits, evidence_of, holdout):
         ({"patches": 1.0}, "novel", "100% of its parts"),
         ({"patches": float("nan")}, "novel", "9.0 sources"),
         ({"distance": 0.7}, "unsupported", "within 0.70, of held-out images 0.60"),
+        ({"late_entropy": 1.5}, "unsupported", "still 1.50 nats unsure of its sources at little noise"),
         ({"of_class": 0.1}, "unsupported", "with 10% only"),
         ({"sources": 3.5}, "blend of few", "3.5 sources"),
         ({"sources": 1.0, "of_class": 0.1, "ratio": 0.1}, "copy", "0.10"),
@@ -105,11 +107,12 @@ def test_rules_by_hand(changed, kind, reason):
         "distance": 0.4,
         "patches": 0.5,
         "sources": 9.0,
+        "late_entropy": 0.1,
         "of_class": 0.9,
         "top": 0.2,
         "agreement": 0.8,
     }
     evidence = Evidence(**{name: torch.tensor([value]) for name, value in (usual | changed).items()})
-    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, of_class=0.2, n=100))
+    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, late_entropy=1.0, of_class=0.2, n=100))
     assert found.kind == kind in KINDS
     assert reason in found.reason

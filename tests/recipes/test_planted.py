@@ -33,6 +33,7 @@ def test_copies_and_marks_are_in_the_folder_and_in_the_report(tmp_path, run_reci
     assert "A marked cluster" in report
     ideal = report.split("## Samples of the closed-form denoiser")[1].splitlines()
     assert any(line.startswith("| pixel distance | 100.0") for line in ideal)
+    assert any(line.startswith("| closed form, cleanest level | 100.0") for line in ideal)
     assert any(line.startswith("| best possible | 100.0") for line in ideal)
     (shuffled,) = [line for line in report.splitlines() if line.startswith("| pixels shuffled")]
     assert float(shuffled.split("|")[2].split()[0]) > 0.9, "by their distance"

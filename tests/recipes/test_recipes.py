@@ -29,13 +29,17 @@ FINISHED_FILES = {
 }  # fmt: skip
 
 
+NUM_IMAGES = 24
+"""Enough for sets to be measured."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, run_recipe, tiny_overrides):
     """A run of three steps that generated and was analyzed."""
     root = tmp_path_factory.mktemp("finished") / "run"
     overrides = [*tiny_overrides, "training.max_steps=3", "data.holdout_fraction=0.05", f"output_dir={root}"]
     assert run_recipe("train", *overrides) == 0
-    arguments = ("--run", root, "--num-images", 12, "--top-k", 4, "--steps", 10, "--batch-size", 5)
+    arguments = ("--run", root, "--num-images", NUM_IMAGES, "--top-k", 4, "--steps", 10, "--batch-size", 5)
     assert run_recipe("generate_and_attribute", *arguments, "--closed-form") == 0
     assert run_recipe("analyze", "--run", root) == 0
     return RunFolder(root)
@@ -52,7 +56,7 @@ def test_a_finished_run_holds_the_files_of_the_design(finished):
     assert {path.name for path in finished.pipeline.iterdir()} == {
         "model_index.json", "manifest.parquet", "unet", "provenance", "scheduler"
     }  # fmt: skip
-    images = {f"{number:05d}.png" for number in range(12)}
+    images = {f"{number:05d}.png" for number in range(NUM_IMAGES)}
     assert {path.name for path in finished.samples.iterdir()} == {*images, "grid.png", "part-0.parquet"}
     assert [path.name for path in finished.traces.iterdir()] == ["part-0.parquet"]
     assert not list(finished.root.rglob("*.partial"))
@@ -72,9 +76,11 @@ def test_traces_name_sources_of_the_samples_class(finished):
     label_of = {row["example_index"]: row["label"] for row in manifest if row["split"] == "train"}
     samples = read_parts(finished.samples, ["sample"])
     traces = read_parts(finished.traces, ["sample", "rank"])
-    assert [sample["class_label"] for sample in samples] == [n % 10 for n in range(12)]
-    assert [sample["seed"] for sample in samples] == list(range(12))
-    assert [(row["sample"], row["rank"]) for row in traces] == [(s, r) for s in range(12) for r in range(4)]
+    assert [sample["class_label"] for sample in samples] == [n % 10 for n in range(NUM_IMAGES)]
+    assert [sample["seed"] for sample in samples] == list(range(NUM_IMAGES))
+    assert [(row["sample"], row["rank"]) for row in traces] == [
+        (s, r) for s in range(NUM_IMAGES) for r in range(4)
+    ]
     # Four training images a class and four sources a sample: all of its class, whose posteriors make one.
     for sample in samples:
         rows = [row for row in traces if row["sample"] == sample["sample"]]
@@ -231,6 +237,22 @@ def test_a_report_says_how_well_the_generator_and_the_sources_do(name, request):
     page = finished.report_html.read_text(encoding="utf-8")
     assert "Does it generalize?" in page
     assert "Do sources share the class?" in page
+
+
+def test_sets_and_samples_are_judged(finished, run_recipe, capsys):
+    by_name = {metric["name"]: metric for metric in metrics_of(finished)}
+    measured = {"data_copying", "authenticity", "precision", "coverage", "frechet_distance", "vendi_score"}
+    assert measured <= by_name.keys()
+    assert all(by_name[name]["null"] is not None for name in measured)
+    assert by_name["authenticity"]["ceiling"] == 0, "of copies"
+    rows = pq.read_table(finished.root / "verdicts.parquet").to_pylist()
+    assert [row["sample"] for row in rows] == list(range(NUM_IMAGES))
+    shares = sum(by_name[f"share_{kind}"]["value"] for kind in ("copy", "near_copy", "unsupported", "novel"))
+    assert shares + by_name["share_blend_of_few"]["value"] == pytest.approx(1)
+    assert run_recipe("analyze", "--run", finished.root, "--features", "own") == 0
+    others = {metric["name"]: metric for metric in metrics_of(finished)}
+    assert others["frechet_distance"]["value"] != by_name["frechet_distance"]["value"]
+    assert "last encoder stage" in finished.report_html.read_text(encoding="utf-8")
 
 
 def test_the_report_is_one_self_contained_page(finished):

@@ -9,8 +9,18 @@ from provgen.analysis.verdicts import KINDS, Evidence, Limits, Verdict
 from provgen.report.evidence_figure import PANELS, plot_evidence
 from provgen.report.verdict_section import gallery_rows, plot_verdicts, verdict_section, write_verdicts
 
-NAMES = ("ratio", "calibrated", "distance", "patches", "sources", "of_class", "top", "agreement")
-LIMITS = Limits(calibrated=0.8, distance=0.6, of_class=0.2, n=100)
+NAMES = (
+    "ratio",
+    "calibrated",
+    "distance",
+    "patches",
+    "sources",
+    "late_entropy",
+    "of_class",
+    "top",
+    "agreement",
+)
+LIMITS = Limits(calibrated=0.8, distance=0.6, late_entropy=1.0, of_class=0.2, n=100)
 
 
 @pytest.fixture
@@ -63,7 +73,7 @@ def test_every_sample_is_written_with_its_reason(judged, tmp_path):
     assert [row["reason"] for row in rows] == ["a", "b", "c", "d"]
     assert rows[2] == {
         "sample": 2, "verdict": "novel", "reason": "c", "ratio": 2, "calibrated": 3, "distance": 4, "patches": 5,
-        "sources": 6, "of_class": 7, "top": 8, "agreement": 9, "commitment_step": 40,
+        "sources": 6, "late_entropy": 7, "of_class": 8, "top": 9, "agreement": 10, "commitment_step": 40,
     }  # fmt: skip
     assert rows[1]["commitment_step"] is None
 
