@@ -176,7 +176,7 @@ def curves(folder: SweepFolder, models: Sequence[SweepModel], steps: Sequence[in
         points=points,
         predictions={size: found for size, found in predictions.items() if found},
         within={size: copy_prediction(some, within=True) for size, some in last.items() if predictions[size]},
-        overall=copy_prediction([model for some in last.values() for model in some]),
+        overall=copy_prediction([model for some in last.values() for model in some], pooled=True),
         early={size: found for size, found in early.items() if found},
         redrawing={
             size: {below: redraw_effect(some, below=below) for below in BOUNDS}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from provgen.analysis.memorization import MEMORIZED, share_memorized
-from provgen.analysis.statistics import Estimate, auroc, mean_estimate, stratified_auroc
+from provgen.analysis.statistics import Estimate, auroc, mean_estimate, mean_over_seeds, stratified_auroc
 from provgen.analysis.transition import halves_agreement
 from provgen.attribution.trajectory import late_level
 
@@ -21,6 +21,9 @@ PREDICTORS = ("late_entropy", "entropy", "top", "commitment")
 
 FEWEST = 5
 """Copies, and samples that are none, that a prediction is judged on."""
+
+FEWEST_MODELS = 3
+"""Trainings of one size from which on intervals are over trainings (Student's t)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class SweepCurves:
     """AUROC by predictor, of all sizes together at the last step."""
     early: Mapping[int, Sequence[tuple[float, Estimate]]]
     """AUROC of the entropy at every sampling step by size, with a_t."""
-    redrawing: Mapping[int, Mapping[float, tuple[Estimate, float]]]
+    redrawing: Mapping[int, Mapping[float, tuple[Estimate, Estimate]]]
     """What drawing again does (`redraw_effect`), by size, then by bound."""
 
 
@@ -46,59 +49,56 @@ def curve_point(
 ) -> dict[str, Estimate]:
     """Summarise the models of one size at one step.
 
-    Intervals are over samples and images of these very models, and not over trainings.
-
     Args:
-        models: All of them; their samples are pooled, and held-out images, which are the same for all, averaged.
+        models: All of them. Intervals are over trainings if there are `FEWEST_MODELS`, and over samples and images of
+            these very models otherwise.
         halves: Pairs that share no training image.
     """
-    point = {"share_memorized": share_memorized(torch.cat([model["ratio"] for model in models]))}
-    held = torch.stack([model["holdout_ratio"] < MEMORIZED for model in models]).double().mean(dim=0)
-    point["share_memorized_holdout"] = mean_estimate(held, seed=0)
+    point = {
+        "share_memorized": _share_below([model["ratio"] for model in models]),
+        "share_memorized_holdout": _share_below([model["holdout_ratio"] for model in models]),
+    }
     if halves:
-        first, second = (torch.cat([pair[n]["images"] for pair in halves]).flatten(1) / 127.5 for n in (0, 1))
-        labels = _strata([pair[0] for pair in halves])
-        point["halves_agreement"] = halves_agreement(first, second, labels)
-    train = torch.cat([model["train_losses"] for model in models]).mean(dim=1)
-    holdout = torch.stack([model["holdout_losses"] for model in models]).mean(dim=(0, 2))
-    point["train_loss"], point["holdout_loss"] = (
-        mean_estimate(values, seed=0) for values in (train, holdout)
+        point["halves_agreement"] = _agreement(halves)
+    seen, unseen = (
+        [model[name].mean(dim=1) for model in models] for name in ("train_losses", "holdout_losses")
     )
-    point["loss_ratio"] = _ratio(holdout, train)
-    point["divergence"] = mean_estimate(torch.cat([m["divergence"].mean(dim=1) for m in models]), seed=0)
+    point |= {"train_loss": _mean(seen), "holdout_loss": _mean(unseen), "loss_ratio": _ratio(unseen, seen)}
+    point["divergence"] = _mean([model["divergence"].mean(dim=1) for model in models])
     for name in ("entropy", "closed_form_entropy"):
         if all(name in model for model in models):
-            point[name] = mean_estimate(torch.cat([model[name] for model in models]), seed=0)
+            point[name] = _mean([model[name] for model in models])
     for name in ("commitment", "closed_form_commitment"):
         if all(name in model for model in models):
-            steps = torch.cat([model[name] for model in models]).double()
-            if (steps >= 0).any():
-                point[name] = mean_estimate(steps[steps >= 0], seed=0)
+            steps = [model[name][model[name] >= 0] for model in models]
+            if steps := [some for some in steps if len(some)]:
+                point[name] = _mean(steps)
     return point
 
 
-def copy_prediction(models: Sequence[Measured], *, within: bool = False) -> dict[str, Estimate]:
+def copy_prediction(
+    models: Sequence[Measured], *, within: bool = False, pooled: bool = False
+) -> dict[str, Estimate]:
     """Say how well each predictor of a trace tells copies under the 1/3 rule from other samples: AUROC by name.
 
     Entropy and commitment count as telling where they are small, the top posterior where it is large. Nothing where
     there are too few of either kind.
 
     Args:
-        models: Their samples are pooled.
+        models: Of one size, or of several that are pooled.
         within: Compare samples of the same generator and class only. A class of few training images has little entropy
             whatever its samples are, and more copies.
+        pooled: Compare samples of different generators too, with an interval over samples.
     """
-    is_copy = torch.cat([model["ratio"] for model in models]) < MEMORIZED
-    if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST:
+    if not all("entropy" in model for model in models):
         return {}
-    found: dict[str, Estimate] = {}
+    found = {}
     for name in [f"{who}{what}" for who in ("", "closed_form_") for what in PREDICTORS]:
-        if all("entropy" in model for model in models):
-            scores = torch.cat([_telling(name, model) for model in models])
-            if not within:
-                found[name] = auroc(scores[is_copy], scores[~is_copy], seed=0)
-            elif (estimate := stratified_auroc(scores, is_copy, _strata(models), seed=0)) is not None:
-                found[name] = estimate
+        scores = [_telling(name, model) for model in models]
+        judge = _pooled_auroc if pooled else _auroc
+        estimate = judge(models, scores, within=within, resamples=1000)
+        if estimate is not None:
+            found[name] = estimate
     return found
 
 
@@ -110,17 +110,19 @@ def _strata(models: Sequence[Measured]) -> Tensor:
 
 def early_prediction(models: Sequence[Measured]) -> list[tuple[float, Estimate]]:
     """Say how well the entropy at every sampling step tells copies: (a_t, AUROC), from noise to image."""
-    is_copy = torch.cat([model["ratio"] for model in models]) < MEMORIZED
-    if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST or not all(
-        "step_entropy" in model for model in models
-    ):
+    if not all("step_entropy" in model for model in models):
         return []
-    entropies = -torch.cat([model["step_entropy"] for model in models])
     levels = models[0]["signal"].tolist()
-    return [
-        (level, auroc(entropies[is_copy, n], entropies[~is_copy, n], seed=0, resamples=200))
-        for n, level in enumerate(levels)
+    found = [
+        (
+            level,
+            _auroc(
+                models, [-model["step_entropy"][:, place] for model in models], within=False, resamples=200
+            ),
+        )
+        for place, level in enumerate(levels)
     ]
+    return [(level, estimate) for level, estimate in found if estimate is not None]
 
 
 def redrawn_names(below: float) -> tuple[str, str]:
@@ -128,10 +130,13 @@ def redrawn_names(below: float) -> tuple[str, str]:
     return f"ratio_below_{below:g}", f"redraws_below_{below:g}"
 
 
-def redraw_effect(models: Sequence[Measured], *, below: float) -> tuple[Estimate, float]:
+def redraw_effect(models: Sequence[Measured], *, below: float) -> tuple[Estimate, Estimate]:
     """Give the share of copies among samples that were drawn again below a bound, and the draws a sample took."""
-    ratios, redraws = (torch.cat([model[name] for model in models]) for name in redrawn_names(below))
-    return share_memorized(ratios), 1 + float(redraws.double().mean())
+    ratio, redraws = redrawn_names(below)
+    return (
+        _share_below([model[ratio] for model in models]),
+        _mean([1 + model[redraws].double() for model in models]),
+    )
 
 
 def _telling(name: str, model: Measured) -> Tensor:
@@ -149,14 +154,77 @@ def _late_entropy(model: Measured, who: str = "") -> Tensor:
     return model[f"{who}step_entropy"][:, late_level(model["signal"].tolist())]
 
 
-def _ratio(holdout: Tensor, train: Tensor, *, resamples: int = 1000) -> Estimate:
-    """Give the ratio of two means with a bootstrap interval."""
+def _mean(by_model: Sequence[Tensor]) -> Estimate:
+    """Give the mean: with an interval over trainings where there are enough, else over what was measured of them."""
+    if len(by_model) < FEWEST_MODELS:
+        return mean_estimate(torch.cat(list(by_model)), seed=0)
+    return mean_over_seeds([float(values.double().mean()) for values in by_model])
+
+
+def _share_below(by_model: Sequence[Tensor]) -> Estimate:
+    """Give the share of copies, with the wider ends of the exact interval over images and that over trainings."""
+    pooled = share_memorized(torch.cat(list(by_model)))
+    if len(by_model) < FEWEST_MODELS:
+        return pooled
+    over = _mean([ratios < MEMORIZED for ratios in by_model])
+    return Estimate(
+        over.value, max(0.0, min(pooled.low, over.low)), min(1.0, max(pooled.high, over.high)), over.n
+    )
+
+
+def _agreement(halves: Sequence[tuple[Measured, Measured]]) -> Estimate:
+    """Compare what two halves make of the same noise."""
+
+    def agree(pairs: Sequence[tuple[Measured, Measured]]) -> Estimate:
+        first, second = (torch.cat([pair[n]["images"] for pair in pairs]).flatten(1) / 127.5 for n in (0, 1))
+        return halves_agreement(first, second, _strata([pair[0] for pair in pairs]))
+
+    if len(halves) < FEWEST_MODELS:
+        return agree(halves)
+    return mean_over_seeds([agree([pair]).value for pair in halves])
+
+
+def _ratio(above: Sequence[Tensor], below: Sequence[Tensor], *, resamples: int = 1000) -> Estimate:
+    """Give the ratio of two means, each of values by model."""
+    if len(above) >= FEWEST_MODELS:
+        return mean_over_seeds([float(a.mean() / b.mean()) for a, b in zip(above, below, strict=True)])
     generator = torch.Generator().manual_seed(0)
+    # Held-out images are the same for all models, training images are not.
+    sides = (torch.stack(list(above)).mean(dim=0), torch.cat(list(below)))
     draws = [
         side[torch.randint(len(side), (resamples, len(side)), generator=generator)].mean(dim=1)
-        for side in (holdout, train)
+        for side in sides
     ]
     low, high = (
         (draws[0] / draws[1]).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     )
-    return Estimate(float(holdout.mean() / train.mean()), low, high, min(len(holdout), len(train)))
+    return Estimate(float(sides[0].mean() / sides[1].mean()), low, high, min(map(len, sides)))
+
+
+def _auroc(
+    models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool, resamples: int
+) -> Estimate | None:
+    """Say how well scores tell copies from other samples; None where there are too few of either kind.
+
+    Where enough models have both kinds, the mean of theirs with an interval over trainings; else of all pooled.
+    """
+    judged = [
+        estimate
+        for model, some in zip(models, scores, strict=True)
+        if (estimate := _pooled_auroc([model], [some], within=within, resamples=10)) is not None
+    ]
+    if len(judged) < FEWEST_MODELS:
+        return _pooled_auroc(models, scores, within=within, resamples=resamples)
+    over = mean_over_seeds([estimate.value for estimate in judged])
+    return Estimate(over.value, max(0.0, over.low), min(1.0, over.high), over.n)
+
+
+def _pooled_auroc(
+    models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool, resamples: int
+) -> Estimate | None:
+    is_copy, pooled = torch.cat([model["ratio"] for model in models]) < MEMORIZED, torch.cat(list(scores))
+    if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST:
+        return None
+    if within:
+        return stratified_auroc(pooled, is_copy, _strata(models), seed=0, resamples=resamples)
+    return auroc(pooled[is_copy], pooled[~is_copy], seed=0, resamples=resamples)

@@ -144,7 +144,7 @@ def sweep_table(curves: SweepCurves) -> str:
         lines += ["| images | as drawn | " + " | ".join(f"below {below:g}" for below in bounds) + " |"]
         lines += ["|---:|---:|" + "---:|" * len(bounds)]
         for size, found in curves.redrawing.items():
-            cells = [f"{_text(left)}, {draws:.2f} draws" for left, draws in found.values()]
+            cells = [f"{_text(left)}, {draws.value:.2f} draws" for left, draws in found.values()]
             share = last_points(curves)[size]["share_memorized"]
             lines.append(f"| {size} | {_text(share)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

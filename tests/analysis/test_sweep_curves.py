@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from provgen.analysis.statistics import mean_over_seeds, proportion
 from provgen.analysis.sweep_curves import copy_prediction, curve_point, early_prediction, redraw_effect
 
 
@@ -23,8 +24,14 @@ def model(ratios, **more):
 
 def traced(ratios, late, **more):
     """Make a model of some entropies at the only level."""
-    signal = {"signal": torch.tensor([0.8]), "step_entropy": torch.tensor(late)[:, None]}
-    return model(ratios, **{"entropy": torch.tensor(late), "top": -torch.tensor(late), **signal, **more})
+    found = {
+        "entropy": torch.tensor(late),
+        "step_entropy": torch.tensor(late)[:, None],
+        "top": -torch.tensor(late),
+    }
+    found["commitment"] = torch.ones(len(late))
+    closed = {f"closed_form_{name}": values for name, values in found.items()}
+    return model(ratios, **{"signal": torch.tensor([0.8]), **found, **closed, **more})
 
 
 def test_a_point_pools_the_samples_of_all_models():
@@ -66,8 +73,7 @@ def test_copies_are_told_by_small_entropy_large_top_and_early_commitment():
 def test_within_a_class_its_size_does_not_tell():
     # Class 0 has little entropy and copies only, class 1 much and none but for two, which do not stand out.
     made = traced([0.1] * 6 + [0.1, 0.1] + [0.9] * 6, [0.0] * 6 + [2.0] * 8)
-    made |= {"labels": torch.tensor([0] * 6 + [1] * 8), "commitment": torch.tensor([1] * 14)}
-    made |= {f"closed_form_{name}": made[name] for name in ("entropy", "step_entropy", "top", "commitment")}
+    made["labels"] = torch.tensor([0] * 6 + [1] * 8)
     assert copy_prediction([made])["late_entropy"].value > 0.8
     assert copy_prediction([made], within=True)["late_entropy"].value == 0.5
 
@@ -95,4 +101,36 @@ def test_what_drawing_again_did():
     for made, redraws in ((first, [4, 1, 1, 2]), (second, [0] * 4)):
         made["redraws_below_0.01"] = torch.tensor(redraws)
     left, draws = redraw_effect([first, second], below=0.01)
-    assert (left.value, left.n, draws) == (1 / 8, 8, 2)
+    assert (left.value, left.n, draws.value) == (1 / 8, 8, 2)
+
+
+def test_intervals_of_three_trainings_are_over_trainings():
+    models = [model([0.1] * copies + [0.9] * (10 - copies)) for copies in (2, 4, 6)]
+    point = curve_point(models, [])
+    over = mean_over_seeds([0.2, 0.4, 0.6])
+    exact = proportion(12, 30)
+    found = point["share_memorized"]
+    assert (found.value, found.n) == (pytest.approx(0.4), 3)
+    assert (found.low, found.high) == (max(0, min(over.low, exact.low)), max(over.high, exact.high))
+    assert point["loss_ratio"].value == 2
+    assert (point["loss_ratio"].low, point["loss_ratio"].high) == (2, 2)
+    none = curve_point([model([0.9] * 10)] * 3, [])["share_memorized"]
+    assert (none.value, none.low) == (0, 0)
+    assert none.high == proportion(0, 30).high, "not the interval of three equal trainings"
+
+
+def test_auroc_of_three_trainings_is_the_mean_of_theirs():
+    ratios = [0.1] * 6 + [0.9] * 6
+    # The first and third tell copies, the second knows nothing; between generators entropies differ.
+    late = [[0.1] * 6 + [0.2] * 6, [5.0] * 12, [7.0] * 6 + [8.0] * 6]
+    models = [traced(ratios, some, commitment=torch.ones(12)) for some in late]
+    for some in models:
+        some |= {
+            f"closed_form_{name}": some[name] for name in ("entropy", "step_entropy", "top", "commitment")
+        }
+    found = copy_prediction(models)["late_entropy"]
+    over = mean_over_seeds([1, 0.5, 1])
+    assert (found.value, found.n) == (pytest.approx(5 / 6), 3)
+    assert (found.low, found.high) == (pytest.approx(over.low), 1)
+    everything = copy_prediction(models, pooled=True)["late_entropy"]
+    assert everything.value == pytest.approx((1 + 2 * 1 + 1 * 0.5 + 1 + 1) / 9)

@@ -33,7 +33,7 @@ def curves():
         within={64: {"entropy": around(0.7)}},
         overall={"entropy": around(0.8)},
         early={64: [(0.2, around(0.6)), (0.8, around(0.9))]},
-        redrawing={64: {0.5: (around(0.125), 1.5)}},
+        redrawing={64: {0.5: (around(0.125), around(1.5))}},
     )
 
 
