@@ -67,6 +67,15 @@ def mean_estimate(values: Tensor, *, seed: int, resamples: int = 2000, confidenc
     return Estimate(float(sample.mean()), *percentile_interval(means, confidence), len(sample))
 
 
+def ratio_estimate(above: Tensor, below: Tensor, *, seed: int, resamples: int = 1000) -> Estimate:
+    """Give the ratio of the means of two independent samples (observation,), with a bootstrap interval of both."""
+    random = np.random.default_rng(seed)
+    sides = [values.detach().cpu().double().numpy() for values in (above, below)]
+    means = [_resampled_means(side, random, resamples) for side in sides]
+    value = float(sides[0].mean() / sides[1].mean())
+    return Estimate(value, *percentile_interval(means[0] / means[1]), min(map(len, sides)))
+
+
 def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = 1000) -> Estimate:
     """Give the probability that a positive scores above a negative, ties counting half; bootstrap interval of both.
 

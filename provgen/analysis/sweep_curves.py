@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from provgen.analysis.memorization import MEMORIZED, share_memorized
-from provgen.analysis.statistics import Estimate, auroc, mean_estimate, mean_over_seeds, stratified_auroc
+from provgen.analysis.statistics import (
+    Estimate,
+    auroc,
+    mean_estimate,
+    mean_over_seeds,
+    ratio_estimate,
+    stratified_auroc,
+)
 from provgen.analysis.transition import halves_agreement
 from provgen.attribution.trajectory import late_level
 
@@ -184,21 +191,12 @@ def _agreement(halves: Sequence[tuple[Measured, Measured]]) -> Estimate:
     return mean_over_seeds([agree([pair]).value for pair in halves])
 
 
-def _ratio(above: Sequence[Tensor], below: Sequence[Tensor], *, resamples: int = 1000) -> Estimate:
+def _ratio(above: Sequence[Tensor], below: Sequence[Tensor]) -> Estimate:
     """Give the ratio of two means, each of values by model."""
     if len(above) >= FEWEST_MODELS:
         return mean_over_seeds([float(a.mean() / b.mean()) for a, b in zip(above, below, strict=True)])
-    generator = torch.Generator().manual_seed(0)
     # Held-out images are the same for all models, training images are not.
-    sides = (torch.stack(list(above)).mean(dim=0), torch.cat(list(below)))
-    draws = [
-        side[torch.randint(len(side), (resamples, len(side)), generator=generator)].mean(dim=1)
-        for side in sides
-    ]
-    low, high = (
-        (draws[0] / draws[1]).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    )
-    return Estimate(float(sides[0].mean() / sides[1].mean()), low, high, min(map(len, sides)))
+    return ratio_estimate(torch.stack(list(above)).mean(dim=0), torch.cat(list(below)), seed=0)
 
 
 def _auroc(

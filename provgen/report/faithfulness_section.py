@@ -62,12 +62,15 @@ def faithfulness_section(rows: Sequence[Row]) -> tuple[Section, list[Metric]]:
     """Show the LDS of all methods."""
     over = [name.removeprefix("over ") for name in rows[0] if name.startswith("over ")]
     others = [name for name in over if not name.endswith((" low", " high"))]
+    moved = [name for name in rows[0] if name.startswith("moved ") and not name.endswith((" low", " high"))]
     table_rows: list[list[TableCell]] = [
         [
             row["method"],
             row["queries"],
             _percent(row, "lds"),
             *(_percent(row, f"over {name}") for name in others),
+            *(_plain(row, name) for name in moved),
+            *_costs(row),
         ]
         for row in sorted(rows, key=lambda row: (row["queries"], -row["lds"]))
     ]
@@ -85,9 +88,19 @@ def faithfulness_section(rows: Sequence[Row]) -> tuple[Section, list[Metric]]:
         "and images and is reported on the others.",
         [picture],
         Table(
-            ["method", "queries", "LDS, %", *(f"over {name}" for name in others)],
+            [
+                "method",
+                "queries",
+                "LDS, %",
+                *(f"over {name}" for name in others),
+                *moved,
+                "set-up, s",
+                "query, ms",
+                "kept, MB",
+            ],
             table_rows,
-            "95 % intervals of a bootstrap over halves and images, paired where two methods are compared.",
+            "95 % intervals of a bootstrap over halves and images, paired where two methods are compared. Moved: how "
+            "far a sample moves when its sources are left out and the generator is trained again.",
         ),
     )
     metrics = [
@@ -104,6 +117,20 @@ def faithfulness_section(rows: Sequence[Row]) -> tuple[Section, list[Metric]]:
         for row in rows
     ]
     return section, metrics
+
+
+def _costs(row: Row) -> list[TableCell]:
+    seconds, per_query, stored = (row[name] for name in ("fit_seconds", "seconds_per_query", "stored_bytes"))
+    return [
+        seconds,
+        None if per_query is None else 1e3 * per_query,
+        None if stored is None else stored / 1e6,
+    ]
+
+
+def _plain(row: Row, name: str) -> str | None:
+    value, low, high = (row[key] for key in (name, f"{name} low", f"{name} high"))
+    return None if value is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _percent(row: Row, name: str) -> str:

@@ -1,11 +1,10 @@
-"""A sweep over the number of training images as figures, a table and a Parquet file."""
+"""A sweep over the number of training images as figures, tables and a Parquet file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,23 +14,17 @@ from matplotlib.ticker import NullFormatter
 
 from provgen.analysis.statistics import Estimate
 from provgen.analysis.sweep_curves import SweepCurves
-from provgen.analysis.transition import crossing
 from provgen.report.figures import BLUE, GREEN, INK, label_axes
 from provgen.report.html import Section, picture_of_figure, render_report
-from provgen.run_folder import atomic_path
-
-ONSET = 0.5
-"""Share of copies, and agreement of halves, at which memorization ends and generalization begins."""
-
-PANELS = (
-    ("share_memorized", "Copies", "share under the 1/3 rule"),
-    ("halves_agreement", "Same noise, no image in common", "agreement of two generators"),
-    ("loss_ratio", "Denoising loss", "held-out / training"),
-    ("divergence", "From learned by heart", "nats"),
-    ("entropy", "Provenance entropy", "nats"),
-    ("commitment", "Commitment, if any", "sampling step"),
+from provgen.report.sweep_tables import (
+    PANELS,
+    last_points,
+    onset,
+    onsets_in_words,
+    sweep_tables,
+    tables_in_words,
 )
-"""Names of `curve_point`, titles and units."""
+from provgen.run_folder import atomic_path
 
 BESIDE = {
     "share_memorized": ("share_memorized_holdout", "held-out"),
@@ -56,26 +49,26 @@ SECTIONS = {
         "Can a copy be told before it is finished?",
         "AUROC of the entropy of provenance at every sampling step, for telling samples that will be copies under the "
         "1/3 rule from others of generators of the same size. Sizes with fewer than 5 of either kind are left out.",
-        "Bands: 95 % bootstrap intervals. 0.5 is guessing.",
+        "Bands: 95 % intervals. 0.5 is guessing.",
+    ),
+    "redrawing": (
+        "What does drawing again cost and prevent?",
+        "The same samples, but those whose late entropy is below a bound were drawn again, up to four times.",
+        "Each line begins at the samples as they were drawn first; then one point for every bound, the smallest first.",
     ),
 }
-"""Figures, with titles, texts and captions."""
+"""Figures, with titles, texts and captions; tables of the same name stand below them."""
 
-NAMES = {
-    "late_entropy": "late entropy",
-    "entropy": "entropy",
-    "top": "top posterior",
-    "commitment": "commitment step",
-    "closed_form_late_entropy": "closed form, late entropy",
-    "closed_form_entropy": "closed form, entropy",
-    "closed_form_top": "closed form, top posterior",
-    "closed_form_commitment": "closed form, commitment step",
-}
-"""Predictors of copies."""
+WITHIN = (
+    "Copies among samples of one generator and class",
+    "A class of few training images has little entropy whatever its samples are, and more copies. Here samples are "
+    "compared with others of their own generator and class only.",
+)
+"""Title and text of a section without a figure."""
 
 
 def write_sweep_report(root: Path, curves: SweepCurves) -> str:
-    """Write sweep.parquet, sweep.md, sweep.png, time.png, prediction.png and report.html; give the table in words."""
+    """Write sweep.parquet, sweep.md, a PNG for every figure, and report.html; give the tables in words."""
     rows = [
         {"size": size, "step": step, "name": name, **asdict(estimate)}
         for (size, step), point in curves.points.items()
@@ -83,80 +76,30 @@ def write_sweep_report(root: Path, curves: SweepCurves) -> str:
     ]
     with atomic_path(root / "sweep.parquet") as partial:
         pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata({"schema_version": "1"}), partial)
-    text = sweep_table(curves)
+    text = tables_in_words(curves)
     with atomic_path(root / "sweep.md") as partial:
         partial.write_text(text, encoding="utf-8")
     figures = {"sweep": plot_sweep(curves), "time": plot_time(curves), "prediction": plot_prediction(curves)}
+    if curves.redrawing:
+        figures["redrawing"] = plot_redrawing(curves)
     for name, figure in figures.items():
         with atomic_path(root / f"{name}.png") as partial:
             figure.savefig(partial, format="png", dpi=110)
     sizes, steps = zip(*curves.points, strict=True)
     facts = {"training images": f"{min(sizes)} to {max(sizes)}", "training steps": str(max(steps))}
+    facts["onsets"] = "; ".join(onsets_in_words(curves))
+    tables = sweep_tables(curves)
     sections = [
-        Section(title, note, [picture_of_figure(figures[name], alt=title, caption=caption)])
+        Section(title, note, [picture_of_figure(figures[name], alt=title, caption=caption)], tables.get(name))
         for name, (title, note, caption) in SECTIONS.items()
+        if name in figures
     ]
+    if "within" in tables:
+        sections.append(Section(*WITHIN, table=tables["within"]))
     page = render_report(title=f"provgen sweep: {root.name}", facts=facts, sections=sections)
     with atomic_path(root / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return f"{text}\ntable, figures and report.html in {root}"
-
-
-def last_points(curves: SweepCurves) -> dict[int, Mapping[str, Estimate]]:
-    """Take the last step of every size."""
-    last = max(step for _, step in curves.points)
-    return {size: point for (size, step), point in curves.points.items() if step == last}
-
-
-def onset(curves: SweepCurves, name: str) -> float | None:
-    """Give the number of images at which a curve of the last step crosses one half; None if it does not."""
-    points = {size: point for size, point in last_points(curves).items() if name in point}
-    return crossing(list(points), [point[name].value for point in points.values()], ONSET)
-
-
-def sweep_table(curves: SweepCurves) -> str:
-    """Lay out sizes, what was measured at the last step, the onsets, and the prediction of copies."""
-    lines = ["| images | " + " | ".join(title.lower() for _, title, _ in PANELS) + " | held-out copies |"]
-    lines.append("|---:|" + "---|" * (len(PANELS) + 1))
-    for size, point in last_points(curves).items():
-        cells = [
-            _text(point.get(name)) for name in [*(name for name, _, _ in PANELS), "share_memorized_holdout"]
-        ]
-        lines.append(f"| {size} | {' | '.join(cells)} |")
-    ends = (("memorization ends", "share_memorized"), ("generalization begins", "halves_agreement"))
-    for what, name in ends:
-        place = onset(curves, name)
-        lines.append(
-            f"\n{what} (half) at {place:.0f} images" if place else f"\n{what}: not within these sizes"
-        )
-    if curves.predictions:
-        lines += ["", "AUROC of telling copies from other samples of generators of the same size:", ""]
-        lines += _prediction_table({**curves.predictions, "all": curves.overall})
-        lines += ["", "The same, among samples of one generator and class:", ""]
-        lines += _prediction_table(curves.within)
-    if curves.redrawing:
-        bounds = next(iter(curves.redrawing.values()))
-        lines += [
-            "",
-            "Copies left, and draws for each sample, where samples with less late entropy (nats) are drawn again:",
-            "",
-        ]
-        lines += ["| images | as drawn | " + " | ".join(f"below {below:g}" for below in bounds) + " |"]
-        lines += ["|---:|---:|" + "---:|" * len(bounds)]
-        for size, found in curves.redrawing.items():
-            cells = [f"{_text(left)}, {draws.value:.2f} draws" for left, draws in found.values()]
-            share = last_points(curves)[size]["share_memorized"]
-            lines.append(f"| {size} | {_text(share)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _prediction_table(predictions: Mapping[Any, Mapping[str, Estimate]]) -> list[str]:
-    header = ["| images | " + " | ".join(NAMES.values()) + " |", "|---:|" + "---|" * len(NAMES)]
-    rows = [
-        f"| {size} | {' | '.join(_text(found.get(name)) for name in NAMES)} |"
-        for size, found in predictions.items()
-    ]
-    return header + rows
 
 
 def plot_sweep(curves: SweepCurves) -> Figure:
@@ -215,6 +158,29 @@ def plot_prediction(curves: SweepCurves) -> Figure:
     return figure
 
 
+def plot_redrawing(curves: SweepCurves) -> Figure:
+    """Plot the share of copies that is left against the draws of a sample, from samples drawn once on."""
+    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for number, (size, found) in enumerate(curves.redrawing.items()):
+        color = str(0.75 * number / max(1, len(curves.redrawing) - 1))
+        shares = [last_points(curves)[size]["share_memorized"], *(left for left, _ in found.values())]
+        ends = [[e.value - e.low for e in shares], [e.high - e.value for e in shares]]
+        places = [1.0, *(draws.value for _, draws in found.values())]
+        axes.errorbar(
+            places,
+            [e.value for e in shares],
+            yerr=ends,
+            color=color,
+            marker="o",
+            markersize=3,
+            label=f"{size}",
+        )
+    label_axes(axes, "draws of a sample", "share under the 1/3 rule", "Copies left by drawing again")
+    axes.legend(title="images", fontsize=7, title_fontsize=7, frameon=False)
+    return figure
+
+
 def _draw(
     axes: Axes, points: Mapping[int, Mapping[str, Estimate]], name: str, color: str, label: str
 ) -> None:
@@ -228,7 +194,3 @@ def _draw(
         axes.errorbar(
             list(there), values, yerr=ends, color=color, marker="o", markersize=4, capsize=2, label=label
         )
-
-
-def _text(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"

@@ -35,17 +35,17 @@ def test_copies_of_what_is_there_twice_are_not_authentic(generator):
 )
 def test_the_null_of_locally_uniform_images(dimension, expected, generator):
     # Well inside a cube of uniform training points, so that no border is felt.
-    train = torch.rand(20_000, dimension, generator=generator)
-    generated = 0.25 + 0.5 * torch.rand(3000, dimension, generator=generator)
+    train = torch.rand(10_000, dimension, generator=generator)
+    generated = 0.25 + 0.5 * torch.rand(10_000, dimension, generator=generator)
     found = authenticity_of(generated, train)
-    assert found.value == pytest.approx(expected, abs=4 * 0.5 / 3000**0.5)
+    assert found.value == pytest.approx(expected, abs=0.02)
     assert found.low < found.value < found.high
 
 
 @pytest.mark.parametrize(("dimension", "expected"), [(2, 0.375), (8, 0.59), (32, 0.76)])
 def test_the_null_of_independent_gaussians(dimension, expected, generator):
     train, generated = (torch.randn(2000, dimension, generator=generator) for _ in range(2))
-    assert authenticity_of(generated, train).value == pytest.approx(expected, abs=0.04)
+    assert authenticity_of(generated, train).value == pytest.approx(expected, abs=0.03)
 
 
 def test_nearer_to_training_images(generator):

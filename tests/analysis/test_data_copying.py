@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import make_moons
 
 from provgen.analysis.data_copying import (
     Placed,
@@ -46,7 +47,8 @@ def test_all_generated_images_farther(n, expected):
 
 def test_ties_and_a_hand_worked_case():
     assert rank_sum_score(np.zeros(100), np.zeros(100)) == pytest.approx(0.0012216944, abs=1e-9)
-    assert rank_sum_score(np.array([1.0, 2, 4]), np.array([3.0, 5, 6, 7])) == pytest.approx(-1.5909902577)
+    score = rank_sum_score(np.array([1.0, 2, 4]), np.array([3.0, 5, 6, 7]))
+    assert score == pytest.approx(-1.5909902577, abs=1e-9)
 
 
 def test_cells_are_weighed_by_their_held_out_images():
@@ -74,23 +76,61 @@ def test_all_generated_in_a_cell_of_few_held_out_images():
     assert found.statistic.low <= found.statistic.value <= found.statistic.high
 
 
+def kernel_density(train, count, bandwidth, generator):
+    parents = torch.randint(len(train), (count,), generator=generator)
+    return train[parents] + bandwidth * torch.randn(count, 2, generator=generator)
+
+
 @pytest.mark.parametrize(
-    ("bandwidth", "low", "high"),
-    [(0.001, -30, -24.5), (0.03, -13, -8), (0.2, -2.5, 2.5), (1.0, 5, 10), (10.0, 24, 30)],
+    ("bandwidth", "expected"),
+    [
+        (0.001, -27.3),
+        (0.01, -22.6),
+        (0.03, -10.3),
+        (0.1, -1.2),
+        (0.2, -0.2),
+        (0.3, -0.2),
+        (0.5, 2.6),
+        (1, 7.5),
+        (10, 26.6),
+    ],
 )
-def test_kernel_densities_from_copying_to_too_wide(bandwidth, low, high):
-    generator = torch.Generator().manual_seed(0)
+def test_kernel_densities_of_a_gaussian_in_two_halves(bandwidth, expected):
+    """The published values are one draw; so are the two of each mean here, and a score has a deviation of 0.7."""
+    values = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        train, holdout = (torch.randn(count, 2, generator=generator) for count in (2000, 1000))
+        generated = kernel_density(train, 1000, bandwidth, generator)
+        placed = [
+            Placed(nearest(rows, train, 1).distances[:, 0], (rows[:, 0] > 0).long())
+            for rows in (generated, holdout)
+        ]
+        found = data_copying(*placed, seed=0, resamples=20)
+        assert found.null_deviation == pytest.approx(2**-0.5, abs=0.02)
+        values.append(found.statistic.value)
+    assert np.mean(values) == pytest.approx(expected, abs=1.5)
 
-    def draw(count):
-        return torch.randn(count, 2, generator=generator)
 
-    train, holdout = draw(2000), draw(1000)
-    parents = torch.randint(2000, (1000,), generator=generator)
-    generated = train[parents] + bandwidth * draw(1000)
-    found = copying_of(generated, holdout, train, num_cells=2, resamples=50)
-    assert low < found.statistic.value < high
-    assert found.statistic.low < found.statistic.value < found.statistic.high
-    assert found.null_deviation == pytest.approx(2**-0.5, abs=0.02)
+def test_kernel_densities_of_two_moons():
+    """As published: copying, right at the bandwidth of maximum likelihood, too wide (Meehan et al. 2020)."""
+    points = [torch.from_numpy(make_moons(n, noise=0.2, random_state=n)[0]).float() for n in (2000, 1000)]
+    train, holdout = points
+    scores = {}
+    for bandwidth in (1e-3, 1e-2, 0.03, 0.09, 0.27, 10):
+        generated = kernel_density(train, 1000, bandwidth, torch.Generator().manual_seed(0))
+        scores[bandwidth] = copying_of(generated, holdout, train, num_cells=5, resamples=20).statistic.value
+    assert list(scores.values()) == sorted(scores.values())
+    assert scores[1e-3] == pytest.approx(-17.4, abs=1.5)
+    assert scores[1e-2] == pytest.approx(-11, abs=1.5)
+    assert scores[10] == pytest.approx(16, abs=1.5)
+    assert scores[0.03] < -1.5 < scores[0.09] < 1.5 < scores[0.27], "crosses 0 at about 0.09"
+    squares = torch.cdist(holdout, train).square()
+    likelihood = {
+        s: float((-squares / (2 * s**2)).logsumexp(dim=1).mean()) - 2 * math.log(s)
+        for s in (0.03, 0.06, 0.09, 0.13, 0.27)
+    }
+    assert max(likelihood, key=likelihood.get) in (0.06, 0.09, 0.13)
 
 
 def test_the_null_has_its_deviation():

@@ -62,6 +62,16 @@ def test_kernel_distance_is_that_of_torch_fidelity(sets):
     assert kernel_distance(first, sets[1]) == pytest.approx(expected, rel=1e-6)
 
 
+def test_kernel_distance_of_a_set_from_itself_is_negative(generator):
+    """By hand: without bias the sums inside a set leave the diagonal out, that between the sets does not."""
+    rows = torch.randn(50, 8, generator=generator).double()
+    products = (rows @ rows.T / 8 + 1) ** 3
+    inside = (products.sum() - products.diagonal().sum()) / (50 * 49)
+    expected = float(2 * inside - 2 * products.mean())
+    assert kernel_distance(rows, rows) == pytest.approx(expected, rel=1e-9)
+    assert expected < 0
+
+
 def test_kernel_distance_is_unbiased(generator):
     values = [
         kernel_distance(*(torch.randn(60, 5, generator=generator) for _ in range(2))) for _ in range(100)

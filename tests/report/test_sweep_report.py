@@ -6,13 +6,13 @@ import pytest
 from provgen.analysis.statistics import Estimate
 from provgen.analysis.sweep_curves import SweepCurves
 from provgen.report.sweep_report import (
-    onset,
     plot_prediction,
+    plot_redrawing,
     plot_sweep,
     plot_time,
-    sweep_table,
     write_sweep_report,
 )
+from provgen.report.sweep_tables import onset, tables_in_words
 
 
 def around(value):
@@ -38,14 +38,14 @@ def curves():
 
 
 def test_the_last_step_is_in_the_table(curves):
-    lines = sweep_table(curves).splitlines()
-    assert lines[2].startswith("| 16 | 1 [0.95, 1.05] | 0.1 [0.05, 0.15] | 1 [")
-    assert lines[3].startswith("| 64 | 0.25 [0.2, 0.3] | - | 1.75 [")
+    lines = tables_in_words(curves).splitlines()
+    assert lines[4].startswith("| 16 | 1 [0.95, 1.05] | 0.1 [0.05, 0.15] | 1 [")
+    assert lines[5].startswith("| 64 | 0.25 [0.2, 0.3] | - | 1.75 [")
     assert "memorization ends (half) at 40 images" in lines
     assert "generalization begins: not within these sizes" in lines
     for size, value in ((64, "0.9 [0.85, 0.95]"), ("all", "0.8 [0.75, 0.85]"), (64, "0.7 [0.65, 0.75]")):
         assert any(line.startswith(f"| {size} | - | {value} | - |") for line in lines)
-    assert lines[-1] == "| 64 | 0.25 [0.2, 0.3] | 0.125 [0.075, 0.175], 1.50 draws |"
+    assert "| 64 | 0.25 [0.2, 0.3] | 0.125 [0.075, 0.175], 1.5 [1.45, 1.55] draws |" in lines
 
 
 def test_onsets_are_interpolated(curves):
@@ -63,12 +63,15 @@ def test_figures_show_what_was_measured(curves):
     over_time = plot_time(curves)
     assert over_time.axes[1].lines[1].get_xdata().tolist() == [10 / 64, 20 / 64]
     assert plot_prediction(curves).axes[0].lines[0].get_ydata().tolist() == [0.6, 0.9]
+    (drawn,) = plot_redrawing(curves).axes[0].containers
+    assert drawn.lines[0].get_xydata().tolist() == [[1, 0.25], [1.5, 0.125]]
 
 
 def test_everything_is_written(curves, tmp_path):
     assert "report.html in" in write_sweep_report(tmp_path, curves)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png") == 3
+    assert page.count("data:image/png") == 4
+    assert page.count("<table") == 4
     assert "16 to 64" in page
     rows = pq.read_table(tmp_path / "sweep.parquet").to_pylist()
     assert {k: rows[7][k] for k in ("size", "step", "name")} == {
@@ -76,5 +79,5 @@ def test_everything_is_written(curves, tmp_path):
         "step": 10,
         "name": "share_memorized",
     }
-    for name in ("sweep.md", "sweep.png", "time.png", "prediction.png"):
+    for name in ("sweep.md", "sweep.png", "time.png", "prediction.png", "redrawing.png"):
         assert (tmp_path / name).stat().st_size > 0
