@@ -1,7 +1,8 @@
-"""What sets of images are compared by: pixels, the generator's own encoder, or a torchvision network."""
+"""What sets of images are compared by: pixels, the generator's own encoder, a torchvision network, or one's own."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from urllib.error import URLError
 
@@ -27,18 +28,26 @@ Encoder = Callable[[Tensor], Tensor]
 
 
 def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
-    """Make an encoder by name: `pixels`, `own` for the generator's last encoder stage, or a torchvision classifier.
+    """Make an encoder by name.
+
+    Args:
+        name: `pixels`, `own` for the generator's last encoder stage, a torchvision classifier, or `module:function` for
+            an `Encoder` that can be imported.
+        pipeline: Of the run.
 
     Raises:
-        InputError: Neither, or its weights cannot be had.
+        InputError: None of them, or its weights cannot be had.
     """
     if name == "pixels":
         return lambda images: images.flatten(1)
     if name == "own":
         return lambda images: pipeline.tracer.encode(images.to(pipeline.device))
+    if ":" in name:
+        return _imported(name)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise InputError(
-            f"--features must be pixels, own or a torchvision classifier such as resnet18, got {name!r}"
+            "--features must be pixels, own, a torchvision classifier such as resnet18, or module:function, got "
+            f"{name!r}"
         )
     try:
         network = torchvision.models.get_model(name, weights="DEFAULT")
@@ -46,7 +55,20 @@ def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
         raise InputError(
             f"the weights of {name} cannot be downloaded ({error}); try --features own"
         ) from error
-    return classifier_encoder(network, name)
+    return classifier_encoder(network.to(pipeline.device), name)
+
+
+def _imported(name: str) -> Encoder:
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise InputError(
+            f"--features {name} cannot be imported ({error}); put its folder on PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise InputError(f"--features {name} must be a function, from images to features")
+    encoder: Encoder = found
+    return encoder
 
 
 def classifier_encoder(network: nn.Module, name: str) -> Encoder:
@@ -61,11 +83,12 @@ def classifier_encoder(network: nn.Module, name: str) -> Encoder:
     parent, _, child = layers[-1].rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())
     network.eval().requires_grad_(requires_grad=False)
-    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
+    device = next(network.parameters()).device
+    mean, deviation = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
 
     def encode(images: Tensor) -> Tensor:
         size = max(LEAST_SIZE, images.shape[-1])
-        enlarged = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        enlarged = F.interpolate(images.to(device), size=(size, size), mode="bilinear", antialias=True)
         features: Tensor = network(((enlarged + 1) / 2 - mean) / deviation).flatten(1)
         return features
 
@@ -78,5 +101,15 @@ def classifier_encoder(network: nn.Module, name: str) -> Encoder:
 
 @torch.no_grad()
 def features_of(images: Tensor, encoder: Encoder) -> Tensor:
-    """Encode uint8 images (query, channel, height, width) in batches: float (query, feature) on the CPU."""
-    return torch.cat([encoder(to_unit_range(some)).cpu() for some in images.split(IMAGES_AT_ONCE)])
+    """Encode uint8 images (query, channel, height, width) in batches: float (query, feature) on the CPU.
+
+    Raises:
+        InputError: The encoder gives something else.
+    """
+    found = [encoder(to_unit_range(some)) for some in images.split(IMAGES_AT_ONCE)]
+    if bad := [some for some in found if not isinstance(some, Tensor) or some.ndim != 2]:
+        shape = tuple(getattr(bad[0], "shape", ()))
+        raise InputError(
+            f"an encoder must give a tensor (query, feature), got {type(bad[0]).__name__} {shape}"
+        )
+    return torch.cat([some.float().cpu() for some in found])

@@ -39,7 +39,9 @@ def main(
     run: Annotated[Path, typer.Option(help="Run folder with samples.")],
     features: Annotated[
         str,
-        typer.Option(help="What sets are compared by: pixels, own (encoder), or a torchvision classifier."),
+        typer.Option(
+            help="What sets are compared by: pixels, own (encoder), a torchvision classifier, or module:function."
+        ),
     ] = "pixels",
 ) -> None:
     """Write report.json and report.html: what was generated, from which sources, copied or not."""

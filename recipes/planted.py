@@ -25,7 +25,7 @@ from provgen.attribution.posterior import ClosedFormPosterior
 from provgen.attribution.posterior_attributor import closed_form_steps, network_steps
 from provgen.attribution.trajectory import WINDOW, late_level
 from provgen.data.images import to_unit_range
-from provgen.report.planted_table import FIRST, precision_table, reliability_table
+from provgen.report.planted_table import FIRST, RANKS, precision_table, reliability_table
 from provgen.run_folder import atomic_path
 
 SETTING = f"no class told, probabilities, {WINDOW[0]} < a_t < {WINDOW[1]}, temperature 1"
@@ -67,7 +67,7 @@ def kernel_density(
     timestep = (levels - level).abs().argmin()
     signal = levels[timestep]
     planted = plant(pixels, num_queries, bandwidth=float(((1 - signal) / signal).sqrt()), seed=0)
-    hits, _ = bayes_hits(planted, pixels, groups)
+    hits = [bayes_hits(planted, pixels, groups, k)[0] for k in RANKS]
     noisy = tracer_of(trained).noised(
         planted.images, num_inference_steps=faithfulness.NUM_INFERENCE_STEPS, seed=0
     )
@@ -78,7 +78,9 @@ def kernel_density(
     scores = {"provenance network, that level alone": logits.softmax(dim=1), **scores}
     return [
         f"## Kernel density of bandwidth {planted.bandwidth:.2f} (a = {signal:.3f})\n",
-        precision_table(scores, planted.parents, groups, proportion(int(hits.sum()), num_queries)),
+        precision_table(
+            scores, planted.parents, groups, [proportion(int(some.sum()), num_queries) for some in hits]
+        ),
         reliability_table(beliefs_of(scores), planted.parents, groups),
     ]
 
@@ -112,7 +114,7 @@ def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num
     return [
         "## Samples of the closed-form denoiser, along their trajectories\n",
         f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
-        precision_table(scores, parents, groups, proportion(num_queries, num_queries)),
+        precision_table(scores, parents, groups, [proportion(num_queries, num_queries)] * len(RANKS)),
         reliability_table(beliefs_of(scores), parents, groups),
     ]
 

@@ -68,6 +68,20 @@ def test_classifiers_of_no_use_are_refused(name, why, message_of):
 
 
 def test_unknown_features_are_refused(trained, message_of):
-    assert "pixels, own or a torchvision classifier" in message_of(
-        make_encoder, "inception9", trained.pipeline
+    assert "pixels, own, a torchvision classifier" in message_of(make_encoder, "inception9", trained.pipeline)
+
+
+def test_an_encoder_of_ones_own_is_imported(images, trained, tmp_path, monkeypatch, message_of):
+    code = "def encode(images):\n    return images.mean(dim=(1, 2, 3))[:, None]\n\n"
+    code += "flat = lambda images: images[0]\nnumber = 3\n"
+    (tmp_path / "my_encoder.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = features_of(images, make_encoder("my_encoder:encode", trained.pipeline))
+    torch.testing.assert_close(found[:, 0], to_unit_range(images).mean(dim=(1, 2, 3)))
+    assert "cannot be imported" in message_of(make_encoder, "my_encoder:missing", trained.pipeline)
+    assert "cannot be imported" in message_of(make_encoder, "no_such_module:encode", trained.pipeline)
+    assert "must be a function" in message_of(make_encoder, "my_encoder:number", trained.pipeline)
+    flat = make_encoder("my_encoder:flat", trained.pipeline)
+    assert "must give a tensor (query, feature), got Tensor (1, 8, 8)" in message_of(
+        features_of, images, flat
     )

@@ -45,19 +45,22 @@ def source_groups(train_images: Tensor) -> Tensor:
     return groups
 
 
-def bayes_hits(planted: PlantedQueries, train_images: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def bayes_hits(
+    planted: PlantedQueries, train_images: Tensor, groups: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     """Trace as well as can be done: by the exact posterior of the parent's group.
 
     Returns:
-        Whether the best guess is right, bool (query,), and how sure of it the posterior is, (query,): both have the
-        mean that no tracer can exceed, and the second varies less.
+        Whether the parent's group is among the k most probable, bool (query,), and how sure of it the posterior is,
+        (query,): both have the mean that no tracer can exceed, and the second varies less.
     """
     squares = torch.cdist(planted.images.flatten(1).double(), train_images.flatten(1).double()).square()
     posterior = (-squares / (2 * planted.bandwidth**2)).softmax(dim=1)
     by_group = torch.zeros(len(posterior), int(groups.max()) + 1, dtype=torch.float64)
     by_group.index_add_(1, groups, posterior)
-    best = by_group.max(dim=1)
-    return best.indices == groups[planted.parents], best.values
+    best = by_group.topk(min(k, by_group.shape[1]), dim=1)
+    is_parent = best.indices == groups[planted.parents][:, None]
+    return is_parent.any(dim=1), best.values.sum(dim=1)
 
 
 def precision_at(scores: Tensor, parents: Tensor, groups: Tensor, k: int) -> Estimate:

@@ -16,19 +16,25 @@ EDGES = torch.tensor([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1])
 """Bins of belief."""
 
 
-def precision_table(scores: Mapping[str, Tensor], parents: Tensor, groups: Tensor, best: Estimate) -> str:
+RANKS = (1, FIRST)
+"""Numbers of sources that are looked at."""
+
+
+def precision_table(
+    scores: Mapping[str, Tensor], parents: Tensor, groups: Tensor, best: Sequence[Estimate]
+) -> str:
     """Lay out how often the parent is the first source, or one of the first five, for every tracer.
 
     Args:
         scores: (query, train) by tracer.
         parents: int64 (query,).
         groups: int64 (train,), of `source_groups`.
-        best: How often the ideal tracer's first source is the parent.
+        best: How often the ideal tracer's first source is the parent, and how often one of its first five.
     """
     lines = [["tracer", "first source, %", f"one of the first {FIRST}, %"]]
     for name, some in scores.items():
-        lines.append([name, *(_percent(precision_at(some, parents, groups, k)) for k in (1, FIRST))])
-    lines.append(["best possible", _percent(best), ""])
+        lines.append([name, *(_percent(precision_at(some, parents, groups, k)) for k in RANKS)])
+    lines.append(["best possible", *map(_percent, best)])
     return _table(lines)
 
 

@@ -24,7 +24,7 @@ def test_two_images_by_hand():
     images[1, 0, 0, 0] = 1.5
     planted = plant(images, COUNT, bandwidth=0.6, seed=1)
     groups = source_groups(images)
-    hits, sure = bayes_hits(planted, images, groups)
+    hits, sure = bayes_hits(planted, images, groups, 1)
     expected = float(torch.special.ndtr(torch.tensor(1.5 / 1.2)))
     assert float(hits.double().mean()) == pytest.approx(expected, abs=0.02)
     assert float(sure.mean()) == pytest.approx(expected, abs=0.01)
@@ -38,17 +38,19 @@ def test_the_noise_is_as_wide_as_is_said(images):
     assert torch.equal(plant(images, COUNT, bandwidth=0.3, seed=2).images, planted.images)
 
 
+@pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("bandwidth", [0.2, 1.0])
-def test_the_ideal_tracer_reaches_the_bayes_accuracy_and_a_worse_one_does_not(images, bandwidth):
+def test_the_ideal_tracer_reaches_the_bayes_accuracy_and_a_worse_one_does_not(images, bandwidth, k):
     planted = plant(images, COUNT, bandwidth=bandwidth, seed=3)
     groups = source_groups(images)
-    hits, _ = bayes_hits(planted, images, groups)
-    best = precision_at(kernel(planted, images, bandwidth), planted.parents, groups, 1)
+    hits, sure = bayes_hits(planted, images, groups, k)
+    best = precision_at(kernel(planted, images, bandwidth), planted.parents, groups, k)
     assert best.value == pytest.approx(float(hits.double().mean()))
+    assert best.value == pytest.approx(float(sure.mean()), abs=0.03)
     ranked = torch.nn.functional.cosine_similarity(
         planted.images.flatten(1)[:, None], images.flatten(1)[None], dim=2
     )
-    other = precision_at(ranked, planted.parents, groups, 1)
+    other = precision_at(ranked, planted.parents, groups, k)
     assert other.high < best.value + 1e-9 or bandwidth < 0.5
     assert precision_at(kernel(planted, images, bandwidth), planted.parents, groups, 30).value == 1
 
@@ -63,7 +65,7 @@ def test_copies_are_one_source(images):
     assert precision_at(scores, planted.parents, groups, 1).value == 1
     alone = precision_at(scores, planted.parents, torch.arange(40), 1).value
     assert alone < 0.9, "which of two copies it was, nobody can say"
-    assert bayes_hits(planted, doubled, groups)[0].all()
+    assert bayes_hits(planted, doubled, groups, 1)[0].all()
 
 
 def test_k_counts_sources_and_not_copies():
