@@ -68,8 +68,8 @@ class Limits:
     """Least calibrated distance."""
     distance: float
     """Largest distance."""
-    late_entropy: float
-    """Largest entropy at little noise, in nats."""
+    sources: float
+    """Largest effective number of sources."""
     of_class: float
     """Least posterior of the own class."""
     n: int
@@ -81,7 +81,7 @@ class Limits:
         return cls(
             calibrated=float(holdout.calibrated.quantile(TAIL, interpolation="lower")),
             distance=float(holdout.distance.quantile(1 - TAIL, interpolation="higher")),
-            late_entropy=float(holdout.late_entropy.double().quantile(1 - TAIL, interpolation="higher")),
+            sources=float(holdout.sources.quantile(1 - TAIL, interpolation="higher")),
             of_class=float(holdout.of_class.double().quantile(TAIL, interpolation="lower")),
             n=len(holdout),
         )
@@ -137,12 +137,10 @@ def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
 
 
 def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
-    ratio, calibrated, distance, patches, sources, late_entropy, of_class, agreement = (
+    ratio, calibrated, distance, patches, sources, of_class, agreement = (
         float(getattr(evidence, name)[query])
-        for name in (
-            "ratio", "calibrated", "distance", "patches", "sources", "late_entropy", "of_class", "agreement",
-        )
-    )  # fmt: skip
+        for name in ("ratio", "calibrated", "distance", "patches", "sources", "of_class", "agreement")
+    )
     if ratio < MEMORIZED:
         return Verdict("copy", f"nearest training image at {ratio:.2f} of the distance of the second")
     parts = "" if isnan(patches) else f", {patches:.0%} of its parts from one image"
@@ -156,11 +154,9 @@ def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
             "unsupported",
             f"no training image within {distance:.2f}, of held-out images {limits.distance:.2f}",
         )
-    if late_entropy > limits.late_entropy:
+    if sources > limits.sources:
         return Verdict(
-            "unsupported",
-            f"still {late_entropy:.2f} nats unsure of its sources at little noise, held-out images "
-            f"{limits.late_entropy:.2f}",
+            "unsupported", f"spread over {sources:.0f} sources, held-out images over {limits.sources:.0f}"
         )
     if of_class < limits.of_class:
         return Verdict("unsupported", f"its sources are of the class asked for with {of_class:.0%} only")

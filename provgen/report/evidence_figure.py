@@ -34,12 +34,11 @@ def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
         limits: Drawn dotted, beside those that are fixed.
     """
     bounds = {
-        "ratio": MEMORIZED,
-        "calibrated": limits.calibrated,
-        "distance": limits.distance,
-        "late_entropy": limits.late_entropy,
-        "of_class": limits.of_class,
-        "sources": FEW,
+        "ratio": [MEMORIZED],
+        "calibrated": [limits.calibrated],
+        "distance": [limits.distance],
+        "of_class": [limits.of_class],
+        "sources": [FEW, limits.sources],
     }
     figure = Figure(figsize=(9.0, 5.4), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(3, 3).flatten(), PANELS.items(), strict=True):
@@ -48,8 +47,8 @@ def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
             values = values[values.isfinite()]
             if len(values):
                 axes.ecdf(values.numpy(), color=color, label=label)
-        if name in bounds:
-            axes.axvline(bounds[name], color=INK, linewidth=0.8, linestyle=":")
+        for bound in bounds.get(name, ()):
+            axes.axvline(bound, color=INK, linewidth=0.8, linestyle=":")
         if name == "sources":
             axes.set_xscale("log")
         axes.set_title(title, fontsize=9, color=INK)

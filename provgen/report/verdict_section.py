@@ -146,8 +146,8 @@ def _rule(kind: str, limits: Limits) -> str:
     return {
         "copy": "nearest training image at less than 1/3 of the distance of the second",
         "near copy": f"calibrated distance below {limits.calibrated:.2f}, as of 1 % of {limits.n} held-out images",
-        "unsupported": f"no training image within {limits.distance:.2f}, or more than {limits.late_entropy:.2f} nats "
-        f"of entropy at little noise, or less than {limits.of_class:.0%} of its sources of the class asked for",
+        "unsupported": f"no training image within {limits.distance:.2f}, or more than {limits.sources:.0f} effective "
+        f"sources, or less than {limits.of_class:.0%} of its sources of the class asked for",
         "blend of few": "at most 4 effective sources",
         "novel": "none of these",
     }[kind]

@@ -94,7 +94,7 @@ def test_the_wrong_class_is_unsupported(digits, evidence_of, holdout):
         ({"patches": 1.0}, "novel", "100% of its parts"),
         ({"patches": float("nan")}, "novel", "9.0 sources"),
         ({"distance": 0.7}, "unsupported", "within 0.70, of held-out images 0.60"),
-        ({"late_entropy": 1.5}, "unsupported", "still 1.50 nats unsure of its sources at little noise"),
+        ({"sources": 80.0}, "unsupported", "spread over 80 sources, held-out images over 50"),
         ({"of_class": 0.1}, "unsupported", "with 10% only"),
         ({"sources": 3.5}, "blend of few", "3.5 sources"),
         ({"sources": 1.0, "of_class": 0.1, "ratio": 0.1}, "copy", "0.10"),
@@ -113,6 +113,6 @@ def test_rules_by_hand(changed, kind, reason):
         "agreement": 0.8,
     }
     evidence = Evidence(**{name: torch.tensor([value]) for name, value in (usual | changed).items()})
-    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, late_entropy=1.0, of_class=0.2, n=100))
+    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, sources=50.0, of_class=0.2, n=100))
     assert found.kind == kind in KINDS
     assert reason in found.reason

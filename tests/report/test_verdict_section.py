@@ -20,7 +20,7 @@ NAMES = (
     "top",
     "agreement",
 )
-LIMITS = Limits(calibrated=0.8, distance=0.6, late_entropy=1.0, of_class=0.2, n=100)
+LIMITS = Limits(calibrated=0.8, distance=0.6, sources=50.0, of_class=0.2, n=100)
 
 
 @pytest.fixture
