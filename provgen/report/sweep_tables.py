@@ -54,8 +54,8 @@ def sweep_tables(curves: SweepCurves) -> dict[str, Table]:
     if curves.predictions:
         tables["prediction"] = _prediction_table(
             {**curves.predictions, "all": curves.overall},
-            "AUROC of telling copies from other samples of generators of the same size; `all` compares generators of "
-            "all sizes.",
+            "AUROC of telling copies from other samples of generators of the same size; the last column compares "
+            "generators of all sizes.",
         )
         tables["within"] = _prediction_table(
             curves.within, "AUROC of telling copies from other samples of the same generator and class."
@@ -81,13 +81,14 @@ def onsets_in_words(curves: SweepCurves) -> list[str]:
 
 
 def _points_table(curves: SweepCurves) -> Table:
-    names = [*(name for name, _, _ in PANELS), "share_memorized_holdout"]
+    first, *others = [(name, title.lower()) for name, title, _ in PANELS]
+    columns = [first, ("share_memorized_holdout", "held-out copies"), *others]
     rows: list[list[TableCell]] = [
-        [str(size), *(_text(point.get(name)) for name in names)]
+        [str(size), *(_text(point.get(name)) for name, _ in columns)]
         for size, point in last_points(curves).items()
     ]
     return Table(
-        ["images", *(title.lower() for _, title, _ in PANELS), "held-out copies"],
+        ["images", *(title for _, title in columns)],
         rows,
         "95 % intervals in brackets: over trainings from three of a size on, otherwise over samples and images.",
     )
@@ -95,9 +96,9 @@ def _points_table(curves: SweepCurves) -> Table:
 
 def _prediction_table(predictions: Mapping[Any, Mapping[str, Estimate]], note: str) -> Table:
     rows: list[list[TableCell]] = [
-        [str(size), *(_text(found.get(name)) for name in NAMES)] for size, found in predictions.items()
+        [title, *(_text(found.get(name)) for found in predictions.values())] for name, title in NAMES.items()
     ]
-    return Table(["images", *NAMES.values()], rows, note)
+    return Table(["images", *map(str, predictions)], rows, note)
 
 
 def _redrawing_table(curves: SweepCurves) -> Table:
@@ -115,9 +116,9 @@ def _redrawing_table(curves: SweepCurves) -> Table:
 
 def _markdown(table: Table) -> str:
     rows = [table.header, ["---:"] * len(table.header), *table.rows]
-    text = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    text = "\n".join(f"| {' | '.join('-' if cell is None else str(cell) for cell in row)} |" for row in rows)
     return f"{table.note}\n\n{text}\n"
 
 
-def _text(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+def _text(estimate: Estimate | None) -> str | None:
+    return None if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
