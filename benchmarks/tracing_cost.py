@@ -20,12 +20,13 @@ import typer
 from torch import Tensor
 
 from provgen import build, cli, evaluation, runs
+from provgen.attribution.credit_process import EVERYTHING
 from provgen.attribution.diffusion_tracer import DiffusionTracer, SamplingStep
 from provgen.attribution.gradients import GradientFeatures
 from provgen.attribution.loss_gradients import LossGradients
 from provgen.attribution.tracer import Request
-from provgen.attribution.variance_credit import NetworkCoordinates, VarianceCredit, usual_process
-from provgen.faithfulness import NUM_INFERENCE_STEPS, SKETCH_SIZE
+from provgen.attribution.variance_credit import VarianceCredit
+from provgen.faithfulness import SKETCH_SIZE, credit_coordinates
 from provgen.models.credit import CreditHead
 from provgen.models.diffusion import make_training_scheduler
 
@@ -70,12 +71,10 @@ def main(
 
 def usual_credit(trained: runs.TrainedRun) -> CreditHead:
     """Fit the credit head that calibration keeps to; the time does not depend on the kernel."""
-    pipeline = trained.pipeline
-    tracer = DiffusionTracer(pipeline.unet, pipeline.provenance, pipeline.scheduler, finds_coordinates=True)
-    coordinates = NetworkCoordinates(tracer, along="noised", num_inference_steps=NUM_INFERENCE_STEPS)
-    method = VarianceCredit(coordinates, coordinates.widths)
+    coordinates = credit_coordinates(trained.pipeline, "noised")
+    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
     method.fit(trained.data.train)
-    return method.credit_head(usual_process(num_parts=2))
+    return method.credit_head(EVERYTHING.usual)
 
 
 def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from provgen.attribution.attributor import AttributionScores, Attributor, Cost, Queries
+from provgen.attribution.credit_process import EVERYTHING, PIXELS_AND_GRADIENTS
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.embeddings import EmbeddingCosine
 from provgen.attribution.gradients import GradientDot, GradientFeatures, SquaredTrak, Trak
 from provgen.attribution.loss_gradients import LossGradients, Target
+from provgen.attribution.network_coordinates import NetworkCoordinates
 from provgen.attribution.patches import PatchPosterior
 from provgen.attribution.posterior import ClosedFormPosterior
 from provgen.attribution.posterior_attributor import (
     ALONG,
+    Along,
     PosteriorAttributor,
     StepPosterior,
     closed_form_steps,
@@ -27,16 +30,12 @@ from provgen.attribution.posterior_attributor import (
 )
 from provgen.attribution.rivals import PixelCosine, PixelKernel, PixelNeighbors, RandomScores, SameClass
 from provgen.attribution.tracer import Request
-from provgen.attribution.variance_credit import (
-    CalibratedTrace,
-    NetworkCoordinates,
-    VarianceCredit,
-    pixel_coordinates,
-)
+from provgen.attribution.variance_credit import CalibratedTrace, VarianceCredit, pixel_coordinates
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_uint8, to_unit_range
 from provgen.errors import InputError
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS, make_training_scheduler
+from provgen.pipeline import ProvenancePipeline
 from provgen.retrained_files import QueryImages
 from provgen.runs import TrainedRun
 
@@ -87,16 +86,33 @@ def make_methods(
 
 def _variance_methods(trained: TrainedRun) -> dict[str, Attributor]:
     pipeline = trained.pipeline
-    tracer = DiffusionTracer(pipeline.unet, pipeline.provenance, pipeline.scheduler, finds_coordinates=True)
     methods: dict[str, Attributor] = {"variance credit of pixels": VarianceCredit(pixel_coordinates)}
     for along in ALONG:
-        coordinates = NetworkCoordinates(tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS)
-        methods[f"variance credit of the provenance network, {along}"] = VarianceCredit(
-            coordinates, coordinates.widths
-        )
-        if pipeline.credit is not None:
-            methods[f"calibrated trace, {along}"] = CalibratedTrace(pipeline.credit, coordinates)
+        coordinates = credit_coordinates(pipeline, along)
+        for name, grid in (
+            ("pixels and gradients", PIXELS_AND_GRADIENTS),
+            ("the provenance network", EVERYTHING),
+        ):
+            method = VarianceCredit(coordinates, coordinates.parts, grid)
+            methods[f"variance credit of {name}, {along}"] = method
+        if (credit := pipeline.credit) is not None:
+            asked = credit_coordinates(pipeline, along, finds_gradients=credit.config.num_gradients > 0)
+            methods[f"calibrated trace, {along}"] = CalibratedTrace(credit, asked)
     return methods
+
+
+def credit_coordinates(
+    pipeline: ProvenancePipeline, along: Along, *, finds_gradients: bool = True
+) -> NetworkCoordinates:
+    """Give everything that a credit head may ask for, or all but gradients."""
+    tracer = DiffusionTracer(
+        pipeline.unet,
+        pipeline.provenance,
+        pipeline.scheduler,
+        finds_coordinates=True,
+        finds_gradients=finds_gradients,
+    )
+    return NetworkCoordinates(tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS)
 
 
 def _posteriors(trained: TrainedRun) -> dict[str, tuple[Callable[[ImageSet], StepPosterior], int]]:

@@ -115,7 +115,13 @@ class ProvenancePipeline(DiffusionPipeline):
         """How this kind of generator is sampled and traced."""
         if self.unet is not None:
             has_credit = self.credit is not None
-            return DiffusionTracer(self.unet, self.provenance, self.scheduler, finds_coordinates=has_credit)
+            return DiffusionTracer(
+                self.unet,
+                self.provenance,
+                self.scheduler,
+                finds_coordinates=has_credit,
+                finds_gradients=has_credit and self.credit.config.num_gradients > 0,
+            )
         if self.vae is not None:
             return VaeTracer(self.vae, self.provenance)
         return ClassifierTracer(self.classifier, self.provenance)

@@ -4,8 +4,9 @@
     provgen calibrate --run runs/digits
 
 Weights of later traces are shares of credit: how much less would be known of the image without each training image, by
-a Gaussian process on what the provenance network sees. Posteriors stay what they are. Subset models beyond those it
-is calibrated on are for `provgen faithfulness`, which says what the weights are worth.
+a Gaussian process on what the provenance network sees, on pixels, and on gradients of the generator's last layer, which
+its forward pass gives. How much each of them counts is what predicts subset models best. Posteriors stay what they are.
+Subset models beyond those it is calibrated on are for `provgen faithfulness`, which says what the weights are worth.
 """
 
 from pathlib import Path
@@ -15,8 +16,8 @@ import typer
 
 from provgen import build, cli, faithfulness, runs
 from provgen.analysis.calibration_split import Split, tune
-from provgen.attribution.diffusion_tracer import DiffusionTracer
-from provgen.attribution.variance_credit import NetworkCoordinates, VarianceCredit
+from provgen.attribution.credit_process import EVERYTHING
+from provgen.attribution.variance_credit import VarianceCredit
 from provgen.errors import InputError
 from provgen.retrained_files import KINDS, RetrainedFolder
 from provgen.run_folder import atomic_path
@@ -36,11 +37,8 @@ def main(
     split = Split.first(retrained.subsets, len(outputs["generated"]), calibration=calibration_subsets, left=0)
     queries = faithfulness.trace_queries(trained, retrained.queries)
 
-    tracer = DiffusionTracer(pipeline.unet, pipeline.provenance, pipeline.scheduler, finds_coordinates=True)
-    coordinates = NetworkCoordinates(
-        tracer, along="trajectory", num_inference_steps=faithfulness.NUM_INFERENCE_STEPS
-    )
-    method = VarianceCredit(coordinates, coordinates.widths)
+    coordinates = faithfulness.credit_coordinates(pipeline, "trajectory")
+    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
     method.fit(trained.data.train)
     chosen = tune(
         method.attribute_all({kind: queries[kind] for kind in KINDS}), retrained.masks, outputs, split

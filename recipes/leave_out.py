@@ -4,8 +4,8 @@
 
 Methods are tuned as `provgen faithfulness` found; run that first. Writes a small file for every model, table.md and
 effects.parquet into RUN/leave_out; `provgen faithfulness-table` puts the effects beside the LDS. The same command
-goes on where it was stopped; parts 1/2 and 2/2 may run side by side. What methods name is found out once and kept:
-after another calibration, remove the folder.
+goes on where it was stopped; parts 1/2 and 2/2 may run side by side. What a method names under its tuned
+setting is found out once and kept: another machine rounds otherwise.
 """
 
 from collections.abc import Mapping, Sequence

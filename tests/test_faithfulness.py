@@ -44,7 +44,9 @@ def linear():
 def test_tuning_finds_the_setting_that_is_true(linear):
     masks, effects, outputs = linear
     scores = AttributionScores(
-        values=torch.stack([rand(12, 40, seed=5), effects, -effects]), settings=("a", "b", "c"), usual=None
+        values=torch.stack([rand(12, 40, seed=5), effects, -effects]),
+        settings=("a", "b", "c"),
+        unusual=(0, 0, 0),
     )
     split = Split.first(torch.arange(30), 12, calibration=10)
     assert tune({"a kind": scores}, masks, {"a kind": outputs}, split) == "b"
@@ -55,10 +57,10 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
     half = effects + rand(12, 40, seed=7)
     kinds = {
         "first": AttributionScores(
-            values=torch.stack([effects, half, -effects]), settings=("a", "b", "c"), usual=None
+            values=torch.stack([effects, half, -effects]), settings=("a", "b", "c"), unusual=(0, 0, 0)
         ),
         "second": AttributionScores(
-            values=torch.stack([-effects, half, effects]), settings=("a", "b", "c"), usual=None
+            values=torch.stack([-effects, half, effects]), settings=("a", "b", "c"), unusual=(0, 0, 0)
         ),
     }
     split = Split.first(torch.arange(30), 12, calibration=10)
@@ -68,31 +70,35 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
 def test_tuning_looks_at_nothing_that_is_reported(linear):
     """Turn everything that is reported around: the choice stays."""
     masks, effects, outputs = linear
-    scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"), usual=None)
+    scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"), unusual=(0, 0))
     split = Split.first(torch.arange(30), 12, calibration=10)
     changed = -outputs
     changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]
     assert tune({"a kind": scores}, masks, {"a kind": changed}, split) == "a"
 
 
-def test_the_usual_setting_is_kept_unless_another_is_clearly_better(linear):
+def test_of_settings_that_may_be_the_best_the_usual_one_is_taken(linear):
     masks, effects, outputs = linear
     split = Split.first(torch.arange(30), 12, calibration=16)
     # Two that are as noisy as one another: either may be a little better by luck.
     noisy = [effects + rand(12, 40, seed=seed) for seed in (3, 4)]
-    wrong = rand(12, 40, seed=5)
+    values = {"a": noisy[0], "b": noisy[1], "wrong": rand(12, 40, seed=5), "true": effects}
 
-    def tuned(usual):
+    def tuned(**unusual):
         scores = AttributionScores(
-            values=torch.stack([*noisy, wrong, effects]), settings=("a", "b", "wrong", "true"), usual=usual
+            values=torch.stack([values[name] for name in unusual]),
+            settings=tuple(unusual),
+            unusual=tuple(unusual.values()),
         )
-        some = AttributionScores(values=scores.values[:3], settings=scores.settings[:3], usual=usual)
-        return [tune({"a kind": one}, masks, {"a kind": outputs}, split) for one in (some, scores)]
+        return tune({"a kind": scores}, masks, {"a kind": outputs}, split)
 
-    (by_luck, true), (of_a, _), (of_b, _) = (tuned(usual) for usual in (None, "a", "b"))
+    by_luck = tuned(a=0, b=0, wrong=0)
     assert by_luck in ("a", "b")
-    assert (of_a, of_b, true) == ("a", "b", "true")
-    assert tuned("wrong") == [by_luck, "true"]
+    assert tuned(a=0, b=1, wrong=2) == "a"
+    assert tuned(a=1, b=0, wrong=2) == "b"
+    assert tuned(a=1, b=1, wrong=0) == by_luck
+    assert (tuned(a=1, b=2, wrong=0), tuned(a=2, b=1, wrong=0)) == ("a", "b"), "the nearest, not the best"
+    assert tuned(a=0, b=0, wrong=0, true=3) == "true"
 
 
 def test_a_missing_calibration_model_is_noticed(message_of):
@@ -118,7 +124,7 @@ def scored(trained_of, tmp_path_factory):
 
 def test_every_method_scores_every_example_for_every_query(scored):
     trained, queries, found = scored
-    assert len(found) == 22
+    assert len(found) == 24
     for name, tuned in found.items():
         for kind in queries:
             assert tuned.scores[kind].shape == (4, len(trained.data.train)), name

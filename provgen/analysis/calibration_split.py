@@ -57,11 +57,11 @@ class Split:
 def tune(
     scores: Mapping[str, AttributionScores], masks: Tensor, outputs: Mapping[str, Tensor], split: Split
 ) -> str:
-    """Choose the setting with the largest LDS on the calibration part, mean over kinds of queries.
+    """Choose by the LDS on the calibration part, mean over kinds of queries.
 
-    A method's usual setting is kept unless the best is better by more than a standard error of the difference (the
-    one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees): the calibration part is
-    small, and the best of many is so by luck.
+    The setting with the largest is not taken, but the one nearest to a method's usual setting that is not worse by
+    more than a standard error of the difference (the one-standard-error rule of Breiman et al. 1984, Classification
+    and Regression Trees): the calibration part is small, and the best of many is so by luck.
 
     Args:
         scores: Of all queries, by kind.
@@ -78,17 +78,31 @@ def tune(
         )
         for name in some.settings
     }
-    best, usual = max(means, key=lambda name: means[name]), some.usual
-    if usual is None or usual == best:
-        return best
-    # The same seed draws the same subsets for all kinds.
-    differences = []
-    for kind in scores:
-        pair = {name: predicted[kind][name] for name in (best, usual)}
-        compared = LdsComparison(pair, wanted[kind], seed=0, resamples=RESAMPLES)
-        differences.append(compared.draws[best] - compared.draws[usual])
-    standard_error = float(np.mean(differences, axis=0).std())
-    return usual if means[best] - means[usual] <= standard_error else best
+    best = max(means, key=lambda name: means[name])
+    for steps in sorted(set(some.unusual)):
+        names = [name for name, far in zip(some.settings, some.unusual, strict=True) if far == steps]
+        errors = _standard_errors(predicted, wanted, best, names)
+        good = [name for name in names if means[best] - means[name] <= errors[name]]
+        if good:
+            return max(good, key=lambda name: means[name])
+    return best
+
+
+def _standard_errors(
+    predicted: Mapping[str, Mapping[str, Tensor]],
+    wanted: Mapping[str, Tensor],
+    best: str,
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Give the standard error of by how much the best setting is better than others, by name."""
+    draws = []
+    for kind in wanted:
+        # The same seed draws the same subsets for all kinds.
+        some = {name: predicted[kind][name] for name in (best, *names)}
+        draws.append(LdsComparison(some, wanted[kind], seed=0, resamples=RESAMPLES).draws)
+    return {
+        name: float(np.mean([found[best] - found[name] for found in draws], axis=0).std()) for name in names
+    }
 
 
 def _predictions(scores: AttributionScores, masks: Tensor, split: Split) -> dict[str, Tensor]:

@@ -64,11 +64,13 @@ class LdsComparison:
             resamples: Bootstrap resamples.
         """
         self.shape = tuple(outputs.shape)
-        values, measured = {name: _numpy(p) for name, p in predicted.items()}, _numpy(outputs)
-        self.values = {name: float(_spearman(p, measured).mean()) for name, p in values.items()}
+        # All methods at once, (method, query, subset): a call for each would take most of the time.
+        values, measured = np.stack([_numpy(p) for p in predicted.values()]), _numpy(outputs)
         random = np.random.default_rng(seed)
-        draws = [self._draw(values, measured, random) for _ in range(resamples)]
-        self.draws = {name: np.array([draw[name] for draw in draws]) for name in values}
+        draws = np.stack([self._draw(values, measured, random) for _ in range(resamples)], axis=1)
+        scores = _spearman(values, measured).mean(axis=1)
+        self.values = {name: float(score) for name, score in zip(predicted, scores, strict=True)}
+        self.draws = dict(zip(predicted, draws, strict=True))
 
     def estimate(self, method: str) -> Estimate:
         """Give the mean LDS of a method over the queries."""
@@ -79,16 +81,12 @@ class LdsComparison:
         interval = percentile_interval(self.draws[method] - self.draws[other])
         return Estimate(self.values[method] - self.values[other], *interval, self.shape[1])
 
-    def _draw(
-        self, predicted: Mapping[str, Matrix], outputs: Matrix, random: np.random.Generator
-    ) -> dict[str, float]:
+    def _draw(self, predicted: Matrix, outputs: Matrix, random: np.random.Generator) -> Matrix:
+        """Give the mean LDS of every method in one resample, (method,)."""
         queries, subsets = (random.integers(size, size=size) for size in self.shape)
-        chosen = np.ix_(queries, subsets)
-        measured = _standard_ranks(outputs[chosen])
-        return {
-            name: float((_standard_ranks(p[chosen]) * measured).sum(axis=1).mean())
-            for name, p in predicted.items()
-        }
+        drawn = predicted[:, queries][:, :, subsets], outputs[queries][:, subsets]
+        scores: Matrix = _spearman(*drawn).mean(axis=1)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -135,16 +133,16 @@ def _ceiling(r: float, seeds: int) -> float:
 
 
 def _spearman(first: Matrix, second: Matrix) -> Matrix:
-    """Correlate the ranks of each row, ties averaged: (row,)."""
-    correlation: Matrix = (_standard_ranks(first) * _standard_ranks(second)).sum(axis=1)
+    """Correlate the ranks of each row, the last axis, ties averaged: (..., row)."""
+    correlation: Matrix = (_standard_ranks(first) * _standard_ranks(second)).sum(axis=-1)
     return correlation
 
 
 def _standard_ranks(values: Matrix) -> Matrix:
     """Give ranks of each row with mean 0 and sum of squares 1; zeros where all are equal."""
-    ranks = rankdata(values, axis=1)
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(ranks, axis=1, keepdims=True)
+    ranks = rankdata(values, axis=-1)
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    norms = np.linalg.norm(ranks, axis=-1, keepdims=True)
     standard: Matrix = np.divide(ranks, norms, out=np.zeros_like(ranks), where=norms > 0)
     return standard
 

@@ -45,9 +45,9 @@ class AttributionScores:
     """Floating (setting, query, train)."""
     settings: tuple[str, ...]
     """Their names, such as `lambda=0.01`; a single empty one where there is nothing to tune."""
-    usual: str | None
-    """The one of them that is kept unless another is clearly better, such as the middle of what is tried; None where
-    it was not asked for."""
+    unusual: tuple[int, ...]
+    """How many steps each is from the usual one, such as the middle of what is tried: one that is no worse, for all
+    that is known, is taken rather than one further off."""
 
     def of(self, setting: str) -> Tensor:
         """Give the scores (query, train) under one setting."""
@@ -100,4 +100,9 @@ class Attributor(Protocol):
 
 def untuned(values: Tensor) -> AttributionScores:
     """Wrap scores (query, train) of a method with nothing to tune."""
-    return AttributionScores(values=values[None], settings=("",), usual="")
+    return AttributionScores(values=values[None], settings=("",), unusual=(0,))
+
+
+def steps_from_middle(count: int) -> tuple[int, ...]:
+    """Give the distance of each of `count` settings in a row from the middle one."""
+    return tuple(abs(place - count // 2) for place in range(count))

@@ -13,9 +13,10 @@ from torch import Tensor
 from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
 from provgen.attribution.tracer import Generated, Request, network_probs
-from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace
+from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace, late_level
 from provgen.errors import InputError
 from provgen.models.diffusion import encoder_stages, record_stages
+from provgen.models.last_layer import last_layer_gradients, record_features
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.batches import seeded_generator
 
@@ -34,6 +35,10 @@ class SamplingStep:
     """What the denoiser was given, (query, channel, height, width)."""
     stages: list[Tensor]
     """What its encoder made of it."""
+    features: Tensor
+    """What its last layer was given."""
+    noise: Tensor
+    """What that made of it, without guidance."""
     denoised: Tensor
     """What the next step is given; after the last step the sample."""
 
@@ -48,18 +53,22 @@ class DiffusionTracer:
         scheduler: DDIMScheduler,
         *,
         finds_coordinates: bool = False,
+        finds_gradients: bool = False,
     ) -> None:
-        """Take the parts of a pipeline; coordinates are for a credit head."""
+        """Take the parts of a pipeline; coordinates, with gradients or without, are for a credit head."""
         self.unet = unet
         self.provenance = provenance
         self.scheduler = scheduler
         self.finds_coordinates = finds_coordinates
+        self.finds_gradients = finds_gradients
 
     def generate(self, request: Request) -> Generated:
         """Sample by DDIM; see `Tracer`."""
         labels, every = request.class_labels, request.trace_every
         traced = self._traced_steps(request.num_inference_steps, every) if request.is_traced else range(1)
         trace, closed_trace = (TrajectoryTrace(traced[0], every=every) for _ in range(2))
+        self._set_timesteps(request.num_inference_steps)
+        levels = self._levels().tolist()
         for step in self.steps(request):
             level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
             if request.is_traced and step.number in traced:
@@ -68,6 +77,8 @@ class DiffusionTracer:
                     closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
             if request.is_traced and self._is_clear(step.level):
                 self._place(trace, step.stages, signal)
+            if request.is_traced and self.finds_gradients and step.number == late_level(levels):
+                trace.add_gradients(last_layer_gradients(self.unet, step.features, step.noise))
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
 
     def steps(self, request: Request) -> Iterator[SamplingStep]:
@@ -76,16 +87,18 @@ class DiffusionTracer:
         self._set_timesteps(request.num_inference_steps)
         images = self._initial_noise(len(labels), request.generator)
         for number, timestep in enumerate(request.progress_bar(self.scheduler.timesteps)):
-            with record_stages(self.unet) as stages:
+            with record_stages(self.unet) as stages, record_features(self.unet) as features:
                 noise = self.unet(images, timestep, class_labels=labels).sample
-            noise = self._guided(noise, images, timestep, request)
-            denoised = self.scheduler.step(noise, timestep, images).prev_sample
+            guided = self._guided(noise, images, timestep, request)
+            denoised = self.scheduler.step(guided, timestep, images).prev_sample
             yield SamplingStep(
                 number=number,
                 timestep=timestep,
                 level=self.scheduler.alphas_cumprod[timestep],
                 images=images,
                 stages=stages,
+                features=features[0],
+                noise=noise,
                 denoised=denoised,
             )
             images = denoised
@@ -122,20 +135,21 @@ class DiffusionTracer:
     ) -> TrajectoryTrace:
         """Noise the images to the sampler's levels inside the window; see `Tracer`."""
         traced = self._traced_steps(num_inference_steps, trace_every)
-        trace = TrajectoryTrace()
+        trace, late = TrajectoryTrace(), late_level(self._levels().tolist())
         for number, (timestep, level) in enumerate(
             zip(self.scheduler.timesteps, self._levels(), strict=True)
         ):
             is_inside = number in traced and bool(WINDOW[0] < level < WINDOW[1])
             is_placed = self._is_clear(level) and self.finds_coordinates and closed_form is None
-            if not is_inside and not is_placed:
+            is_late = number == late and self.finds_gradients and closed_form is None
+            if not is_inside and not is_placed and not is_late:
                 continue
             noisy = self._noised(clean_images, int(timestep), seed)
             signal = level.to(noisy.device).expand(len(noisy))
             if closed_form is not None:
                 trace.add(closed_form.probs(noisy, signal, class_labels), float(level))
                 continue
-            stages = encoder_stages(self.unet, noisy, timestep, class_labels)
+            stages = self._stages(trace, noisy, timestep, class_labels, adds_gradients=is_late)
             if is_inside:
                 trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
             if is_placed:
@@ -152,15 +166,35 @@ class DiffusionTracer:
     def coordinates(self, noisy: NoisyQueries, class_labels: Tensor) -> Tensor:
         """Give the coordinates of queries, (query, feature), as traces find them.
 
-        First what the index head compares with its prototypes, then the pixels.
+        First what the index head compares with its prototypes, then the pixels, then gradients where they are wanted.
         """
-        trace = TrajectoryTrace()
-        for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
-            if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
-                stages = encoder_stages(self.unet, images.to(self.unet.device), timestep, class_labels)
-                signal = level.to(self.unet.device).expand(len(images))
-                self._place(trace, stages, signal)
+        trace, late = TrajectoryTrace(), late_level(noisy.signal.tolist())
+        for number, (timestep, level) in enumerate(zip(noisy.timesteps, noisy.signal, strict=True)):
+            is_placed = bool(level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL))
+            is_late = number == late and self.finds_gradients
+            if is_placed or is_late:
+                images = noisy.images[number].to(self.unet.device)
+                stages = self._stages(trace, images, timestep, class_labels, adds_gradients=is_late)
+                if is_placed:
+                    self._place(trace, stages, level.to(self.unet.device).expand(len(images)))
         return trace.coordinates()
+
+    def _stages(
+        self,
+        trace: TrajectoryTrace,
+        noisy: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        *,
+        adds_gradients: bool,
+    ) -> list[Tensor]:
+        """Run the encoder, and the decoder too where gradients are to be added to the trace."""
+        if not adds_gradients:
+            return encoder_stages(self.unet, noisy, timestep, class_labels)
+        with record_stages(self.unet) as stages, record_features(self.unet) as features:
+            noise = self.unet(noisy, timestep, class_labels=class_labels).sample
+        trace.add_gradients(last_layer_gradients(self.unet, features[0], noise))
+        return stages
 
     def _place(self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor) -> None:
         if self.finds_coordinates and self.provenance is not None:

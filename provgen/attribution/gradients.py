@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from provgen.attribution.attributor import AttributionScores, Kept, Queries, untuned
+from provgen.attribution.attributor import AttributionScores, Kept, Queries, steps_from_middle, untuned
 from provgen.attribution.count_sketch import CountSketch
 from provgen.attribution.gradient_store import GradientStore
 from provgen.data.dataset import ImageSet
@@ -143,7 +143,7 @@ class Trak:
         inverses = 1 / (self.values + torch.tensor(RIDGES)[:, None] * self.values.mean())
         scores = torch.stack([self._scores(turned, inverse) for inverse in inverses])
         names = tuple(f"lambda={ridge:g}" for ridge in RIDGES)
-        return AttributionScores(values=scores, settings=names, usual=names[len(names) // 2])
+        return AttributionScores(values=scores, settings=names, unusual=steps_from_middle(len(names)))
 
     def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:
         """Give (query, train) from products with eigenvectors (query, eigenvector) and inverse eigenvalues."""

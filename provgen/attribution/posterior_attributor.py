@@ -79,6 +79,16 @@ class Average:
         """Say which levels (step,) are in the window, bool (step,)."""
         return (self.low < signal) & (signal < self.high)
 
+    def steps_from(self, other: Average) -> int:
+        """Count the steps on the grid of what is tried."""
+        return (
+            (self.is_told != other.is_told)
+            + (self.of != other.of)
+            + abs(LOWEST.index(self.low) - LOWEST.index(other.low))
+            + abs(HIGHEST.index(self.high) - HIGHEST.index(other.high))
+            + abs(TEMPERATURES.index(self.temperature) - TEMPERATURES.index(other.temperature))
+        )
+
     def __call__(self, log_probs: Tensor, signal: Tensor) -> Tensor:
         """Average log-posteriors (step, query, train) at levels (step,).
 
@@ -136,10 +146,10 @@ class PosteriorAttributor:
         is_along = self.along == "trajectory" and queries.trajectory is not None
         noisy = queries.trajectory if is_along and queries.trajectory is not None else queries.noisy
         wanted = [a for a in AVERAGES if only in (None, a.name) and a.inside(noisy.signal).any()]
-        steps = (
+        levels = (
             torch.stack([average.inside(noisy.signal) for average in wanted]).any(dim=0).nonzero().flatten()
         )
-        signal = noisy.signal[steps]
+        signal = noisy.signal[levels]
         null = torch.full_like(queries.class_labels, self.null_label)
         named: dict[str, Tensor] = {}
         for is_told, labels in ((True, queries.class_labels), (False, null)):
@@ -147,12 +157,16 @@ class PosteriorAttributor:
             if some:
                 logits = [
                     self.posterior(noisy.images[n], noisy.timesteps[n], noisy.signal[n], labels)
-                    for n in steps
+                    for n in levels
                 ]
                 log_probs = torch.stack([given.float().log_softmax(dim=1) for given in logits])
                 named |= {average.name: average(log_probs, signal) for average in some}
-        usual = USUAL.name if USUAL.name in named else None
-        return AttributionScores(values=torch.stack(list(named.values())), settings=tuple(named), usual=usual)
+        steps = {average.name: average.steps_from(USUAL) for average in wanted}
+        return AttributionScores(
+            values=torch.stack(list(named.values())),
+            settings=tuple(named),
+            unusual=tuple(steps[name] for name in named),
+        )
 
     def kept(self) -> Kept:
         """Pixels, or the provenance network."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from provgen.attribution.attributor import AttributionScores, Kept, Queries, untuned
+from provgen.attribution.attributor import AttributionScores, Kept, Queries, steps_from_middle, untuned
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 
@@ -89,7 +89,7 @@ class PixelNeighbors:
         counts = [k for k in NEIGHBORS if k < len(self.pixels)]
         values = torch.stack([(ranks < k).double() for k in counts])
         names = tuple(f"k={k}" for k in counts)
-        return AttributionScores(values=values, settings=names, usual=names[len(names) // 2])
+        return AttributionScores(values=values, settings=names, unusual=steps_from_middle(len(names)))
 
     def kept(self) -> Kept:
         """Pixels."""
@@ -114,7 +114,9 @@ class PixelKernel:
         squares = torch.cdist(queries.images.flatten(1).double(), self.pixels).square()
         values = [_kernel(squares, share * self.scale) for share in BANDWIDTHS]
         names = tuple(f"s={share:g} apart" for share in BANDWIDTHS)
-        return AttributionScores(values=torch.stack(values), settings=names, usual=names[len(names) // 2])
+        return AttributionScores(
+            values=torch.stack(values), settings=names, unusual=steps_from_middle(len(names))
+        )
 
     def kept(self) -> Kept:
         """Pixels."""

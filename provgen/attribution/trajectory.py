@@ -50,6 +50,7 @@ class TrajectoryTrace:
         self._top: list[tuple[Tensor, Tensor]] = []
         self._coordinates: list[Tensor] = []
         self._clearness: list[float] = []
+        self._gradients: list[Tensor] = []
 
     def add(self, probs: Tensor, signal: float) -> None:
         """Add one level: probabilities (query, train) and its a_t."""
@@ -69,11 +70,19 @@ class TrajectoryTrace:
         self._coordinates.append(coordinates / math.sqrt(signal))
         self._clearness.append(signal / (1 - signal))
 
+    def add_gradients(self, gradients: Tensor) -> None:
+        """Add gradients of the generator's last layer at the cleanest level of the window, (query, parameter)."""
+        self._gradients.append(gradients)
+
     def put(self, rows: Tensor, other: TrajectoryTrace) -> None:
         """Put the trace of other queries over the same levels in the place of some `rows`, int64 (other,)."""
         if self._sum is not None and other._sum is not None:
             self._sum = self._sum.index_copy(0, rows, other._sum)
-        for mine, theirs in ((self._entropy, other._entropy), (self._coordinates, other._coordinates)):
+        for mine, theirs in (
+            (self._entropy, other._entropy),
+            (self._coordinates, other._coordinates),
+            (self._gradients, other._gradients),
+        ):
             mine[:] = [old.index_copy(0, rows, new) for old, new in zip(mine, theirs, strict=True)]
         self._top = [
             (value.index_copy(0, rows, new_value), index.index_copy(0, rows, new_index))
@@ -81,11 +90,15 @@ class TrajectoryTrace:
         ]
 
     def coordinates(self) -> Tensor:
-        """Mean coordinates over the clear levels, (query, feature), each with the inverse of its noise's variance."""
+        """Give mean coordinates over the clear levels, each with the inverse of its noise's variance, and gradients.
+
+        Returns:
+            (query, feature), gradients last where there are any.
+        """
         seen = torch.stack(self._coordinates)
         weights = torch.tensor(self._clearness, dtype=seen.dtype, device=seen.device)
         mean: Tensor = torch.tensordot(weights / weights.sum(), seen, dims=1)
-        return mean
+        return torch.cat([mean, *(some.to(mean.dtype) for some in self._gradients)], dim=1)
 
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""

@@ -26,7 +26,10 @@ class CreditHead(ModelMixin, ConfigMixin):
         width: int,
         num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and the next ones
         across: float,  # noqa: ARG002
+        num_gradients: int = 0,  # noqa: ARG002
+        gradient_share: float = 0.0,  # noqa: ARG002
         calibration_subsets: int = 0,  # noqa: ARG002
+        process: str = "",  # noqa: ARG002
     ) -> None:
         """Make an empty head.
 
@@ -36,7 +39,10 @@ class CreditHead(ModelMixin, ConfigMixin):
             width: Of coordinates.
             num_classes: Classes without the null label.
             across: Factor of the kernel between two classes.
+            num_gradients: The last coordinates, of which products count instead of distances.
+            gradient_share: Their part of the kernel.
             calibration_subsets: Subset models it was calibrated on.
+            process: Everything that calibration chose, in words.
         """
         super().__init__()
         self.scale: Tensor
@@ -55,13 +61,15 @@ class CreditHead(ModelMixin, ConfigMixin):
             coordinates: (query, width), before scaling.
             class_labels: int64 (query,), the null label where there is none.
         """
-        near = class_kernel(
+        near = credit_kernel(
             coordinates * self.scale,
             class_labels,
             self.landmarks,
             self.landmark_labels,
             across=self.config.across,
             null_label=self.config.num_classes,
+            num_gradients=self.config.num_gradients,
+            gradient_share=self.config.gradient_share,
         )
         return credit_shares(near @ self.readout)
 
@@ -74,6 +82,45 @@ def credit_shares(found: Tensor) -> Tensor:
     return torch.where(
         total > 0, credit / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / credit.shape[1]
     )
+
+
+def credit_kernel(
+    first: Tensor,
+    first_labels: Tensor,
+    second: Tensor,
+    second_labels: Tensor,
+    *,
+    across: float,
+    null_label: int,
+    num_gradients: int = 0,
+    gradient_share: float = 0.0,
+) -> Tensor:
+    """Give the kernel (first, second): `class_kernel` of most coordinates, and products of the last ones.
+
+    Images are alike because they look alike, or because they ask the same of the generator's weights.
+
+    Args:
+        first: Scaled coordinates, (first, feature); the products of gradients have their share already.
+        first_labels: int64 (first,).
+        second: (second, feature).
+        second_labels: int64 (second,).
+        across: Factor of the kernel between two classes; products have none.
+        null_label: The label that stands for no label.
+        num_gradients: The last features, of which products count.
+        gradient_share: Their part of the kernel.
+    """
+    places = first.shape[1] - num_gradients
+    near = class_kernel(
+        first[:, :places],
+        first_labels,
+        second[:, :places],
+        second_labels,
+        across=across,
+        null_label=null_label,
+    )
+    if not num_gradients:
+        return near
+    return (1 - gradient_share) * near + first[:, places:] @ second[:, places:].T
 
 
 def class_kernel(

@@ -3,18 +3,12 @@
 import pytest
 import torch
 
-from provgen.attribution import variance_credit
+from provgen.attribution import credit_process
 from provgen.attribution.attributor import Queries
+from provgen.attribution.credit_process import EVERYTHING, PIXELS, FittedKernel, Kernel, Parts
 from provgen.attribution.noisy_queries import NoisyQueries
-from provgen.attribution.variance_credit import (
-    FittedKernel,
-    Kernel,
-    VarianceCredit,
-    pixel_coordinates,
-    processes,
-    usual_process,
-)
-from provgen.models.credit import CreditHead, class_kernel
+from provgen.attribution.variance_credit import CalibratedTrace, VarianceCredit, pixel_coordinates
+from provgen.models.credit import CreditHead, credit_kernel
 
 NULL = 3
 
@@ -34,9 +28,10 @@ def labels():
 
 
 def kernel_of(fitted, first, first_labels, second, second_labels):
-    return class_kernel(
+    return credit_kernel(
         first * fitted.scale, first_labels, second * fitted.scale, second_labels,
         across=fitted.kernel.across, null_label=NULL,
+        num_gradients=fitted.parts.gradients, gradient_share=fitted.kernel.gradients,
     )  # fmt: skip
 
 
@@ -44,15 +39,22 @@ def variance(fitted, query, label, points, labels, ridge):
     """Of a Gaussian process at one query, from its definition."""
     near = kernel_of(fitted, query[None], label[None], points, labels)
     observed = kernel_of(fitted, points, labels, points, labels) + ridge * torch.eye(len(points)).double()
-    return 1 - float(near @ torch.linalg.solve(observed, near.T))
+    own = kernel_of(fitted, query[None], label[None], query[None], label[None])
+    return float(own - near @ torch.linalg.solve(observed, near.T))
 
 
-@pytest.mark.parametrize("across", [1.0, 0.5, 0.0])
-def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, labels, across):
-    fitted = FittedKernel(points, labels, Kernel(bandwidth=0.8, across=across), null_label=NULL)
+@pytest.mark.parametrize(
+    ("across", "gradients"), [(1.0, 0.0), (0.5, 0.0), (0.0, 0.0), (0.5, 0.25), (0.5, 1.0)]
+)
+def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, labels, across, gradients):
+    kernel = Kernel(bandwidth=0.8, across=across, gradients=gradients)
+    parts = Parts(places=(3,), gradients=2)
+    fitted = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts)
     queries, asked = rand(4, 5, seed=1), torch.tensor([0, 1, 2, 0])
     ridge = 0.7
-    shares = fitted.credit_head(ridge)(queries.float(), asked)
+    head = fitted.credit_head(ridge)
+    shares = head(queries.float()[:, : len(head.scale)], asked)
+    assert len(head.scale) == (5 if gradients else 3), "gradients that do not count are not asked for"
     for query, label, share in zip(queries, asked, shares, strict=True):
         with_all = variance(fitted, query, label, points, labels, ridge)
         rows = [torch.arange(20) != left_out for left_out in range(20)]
@@ -66,25 +68,40 @@ def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, 
 
 def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
     """Scaling a part, or adding one of no weight, changes nothing; half and half is the mean of squared distances."""
-    widths, queries, asked = (2, 3), rand(4, 5, seed=1).float(), torch.tensor([0, 1, 2, 0])
+    parts, queries, asked = Parts(places=(2, 3)), rand(4, 5, seed=1).float(), torch.tensor([0, 1, 2, 0])
 
-    def shares(points, queries, shares, widths=widths):
+    def shares(points, queries, shares, parts=parts):
         kernel = Kernel(bandwidth=0.8, across=0.5, shares=shares)
-        fitted = FittedKernel(points, labels, kernel, null_label=NULL, widths=widths)
+        fitted = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts)
         return fitted.credit_head(1.0)(queries, asked)
 
     factor = torch.tensor([1.0, 1.0, 7.0, 7.0, 7.0])
     for given in ((0.5, 0.5), (0.25, 0.75)):
         scaled = shares(points * factor, queries * factor, given)
         torch.testing.assert_close(scaled, shares(points, queries, given), atol=1e-5, rtol=1e-4)
-    first = shares(points[:, :2], queries[:, :2], (1.0,), widths=None)
+    first = shares(points[:, :2], queries[:, :2], (1.0,), parts=None)
     torch.testing.assert_close(shares(points, queries, (1.0, 0.0)), first, atol=1e-5, rtol=1e-4)
     flat = torch.cat([points[:, :2], torch.ones(20, 3)], dim=1)
-    assert Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(flat, widths)[2:].tolist() == [0, 0, 0]
-    scale = Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(points, widths)
+    assert Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(flat, parts)[2:].tolist() == [0, 0, 0]
+    scale = Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(points, parts)
     squares = torch.cdist(points * scale, points * scale).square()
-    parts = [torch.cdist(part, part).square() for part in points.split(widths, dim=1)]
+    parts = [torch.cdist(part, part).square() for part in points.split(parts.places, dim=1)]
     torch.testing.assert_close(squares, sum(part / part.mean() for part in parts) / 2)
+
+
+def test_products_of_gradients_are_weighed_in_units_of_their_own_mean(points, labels):
+    """All training images together have the same part of the kernel's diagonal, whatever gradients are measured in."""
+    parts = Parts(places=(2,), gradients=3)
+    kernel = Kernel(bandwidth=0.8, across=0.5, gradients=0.25)
+    for factor in (1.0, 100.0):
+        scaled = points * torch.tensor([1.0, 1.0, factor, factor, factor]).double()
+        fitted = FittedKernel(scaled, labels, kernel, null_label=NULL, parts=parts)
+        diagonal = kernel_of(fitted, scaled, labels, scaled, labels).diagonal()
+        assert float(diagonal.mean()) == pytest.approx(1)
+        size = points[:, 2:].square().sum(dim=1)
+        torch.testing.assert_close(diagonal, 0.75 + 0.25 * size / size.mean())
+    flat = torch.cat([points[:, :2], torch.zeros(20, 3)], dim=1)
+    assert kernel.scale(flat, parts)[2:].tolist() == [0, 0, 0]
 
 
 def test_copies_share_the_credit_that_one_would_have(points, labels):
@@ -113,7 +130,7 @@ def test_few_landmarks_are_nearly_as_good_on_points_that_few_describe(monkeypatc
     labels, queries = torch.zeros(60).long(), rand(5, 2, seed=3).float()
     kernel, asked = Kernel(bandwidth=2.0, across=1.0), torch.zeros(5).long()
     exact = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)(queries, asked)
-    monkeypatch.setattr(variance_credit, "MAX_LANDMARKS", 25)
+    monkeypatch.setattr(credit_process, "MAX_LANDMARKS", 25)
     few = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)
     assert few.readout.shape == (25, 60)
     torch.testing.assert_close(few(queries, asked), exact, atol=2e-3, rtol=0.05)
@@ -140,19 +157,23 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     method = VarianceCredit(pixel_coordinates)
     method.fit(train)
     everything = method.attribute(queries)
-    assert len(set(everything.settings)) == len(processes(1)) == 27
+    assert len(set(everything.settings)) == len(PIXELS.processes) == 27
     torch.testing.assert_close(everything.values.sum(dim=2), torch.ones(27, 4))
     for name in everything.settings[::11]:
         assert torch.equal(method.attribute(queries, name).of(name), everything.of(name))
-    process = processes(1)[13]
+    process = PIXELS.processes[13]
     by_head = method.credit_head(process)(images.flatten(1), some.labels)
     torch.testing.assert_close(everything.of(process.name), by_head, atol=1e-5, rtol=1e-3)
+    kept = CalibratedTrace(method.credit_head(process), pixel_coordinates).attribute(queries)
+    assert (kept.settings, kept.unusual) == ((process.name,), (0,))
+    assert torch.equal(kept.of(process.name), by_head)
     kinds = method.attribute_all({"all": queries, "first": queries.first(2)})
     assert torch.equal(kinds["all"].values, everything.values)
     torch.testing.assert_close(kinds["first"].values, everything.values[:, :2], atol=1e-6, rtol=1e-4)
-    assert len({process.name for process in processes(2)}) == 81
-    assert everything.usual == "s=1 apart, across classes 0.5, lambda=3"
-    assert method.attribute(queries, everything.settings[0]).usual is None
-    assert usual_process(2).name == "s=1 apart, across classes 0.5, pixels 0.5, lambda=3"
-    assert usual_process(2) in processes(2)
+    assert len({process.name for process in EVERYTHING.processes}) == 243
+    far = dict(zip(everything.settings, everything.unusual, strict=True))
+    assert far["s=1 apart, across classes 0.5, lambda=3"] == 0
+    assert far["s=0.7 apart, across classes 0.5, lambda=10"] == 2
+    assert method.attribute(queries, everything.settings[0]).unusual == everything.unusual[:1] == (3,)
+    assert EVERYTHING.usual.name == "s=1 apart, across classes 0.5, pixels 0.5, gradients 0.25, lambda=3"
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)

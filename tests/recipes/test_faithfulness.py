@@ -32,8 +32,8 @@ def table_of(root) -> list[dict]:
 def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
-    assert len(rows) == 24 + 19, "held-out images have no trajectory"
-    assert len({(row["method"], row["queries"]) for row in rows}) == 43
+    assert len(rows) == 26 + 20, "held-out images have no trajectory"
+    assert len({(row["method"], row["queries"]) for row in rows}) == 46
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1
@@ -150,13 +150,14 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
     queries = faithfulness.trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
     methods = faithfulness.make_methods(after, tmp_path, num_timesteps=())
-    along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of("")[:3]
+    chosen = after.pipeline.credit.config.process
+    along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of(chosen)[:3]
     weights = torch.zeros(3, count).scatter(1, new.attribution.example_index, new.attribution.weight)
     torch.testing.assert_close(along, weights, atol=1e-5, rtol=1e-3)
     held_out = RetrainedFolder(copy / "retrained").load().queries["holdout"]
     outside = after.pipeline.attribute(held_out.images, class_labels=held_out.labels, top_k=count)
     weights = torch.zeros(4, count).scatter(1, outside.example_index, outside.weight)
-    noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).of("")
+    noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).of(chosen)
     torch.testing.assert_close(noised, weights, atol=1e-5, rtol=1e-3)
 
     after.pipeline([0], top_k=3, num_inference_steps=10)  # so few steps that none is clear, but the last one
