@@ -21,9 +21,10 @@ from torch import Tensor
 
 from provgen import build, cli, evaluation, runs
 from provgen.attribution.credit_process import EVERYTHING
-from provgen.attribution.diffusion_tracer import DiffusionTracer, SamplingStep
+from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.gradients import GradientFeatures
 from provgen.attribution.loss_gradients import LossGradients
+from provgen.attribution.sampling_step import SamplingStep
 from provgen.attribution.tracer import Request
 from provgen.attribution.variance_credit import VarianceCredit
 from provgen.faithfulness import SKETCH_SIZE, credit_coordinates
@@ -46,7 +47,7 @@ def main(
     torch.set_num_threads(1)
     trained = runs.open_trained_run(run, build.make_accelerator().device)
     if calibrated and trained.pipeline.credit is None:
-        trained.pipeline.register_modules(credit=usual_credit(trained))
+        trained.pipeline.register_modules(credit=usual_credit(trained).to(trained.pipeline.device))
     with tempfile.TemporaryDirectory() as folder:
         variants = {
             "a trace along the trajectory": along(trained, images, trace_every),
@@ -70,7 +71,7 @@ def main(
 
 
 def usual_credit(trained: runs.TrainedRun) -> CreditHead:
-    """Fit the credit head that calibration keeps to; the time does not depend on the kernel."""
+    """Fit the credit head that calibration keeps to; with gradients, the dearest kind."""
     coordinates = credit_coordinates(trained.pipeline, "noised")
     method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
     method.fit(trained.data.train)

@@ -5,7 +5,7 @@
 Methods are tuned as `provgen faithfulness` found; run that first. Writes a small file for every model, table.md and
 effects.parquet into RUN/leave_out; `provgen faithfulness-table` puts the effects beside the LDS. The same command
 goes on where it was stopped; parts 1/2 and 2/2 may run side by side. What a method names under its tuned
-setting is found out once and kept: another machine rounds otherwise.
+setting is found out once and kept: another machine rounds otherwise. After another calibration, run faithfulness first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ from provgen.analysis.leave_out import strongest_first
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
 from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut, Outcome, plan
+from provgen.models.credit import CreditHead
 from provgen.parts import Part, missing_models
 from provgen.report.leave_out_table import effect_rows, effect_table, leave_out_effects, write_effects
 from provgen.retrained_files import QueryImages, RetrainedFolder
@@ -60,6 +61,7 @@ def main(
     trained = runs.open_trained_run(run, accelerator.device)
     tuned = Tuned.load(run / "faithfulness" / "tuned.json")
     tuned.require(names)
+    require_same_calibration(tuned, names, trained.pipeline.credit)
     samples = RetrainedFolder(run / "retrained").load().queries["generated"]
     folder = LeaveOutFolder(run / "leave_out")
     if accelerator.is_main_process:
@@ -95,6 +97,19 @@ def main(
         print(f"{len(set(there) & set(planned))} of {len(planned)} models measured\n\n{table}")
         print(f"table in {folder.root}")
     accelerator.end_training()
+
+
+def require_same_calibration(tuned: Tuned, names: Sequence[str], credit: CreditHead | None) -> None:
+    """Refuse a calibrated trace that was compared under another calibration than the pipeline's.
+
+    Raises:
+        InputError: It was calibrated since.
+    """
+    if credit is None:  # a copy that goes on with what methods named
+        return
+    for name in names:
+        if name.startswith("calibrated trace") and tuned.settings[name] != credit.config.process:
+            raise InputError("this run was calibrated again since `provgen faithfulness`; run that first")
 
 
 def ranked_sources(

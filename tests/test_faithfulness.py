@@ -46,7 +46,7 @@ def test_tuning_finds_the_setting_that_is_true(linear):
     scores = AttributionScores(
         values=torch.stack([rand(12, 40, seed=5), effects, -effects]),
         settings=("a", "b", "c"),
-        unusual=(0, 0, 0),
+        steps_from_usual=(0, 0, 0),
     )
     split = Split.first(torch.arange(30), 12, calibration=10)
     assert tune({"a kind": scores}, masks, {"a kind": outputs}, split) == "b"
@@ -57,10 +57,14 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
     half = effects + rand(12, 40, seed=7)
     kinds = {
         "first": AttributionScores(
-            values=torch.stack([effects, half, -effects]), settings=("a", "b", "c"), unusual=(0, 0, 0)
+            values=torch.stack([effects, half, -effects]),
+            settings=("a", "b", "c"),
+            steps_from_usual=(0, 0, 0),
         ),
         "second": AttributionScores(
-            values=torch.stack([-effects, half, effects]), settings=("a", "b", "c"), unusual=(0, 0, 0)
+            values=torch.stack([-effects, half, effects]),
+            settings=("a", "b", "c"),
+            steps_from_usual=(0, 0, 0),
         ),
     }
     split = Split.first(torch.arange(30), 12, calibration=10)
@@ -70,7 +74,9 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
 def test_tuning_looks_at_nothing_that_is_reported(linear):
     """Turn everything that is reported around: the choice stays."""
     masks, effects, outputs = linear
-    scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"), unusual=(0, 0))
+    scores = AttributionScores(
+        values=torch.stack([effects, -effects]), settings=("a", "b"), steps_from_usual=(0, 0)
+    )
     split = Split.first(torch.arange(30), 12, calibration=10)
     changed = -outputs
     changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]
@@ -88,7 +94,7 @@ def test_of_settings_that_may_be_the_best_the_usual_one_is_taken(linear):
         scores = AttributionScores(
             values=torch.stack([values[name] for name in unusual]),
             settings=tuple(unusual),
-            unusual=tuple(unusual.values()),
+            steps_from_usual=tuple(unusual.values()),
         )
         return tune({"a kind": scores}, masks, {"a kind": outputs}, split)
 

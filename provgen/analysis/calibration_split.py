@@ -79,29 +79,23 @@ def tune(
         for name in some.settings
     }
     best = max(means, key=lambda name: means[name])
-    for steps in sorted(set(some.unusual)):
-        names = [name for name, far in zip(some.settings, some.unusual, strict=True) if far == steps]
-        errors = _standard_errors(predicted, wanted, best, names)
-        good = [name for name in names if means[best] - means[name] <= errors[name]]
-        if good:
-            return max(good, key=lambda name: means[name])
-    return best
+    errors = _standard_errors(predicted, wanted, best)
+    good = [name for name in some.settings if means[best] - means[name] <= errors[name]]
+    steps = dict(zip(some.settings, some.steps_from_usual, strict=True))
+    return min(good, key=lambda name: (steps[name], -means[name]))
 
 
 def _standard_errors(
-    predicted: Mapping[str, Mapping[str, Tensor]],
-    wanted: Mapping[str, Tensor],
-    best: str,
-    names: Sequence[str],
+    predicted: Mapping[str, Mapping[str, Tensor]], wanted: Mapping[str, Tensor], best: str
 ) -> dict[str, float]:
-    """Give the standard error of by how much the best setting is better than others, by name."""
-    draws = []
-    for kind in wanted:
-        # The same seed draws the same subsets for all kinds.
-        some = {name: predicted[kind][name] for name in (best, *names)}
-        draws.append(LdsComparison(some, wanted[kind], seed=0, resamples=RESAMPLES).draws)
+    """Give the standard error of by how much the best setting is better than each, by name."""
+    # The same seed draws the same subsets for all kinds.
+    draws = [
+        LdsComparison(predicted[kind], wanted[kind], seed=0, resamples=RESAMPLES).draws for kind in wanted
+    ]
     return {
-        name: float(np.mean([found[best] - found[name] for found in draws], axis=0).std()) for name in names
+        name: float(np.mean([found[best] - found[name] for found in draws], axis=0).std())
+        for name in draws[0]
     }
 
 

@@ -45,7 +45,7 @@ class AttributionScores:
     """Floating (setting, query, train)."""
     settings: tuple[str, ...]
     """Their names, such as `lambda=0.01`; a single empty one where there is nothing to tune."""
-    unusual: tuple[int, ...]
+    steps_from_usual: tuple[int, ...]
     """How many steps each is from the usual one, such as the middle of what is tried: one that is no worse, for all
     that is known, is taken rather than one further off."""
 
@@ -100,7 +100,7 @@ class Attributor(Protocol):
 
 def untuned(values: Tensor) -> AttributionScores:
     """Wrap scores (query, train) of a method with nothing to tune."""
-    return AttributionScores(values=values[None], settings=("",), unusual=(0,))
+    return AttributionScores(values=values[None], settings=("",), steps_from_usual=(0,))
 
 
 def steps_from_middle(count: int) -> tuple[int, ...]:

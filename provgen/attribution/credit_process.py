@@ -18,11 +18,14 @@ BANDWIDTHS = (0.7, 1.0, 1.5)
 ACROSS = (1.0, 0.5, 0.0)
 """Factors of the kernel between two classes."""
 
-SHARES = {1: ((1.0,),), 2: ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))}
-"""Weights of the parts of coordinates in squared distances, by the number of parts."""
+ONE_PART = ((1.0,),)
+"""Weights in squared distances of coordinates that have one part."""
 
-GRADIENTS = (0.0, 0.25, 0.5)
-"""Parts of the kernel that products of gradients have."""
+TWO_PARTS = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))
+"""Of an embedding and pixels."""
+
+GRADIENT_SHARES = (0.0, 0.25, 0.5)
+"""Of products of gradients in the kernel."""
 
 RIDGES = (1.0, 3.0, 10.0)
 """lambda, in units of the mean kernel of an image with itself."""
@@ -41,7 +44,7 @@ class Parts:
 
     places: tuple[int, ...]
     """Features of every part whose distances count."""
-    gradients: int = 0
+    num_gradients: int = 0
     """Features whose products count; they come last."""
 
 
@@ -55,17 +58,17 @@ class Kernel:
     """Factor between two classes."""
     shares: tuple[float, ...] = (1.0,)
     """Weight of each part of the places in squared distances, every part in units of its own mean."""
-    gradients: float = 0.0
-    """Part of the kernel that is the product of gradients, in units of its mean over training images."""
+    gradient_share: float = 0.0
+    """Of the product of gradients, in units of its mean over training images."""
 
     def scale(self, points: Tensor, parts: Parts) -> Tensor:
-        """Give the factors (feature,) under which the kernel is that of `credit_kernel`.
+        """Give the factors (feature,) under which the kernel is that of `credit_kernel`; 0 for what does not count.
 
         Args:
             points: Coordinates of the training images, (train, feature).
             parts: Of the coordinates; one that is the same for all images counts for nothing.
         """
-        *places, gradients = points.split([*parts.places, parts.gradients], dim=1)
+        *places, gradients = points.split([*parts.places, parts.num_gradients], dim=1)
         # The mean squared distance of two draws is twice the total variance.
         spreads = [float((2 * p.var(dim=0, correction=0).sum()).sqrt()) for p in places]
         factors = [
@@ -73,7 +76,9 @@ class Kernel:
             for part, share, spread in zip(places, self.shares, spreads, strict=True)
         ]
         size = float(gradients.square().sum(dim=1).mean().sqrt())
-        factors.append(points.new_full((parts.gradients,), sqrt(self.gradients) / size if size else 0.0))
+        factors.append(
+            points.new_full((parts.num_gradients,), 1 / size if size and self.gradient_share else 0.0)
+        )
         return torch.cat(factors)
 
 
@@ -91,7 +96,7 @@ class Process:
         """All of it in words."""
         kernel = self.kernel
         pixels = "" if len(kernel.shares) == 1 else f", pixels {kernel.shares[1]:g}"
-        gradients = f", gradients {kernel.gradients:g}" if kernel.gradients else ""
+        gradients = f", gradients {kernel.gradient_share:g}" if kernel.gradient_share else ""
         return (
             f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{pixels}{gradients}, "
             f"lambda={self.ridge:g}"
@@ -102,21 +107,21 @@ class Process:
 class Grid:
     """The processes that are tried."""
 
-    shares: tuple[tuple[float, ...], ...] = SHARES[1]
-    """Weights of the parts."""
-    gradients: tuple[float, ...] = (0.0,)
-    """Parts of the kernel."""
+    shares: tuple[tuple[float, ...], ...] = ONE_PART
+    """Of the parts in squared distances."""
+    gradient_shares: tuple[float, ...] = (0.0,)
+    """Of gradients in the kernel."""
 
     @property
     def processes(self) -> list[Process]:
         """All of them."""
-        kernels = product(BANDWIDTHS, ACROSS, self.shares, self.gradients)
+        kernels = product(BANDWIDTHS, ACROSS, self.shares, self.gradient_shares)
         return [Process(Kernel(*values), ridge) for values, ridge in product(kernels, RIDGES)]
 
     @property
     def steps(self) -> list[int]:
         """Steps of every process from the middle of all, which few subset models seldom speak against."""
-        axes = (BANDWIDTHS, ACROSS, self.shares, self.gradients, RIDGES)
+        axes = (BANDWIDTHS, ACROSS, self.shares, self.gradient_shares, RIDGES)
         return [sum(steps) for steps in product(*(steps_from_middle(len(axis)) for axis in axes))]
 
     @property
@@ -128,10 +133,10 @@ class Grid:
 PIXELS = Grid()
 """One part, without gradients."""
 
-PIXELS_AND_GRADIENTS = Grid(SHARES[2][2:], GRADIENTS)
+PIXELS_AND_GRADIENTS = Grid(((0.0, 1.0),), GRADIENT_SHARES)
 """What is known without a provenance network."""
 
-EVERYTHING = Grid(SHARES[2], GRADIENTS)
+EVERYTHING = Grid(TWO_PARTS, GRADIENT_SHARES)
 """What calibration tries."""
 
 
@@ -178,7 +183,7 @@ class FittedKernel:
         1950, Annals of Mathematical Statistics 21).
         """
         whitened, read = self._factors(ridge)
-        num_gradients = self.parts.gradients if self.kernel.gradients else 0
+        num_gradients = self.parts.num_gradients if self.kernel.gradient_share else 0
         width = sum(self.parts.places) + num_gradients
         head: CreditHead = CreditHead(
             num_examples=len(self.features),
@@ -187,7 +192,7 @@ class FittedKernel:
             num_classes=self.null_label,
             across=self.kernel.across,
             num_gradients=num_gradients,
-            gradient_share=self.kernel.gradients,
+            gradient_share=self.kernel.gradient_share,
             calibration_subsets=calibration_subsets,
             process=Process(self.kernel, ridge).name,
         )
@@ -206,8 +211,8 @@ class FittedKernel:
             self.landmark_labels,
             across=self.kernel.across,
             null_label=self.null_label,
-            num_gradients=self.parts.gradients,
-            gradient_share=self.kernel.gradients,
+            num_gradients=self.parts.num_gradients,
+            gradient_share=self.kernel.gradient_share,
         )
 
     def _factors(self, ridge: float) -> tuple[Tensor, Tensor]:

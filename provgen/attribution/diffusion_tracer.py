@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
+from provgen.attribution.sampling_step import SamplingStep
 from provgen.attribution.tracer import Generated, Request, network_probs
 from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace, late_level
 from provgen.errors import InputError
@@ -19,28 +19,6 @@ from provgen.models.diffusion import encoder_stages, record_stages
 from provgen.models.last_layer import last_layer_gradients, record_features
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.batches import seeded_generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingStep:
-    """One step of a sampler."""
-
-    number: int
-    """From 0."""
-    timestep: Tensor
-    """int64 scalar."""
-    level: Tensor
-    """a_t, a scalar on the scheduler's device."""
-    images: Tensor
-    """What the denoiser was given, (query, channel, height, width)."""
-    stages: list[Tensor]
-    """What its encoder made of it."""
-    features: Tensor
-    """What its last layer was given."""
-    noise: Tensor
-    """What that made of it, without guidance."""
-    denoised: Tensor
-    """What the next step is given; after the last step the sample."""
 
 
 class DiffusionTracer:
@@ -59,7 +37,7 @@ class DiffusionTracer:
         self.unet = unet
         self.provenance = provenance
         self.scheduler = scheduler
-        self.finds_coordinates = finds_coordinates
+        self.finds_coordinates = finds_coordinates or finds_gradients
         self.finds_gradients = finds_gradients
 
     def generate(self, request: Request) -> Generated:
@@ -68,7 +46,7 @@ class DiffusionTracer:
         traced = self._traced_steps(request.num_inference_steps, every) if request.is_traced else range(1)
         trace, closed_trace = (TrajectoryTrace(traced[0], every=every) for _ in range(2))
         self._set_timesteps(request.num_inference_steps)
-        levels = self._levels().tolist()
+        late = late_level(self._levels().tolist())
         for step in self.steps(request):
             level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
             if request.is_traced and step.number in traced:
@@ -77,7 +55,7 @@ class DiffusionTracer:
                     closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
             if request.is_traced and self._is_clear(step.level):
                 self._place(trace, step.stages, signal)
-            if request.is_traced and self.finds_gradients and step.number == late_level(levels):
+            if request.is_traced and self.finds_gradients and step.number == late:
                 trace.add_gradients(last_layer_gradients(self.unet, step.features, step.noise))
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
 
@@ -149,7 +127,9 @@ class DiffusionTracer:
             if closed_form is not None:
                 trace.add(closed_form.probs(noisy, signal, class_labels), float(level))
                 continue
-            stages = self._stages(trace, noisy, timestep, class_labels, adds_gradients=is_late)
+            stages, gradients = self._look(noisy, timestep, class_labels, finds_gradients=is_late)
+            if gradients is not None:
+                trace.add_gradients(gradients)
             if is_inside:
                 trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
             if is_placed:
@@ -174,27 +154,22 @@ class DiffusionTracer:
             is_late = number == late and self.finds_gradients
             if is_placed or is_late:
                 images = noisy.images[number].to(self.unet.device)
-                stages = self._stages(trace, images, timestep, class_labels, adds_gradients=is_late)
+                stages, gradients = self._look(images, timestep, class_labels, finds_gradients=is_late)
+                if gradients is not None:
+                    trace.add_gradients(gradients)
                 if is_placed:
                     self._place(trace, stages, level.to(self.unet.device).expand(len(images)))
         return trace.coordinates()
 
-    def _stages(
-        self,
-        trace: TrajectoryTrace,
-        noisy: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        *,
-        adds_gradients: bool,
-    ) -> list[Tensor]:
-        """Run the encoder, and the decoder too where gradients are to be added to the trace."""
-        if not adds_gradients:
-            return encoder_stages(self.unet, noisy, timestep, class_labels)
+    def _look(
+        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, finds_gradients: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Give the encoder's stages, and with the decoder too the gradients of the last layer."""
+        if not finds_gradients:
+            return encoder_stages(self.unet, noisy, timestep, class_labels), None
         with record_stages(self.unet) as stages, record_features(self.unet) as features:
             noise = self.unet(noisy, timestep, class_labels=class_labels).sample
-        trace.add_gradients(last_layer_gradients(self.unet, features[0], noise))
-        return stages
+        return stages, last_layer_gradients(self.unet, features[0], noise)
 
     def _place(self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor) -> None:
         if self.finds_coordinates and self.provenance is not None:

@@ -143,7 +143,9 @@ class Trak:
         inverses = 1 / (self.values + torch.tensor(RIDGES)[:, None] * self.values.mean())
         scores = torch.stack([self._scores(turned, inverse) for inverse in inverses])
         names = tuple(f"lambda={ridge:g}" for ridge in RIDGES)
-        return AttributionScores(values=scores, settings=names, unusual=steps_from_middle(len(names)))
+        return AttributionScores(
+            values=scores, settings=names, steps_from_usual=steps_from_middle(len(names))
+        )
 
     def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:
         """Give (query, train) from products with eigenvectors (query, eigenvector) and inverse eigenvalues."""

@@ -165,7 +165,7 @@ class PosteriorAttributor:
         return AttributionScores(
             values=torch.stack(list(named.values())),
             settings=tuple(named),
-            unusual=tuple(steps[name] for name in named),
+            steps_from_usual=tuple(steps[name] for name in named),
         )
 
     def kept(self) -> Kept:

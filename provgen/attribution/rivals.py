@@ -89,7 +89,9 @@ class PixelNeighbors:
         counts = [k for k in NEIGHBORS if k < len(self.pixels)]
         values = torch.stack([(ranks < k).double() for k in counts])
         names = tuple(f"k={k}" for k in counts)
-        return AttributionScores(values=values, settings=names, unusual=steps_from_middle(len(names)))
+        return AttributionScores(
+            values=values, settings=names, steps_from_usual=steps_from_middle(len(names))
+        )
 
     def kept(self) -> Kept:
         """Pixels."""
@@ -115,7 +117,7 @@ class PixelKernel:
         values = [_kernel(squares, share * self.scale) for share in BANDWIDTHS]
         names = tuple(f"s={share:g} apart" for share in BANDWIDTHS)
         return AttributionScores(
-            values=torch.stack(values), settings=names, unusual=steps_from_middle(len(names))
+            values=torch.stack(values), settings=names, steps_from_usual=steps_from_middle(len(names))
         )
 
     def kept(self) -> Kept:

@@ -29,7 +29,7 @@ class TrajectoryTrace:
     """Collects p(i | x_t, y) level by level, from noise to image.
 
     The posterior of an image is the mean of its posteriors over the levels in the window, its coordinates the mean of
-    what the network sees of it at clear levels.
+    what the network sees of it at clear levels, and gradients at one level where there are any.
     """
 
     def __init__(self, first_step: int = 0, window: tuple[float, float] = WINDOW, *, every: int = 1) -> None:

@@ -64,9 +64,9 @@ class VarianceCredit:
             fitted = self._fitted(process.kernel)
             for kind, some in queries.items():
                 values[kind].append(fitted.credit(places[kind], some.class_labels, process.ridge).float())
-        names, unusual = tuple(process.name for process in steps), tuple(steps.values())
+        names, far = tuple(process.name for process in steps), tuple(steps.values())
         return {
-            kind: AttributionScores(values=torch.stack(some), settings=names, unusual=unusual)
+            kind: AttributionScores(values=torch.stack(some), settings=names, steps_from_usual=far)
             for kind, some in values.items()
         }
 
@@ -105,7 +105,7 @@ class CalibratedTrace:
         points = self.coordinates(queries).to(self.credit.dtype)
         shares = self.credit(points, queries.class_labels.to(points.device)).cpu()
         name = self.credit.config.process
-        return AttributionScores(values=shares[None], settings=(name,), unusual=(0,))
+        return AttributionScores(values=shares[None], settings=(name,), steps_from_usual=(0,))
 
     def kept(self) -> Kept:
         """The credit head."""

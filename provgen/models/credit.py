@@ -13,7 +13,7 @@ from torch import Tensor
 class CreditHead(ModelMixin, ConfigMixin):
     """Squared read-outs of kernels at landmarks: `(k(query, landmarks) @ readout)^2`, as shares.
 
-    `attribution/variance_credit.py` fits it in closed form, on coordinates of the training images. Everything it needs
+    `attribution/credit_process.py` fits it in closed form, on coordinates of the training images. Everything it needs
     of them is in the read-out, so a trace costs two small products.
     """
 
@@ -40,7 +40,7 @@ class CreditHead(ModelMixin, ConfigMixin):
             num_classes: Classes without the null label.
             across: Factor of the kernel between two classes.
             num_gradients: The last coordinates, of which products count instead of distances.
-            gradient_share: Their part of the kernel.
+            gradient_share: Of these products in the kernel.
             calibration_subsets: Subset models it was calibrated on.
             process: Everything that calibration chose, in words.
         """
@@ -100,14 +100,14 @@ def credit_kernel(
     Images are alike because they look alike, or because they ask the same of the generator's weights.
 
     Args:
-        first: Scaled coordinates, (first, feature); the products of gradients have their share already.
+        first: Scaled coordinates, (first, feature).
         first_labels: int64 (first,).
         second: (second, feature).
         second_labels: int64 (second,).
         across: Factor of the kernel between two classes; products have none.
         null_label: The label that stands for no label.
         num_gradients: The last features, of which products count.
-        gradient_share: Their part of the kernel.
+        gradient_share: Of these products in the kernel.
     """
     places = first.shape[1] - num_gradients
     near = class_kernel(
@@ -120,7 +120,8 @@ def credit_kernel(
     )
     if not num_gradients:
         return near
-    return (1 - gradient_share) * near + first[:, places:] @ second[:, places:].T
+    products = first[:, places:] @ second[:, places:].T
+    return (1 - gradient_share) * near + gradient_share * products
 
 
 def class_kernel(

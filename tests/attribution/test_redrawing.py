@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from provgen.attribution.credit_process import EVERYTHING
 from provgen.attribution.trajectory import WINDOW
+from provgen.attribution.variance_credit import VarianceCredit
+from provgen.faithfulness import credit_coordinates
 
 
 def seeds(*numbers):
@@ -58,6 +61,26 @@ def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe
             drawn, expected = getattr(found.attribution, name)[row], getattr(alone.attribution, name)[0]
             torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-3)
         assert found.attribution.commitment_step[row] == alone.attribution.commitment_step[0]
+
+
+def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, below):
+    """Coordinates and gradients are put into the rows that were drawn again."""
+    pipeline = trained.pipeline
+    coordinates = credit_coordinates(pipeline, "noised")
+    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
+    method.fit(trained.data.train)
+    pipeline.register_modules(credit=method.credit_head(EVERYTHING.usual))
+    try:
+        found = pipe(LABELS, seeds(*range(6)), redraw_below=below, max_redraws=1)
+        for row, times in enumerate(found.redraws.tolist()):
+            generator = seeds(row)
+            for _ in range(times + 1):
+                alone = pipe([LABELS[row]], generator)
+            expected = alone.attribution.weight[0]
+            torch.testing.assert_close(found.attribution.weight[row], expected, atol=1e-4, rtol=1e-3)
+    finally:
+        pipeline.register_modules(credit=None)
+    assert found.redraws.sum() == 3
 
 
 def test_what_can_not_be_helped_is_kept_after_so_many_draws(pipe):

@@ -1,5 +1,7 @@
 """Variance credit: against leaving out one by one, shared by copies, and kept with the pipeline."""
 
+import json
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def kernel_of(fitted, first, first_labels, second, second_labels):
     return credit_kernel(
         first * fitted.scale, first_labels, second * fitted.scale, second_labels,
         across=fitted.kernel.across, null_label=NULL,
-        num_gradients=fitted.parts.gradients, gradient_share=fitted.kernel.gradients,
+        num_gradients=fitted.parts.num_gradients, gradient_share=fitted.kernel.gradient_share,
     )  # fmt: skip
 
 
@@ -47,8 +49,8 @@ def variance(fitted, query, label, points, labels, ridge):
     ("across", "gradients"), [(1.0, 0.0), (0.5, 0.0), (0.0, 0.0), (0.5, 0.25), (0.5, 1.0)]
 )
 def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, labels, across, gradients):
-    kernel = Kernel(bandwidth=0.8, across=across, gradients=gradients)
-    parts = Parts(places=(3,), gradients=2)
+    kernel = Kernel(bandwidth=0.8, across=across, gradient_share=gradients)
+    parts = Parts(places=(3,), num_gradients=2)
     fitted = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts)
     queries, asked = rand(4, 5, seed=1), torch.tensor([0, 1, 2, 0])
     ridge = 0.7
@@ -91,8 +93,8 @@ def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
 
 def test_products_of_gradients_are_weighed_in_units_of_their_own_mean(points, labels):
     """All training images together have the same part of the kernel's diagonal, whatever gradients are measured in."""
-    parts = Parts(places=(2,), gradients=3)
-    kernel = Kernel(bandwidth=0.8, across=0.5, gradients=0.25)
+    parts = Parts(places=(2,), num_gradients=3)
+    kernel = Kernel(bandwidth=0.8, across=0.5, gradient_share=0.25)
     for factor in (1.0, 100.0):
         scaled = points * torch.tensor([1.0, 1.0, factor, factor, factor]).double()
         fitted = FittedKernel(scaled, labels, kernel, null_label=NULL, parts=parts)
@@ -142,11 +144,26 @@ def test_a_query_far_from_everything_has_equal_sources(points, labels):
 
 
 def test_the_head_is_saved_and_loaded(points, labels, tmp_path):
-    head = FittedKernel(points, labels, Kernel(bandwidth=0.8, across=0.5), null_label=NULL).credit_head(1.0)
+    kernel, parts = Kernel(bandwidth=0.8, across=0.5, gradient_share=0.25), Parts((3,), num_gradients=2)
+    head = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts).credit_head(1.0)
     head.save_pretrained(tmp_path)
     again = CreditHead.from_pretrained(tmp_path)
     queries, asked = rand(3, 5, seed=4).float(), torch.tensor([0, 1, NULL])
     assert torch.equal(again(queries, asked), head(queries, asked))
+    assert again.config.process == "s=0.8 apart, across classes 0.5, gradients 0.25, lambda=1"
+
+
+def test_a_head_from_before_there_were_gradients_is_loaded(points, labels, tmp_path):
+    head = FittedKernel(points, labels, Kernel(bandwidth=0.8, across=0.5), null_label=NULL).credit_head(1.0)
+    head.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_gradients", "gradient_share", "process"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = CreditHead.from_pretrained(tmp_path)
+    queries, asked = rand(3, 5, seed=4).float(), torch.tensor([0, 1, NULL])
+    assert torch.equal(again(queries, asked), head(queries, asked))
+    assert (again.config.num_gradients, again.config.process) == (0, "")
 
 
 def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_images):
@@ -165,15 +182,19 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     by_head = method.credit_head(process)(images.flatten(1), some.labels)
     torch.testing.assert_close(everything.of(process.name), by_head, atol=1e-5, rtol=1e-3)
     kept = CalibratedTrace(method.credit_head(process), pixel_coordinates).attribute(queries)
-    assert (kept.settings, kept.unusual) == ((process.name,), (0,))
+    assert (kept.settings, kept.steps_from_usual) == ((process.name,), (0,))
     assert torch.equal(kept.of(process.name), by_head)
     kinds = method.attribute_all({"all": queries, "first": queries.first(2)})
     assert torch.equal(kinds["all"].values, everything.values)
     torch.testing.assert_close(kinds["first"].values, everything.values[:, :2], atol=1e-6, rtol=1e-4)
     assert len({process.name for process in EVERYTHING.processes}) == 243
-    far = dict(zip(everything.settings, everything.unusual, strict=True))
+    far = dict(zip(everything.settings, everything.steps_from_usual, strict=True))
     assert far["s=1 apart, across classes 0.5, lambda=3"] == 0
     assert far["s=0.7 apart, across classes 0.5, lambda=10"] == 2
-    assert method.attribute(queries, everything.settings[0]).unusual == everything.unusual[:1] == (3,)
+    assert (
+        method.attribute(queries, everything.settings[0]).steps_from_usual
+        == everything.steps_from_usual[:1]
+        == (3,)
+    )
     assert EVERYTHING.usual.name == "s=1 apart, across classes 0.5, pixels 0.5, gradients 0.25, lambda=3"
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)

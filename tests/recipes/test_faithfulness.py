@@ -133,6 +133,7 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     assert run_recipe("calibrate", "--run", copy, "--calibration-subsets", 2) == 0
     assert "calibrated on 2 subset models: s=" in capsys.readouterr().out
     after = runs.open_trained_run(copy, torch.device("cpu"))
+    assert after.pipeline.credit.config.num_gradients > 0, "the gradients' path is what is tested"
     labels, count = [0, 1, 2], len(after.data.train)
 
     def traced(pipeline):
@@ -174,6 +175,15 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     assert "Are the sources right?" in page
     assert "calibrated trace, trajectory" in page
     assert "calibrated on 2 subset models" in page
+    # Sources are left out by what this calibration says, and not by what another one would.
+    again = ("leave_out", "--run", copy, *LEAVE_OUT[:-4], "--method", "calibrated trace, trajectory")
+    assert run_recipe(*again) == 0
+    kept = LeaveOutFolder(copy / "leave_out").load_ranking("calibrated trace, trajectory", chosen)
+    assert torch.equal(kept[:3, 0], new.attribution.example_index[:, 0])
+    after.pipeline.credit.register_to_config(process="another")
+    after.pipeline.credit.save_pretrained(copy / "pipeline" / "credit")
+    assert run_recipe(*again) == 2
+    assert "calibrated again since" in capsys.readouterr().err
 
 
 LEAVE_OUT = (
