@@ -28,8 +28,8 @@ from provgen.data.images import to_unit_range
 from provgen.report.planted_table import FIRST, RANKS, precision_table, reliability_table
 from provgen.run_folder import atomic_path
 
-SETTING = f"no class told, probabilities, {WINDOW[0]} < a_t < {WINDOW[1]}, temperature 1"
-"""The trace as it is made without calibration."""
+SETTING = f"probabilities, {WINDOW[0]} < a_t < {WINDOW[1]}, temperature 1"
+"""The trace as it is made without calibration, but for the class."""
 
 LEVELS = (0.5, 0.8, 0.95)
 """Signal levels a that give the bandwidths sqrt((1 - a) / a) of the kernel density."""
@@ -49,7 +49,9 @@ def main(
     parts = [title]
     for level in LEVELS:
         parts += kernel_density(trained, pixels, groups, num_queries, level)
-    parts += ideal_denoiser(trained, pixels, groups, num_queries)
+    parts += ideal_denoiser(trained, pixels, groups, no_class(trained, num_queries))
+    if classes := trained.data.train.num_classes:
+        parts += ideal_denoiser(trained, pixels, groups, torch.arange(num_queries) % classes)
     if len(trained.data.holdout):
         parts += unsupported(trained, num_queries)
     if any(MARK in path for path in trained.data.train.paths):
@@ -85,9 +87,9 @@ def kernel_density(
     ]
 
 
-def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num_queries: int) -> list[str]:
-    """Sample with the closed-form denoiser, and trace the samples along their trajectories."""
-    labels = no_class(trained, num_queries)
+def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, labels: Tensor) -> list[str]:
+    """Sample with the closed-form denoiser asked for classes, and trace the samples along their trajectories."""
+    num_queries, is_told = len(labels), bool((labels != trained.pipeline.null_label).all())
     closed_form = ClosedFormPosterior(
         pixels, trained.data.train.labels, null_label=trained.data.train.num_classes
     )
@@ -110,9 +112,10 @@ def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num
             ("provenance network", network_steps(trained.pipeline.unet, trained.pipeline.provenance)),
             ("closed form", closed_form_steps(closed_form)),
         )
-    } | traced(trained, queries)
+    } | traced(trained, queries, is_told=is_told)
+    told = "asked for classes in turn" if is_told else "no class told"
     return [
-        "## Samples of the closed-form denoiser, along their trajectories\n",
+        f"## Samples of the closed-form denoiser, along their trajectories, {told}\n",
         f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
         precision_table(scores, parents, groups, [proportion(num_queries, num_queries)] * len(RANKS)),
         reliability_table(beliefs_of(scores), parents, groups),
@@ -191,15 +194,18 @@ def marked_cluster(trained: runs.TrainedRun, num_queries: int) -> list[str]:
     return [*lines[:2], "\n".join(lines[2:]) + "\n"]
 
 
-def traced(trained: runs.TrainedRun, queries: Queries) -> dict[str, Tensor]:
+def traced(trained: runs.TrainedRun, queries: Queries, *, is_told: bool = False) -> dict[str, Tensor]:
     """Ask every tracer: scores (query, train)."""
     methods = faithfulness.make_methods(trained, trained.folder.root, num_timesteps=())
+    setting = f"{'class told' if is_told else 'no class told'}, {SETTING}"
     asked = {
-        "provenance network": ("provenance network, trajectory", SETTING),
-        "closed form": ("closed form, trajectory", SETTING),
+        "provenance network": ("provenance network, trajectory", setting),
+        "closed form": ("closed form, trajectory", setting),
         "pixel distance": ("pixel kernel", "s=1 apart"),
         "random": ("random", ""),
     }
+    if (credit := trained.pipeline.credit) is not None:
+        asked["calibrated weight"] = ("calibrated trace, trajectory", credit.config.process)
     scores = {}
     for name, (method, setting) in asked.items():
         methods[method].fit(trained.data.train)
