@@ -127,6 +127,7 @@ def compare(
     *,
     moved: Mapping[str, Mapping[str, Estimate]],
     resamples: int,
+    first_subset: int = 0,
 ) -> list[LdsRow]:
     """Hold predictions to the subset models that no method was tuned on.
 
@@ -135,15 +136,17 @@ def compare(
         folder: The subset models.
         moved: How far samples moved when their sources were left out: by what was left out, then by method.
         resamples: Bootstrap resamples of the intervals.
+        first_subset: Only subsets from this number on are reported.
     """
     retrained, several = folder.load(), folder.load_several_seeds()
     rows = []
     for kind in KINDS:
         losses = retrained.losses[kind]
         split = Split.first(retrained.subsets, losses.shape[1], calibration=predictions.calibration_subsets)
-        measured = -losses[:, ~split.queries][:, :, ~split.subsets].mean(dim=0)
+        is_reported = ~split.subsets & (retrained.subsets >= first_subset)
+        measured = -losses[:, ~split.queries][:, :, is_reported].mean(dim=0)
         of_kind = {row.method: row for row in predictions.rows if row.queries == kind}
-        reported = retrained.subsets[~split.subsets]
+        reported = retrained.subsets[is_reported]
         predicted = {name: row.ranks[~split.queries][:, reported] for name, row in of_kind.items()}
         compared = LdsComparison(predicted, measured, seed=0, resamples=resamples)
         ceiling: NoiseCeiling | None = None

@@ -96,7 +96,7 @@ def _variance_methods(trained: TrainedRun) -> dict[str, Attributor]:
             method = VarianceCredit(coordinates, coordinates.parts, grid)
             methods[f"variance credit of {name}, {along}"] = method
         if (credit := pipeline.credit) is not None:
-            asked = credit_coordinates(pipeline, along, finds_gradients=credit.config.num_gradients > 0)
+            asked = credit_coordinates(pipeline, along, finds_gradients=credit.wants_gradients)
             methods[f"calibrated trace, {along}"] = CalibratedTrace(credit, asked)
     return methods
 

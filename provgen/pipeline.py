@@ -120,7 +120,7 @@ class ProvenancePipeline(DiffusionPipeline):
                 self.provenance,
                 self.scheduler,
                 finds_coordinates=has_credit,
-                finds_gradients=has_credit and self.credit.config.num_gradients > 0,
+                finds_gradients=has_credit and self.credit.wants_gradients,
             )
         if self.vae is not None:
             return VaeTracer(self.vae, self.provenance)

@@ -19,6 +19,10 @@ from provgen.retrained_files import RetrainedFolder
 def main(
     folder: Annotated[Path, typer.Argument(help="Run folder, or what was kept of one.")],
     models: Annotated[str, typer.Option(help="Folder of subset models in it.")] = "retrained",
+    first_subset: Annotated[
+        int,
+        typer.Option(min=0, help="Report on subset models from this number on, such as those trained later."),
+    ] = 0,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
 ) -> None:
     """Hold what methods predicted to the subset models; write table and figure."""
@@ -28,8 +32,10 @@ def main(
         RetrainedFolder(folder / models),
         moved=read_moved(folder / "leave_out" / "effects.parquet"),
         resamples=resamples,
+        first_subset=first_subset,
     )
-    print(comparison.write_tables(rows, folder / "faithfulness", models))
+    name = f"{models}_from_{first_subset}" if first_subset else models
+    print(comparison.write_tables(rows, folder / "faithfulness", name))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class CreditHead(ModelMixin, ConfigMixin):
         self.readout: Tensor
         self.register_buffer("readout", torch.zeros(num_landmarks, num_examples))
 
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether coordinates end in gradients of the generator's last layer."""
+        return bool(self.config.num_gradients)
+
     def forward(self, coordinates: Tensor, class_labels: Tensor) -> Tensor:
         """Give shares of credit (query, train) that sum to 1.
 
@@ -95,52 +100,41 @@ def credit_kernel(
     num_gradients: int = 0,
     gradient_share: float = 0.0,
 ) -> Tensor:
-    """Give the kernel (first, second): `class_kernel` of most coordinates, and products of the last ones.
+    """Give exp(-d^2 / 2) of most coordinates, smaller between two classes, and products of the last ones.
 
-    Images are alike because they look alike, or because they ask the same of the generator's weights.
+    Images are alike because they look alike, or because they ask the same of the generator's weights. Positive
+    semidefinite on points with labels of their own, being made of sums and products of kernels.
 
     Args:
         first: Scaled coordinates, (first, feature).
         first_labels: int64 (first,).
         second: (second, feature).
         second_labels: int64 (second,).
-        across: Factor of the kernel between two classes; products have none.
+        across: Factor between two classes; products have none.
         null_label: The label that stands for no label.
         num_gradients: The last features, of which products count.
         gradient_share: Of these products in the kernel.
+
+    Returns:
+        (first, second).
     """
     places = first.shape[1] - num_gradients
-    near = class_kernel(
-        first[:, :places],
-        first_labels,
-        second[:, :places],
-        second_labels,
-        across=across,
-        null_label=null_label,
-    )
-    if not num_gradients:
-        return near
+    squares = torch.cdist(
+        first[:, :places], second[:, :places], compute_mode="use_mm_for_euclid_dist"
+    ).square()
+    is_same = _is_same_class(first_labels, second_labels, null_label)
+    near: Tensor = (-squares / 2).exp() * torch.where(is_same, 1.0, across).to(squares)
     products = first[:, places:] @ second[:, places:].T
     return (1 - gradient_share) * near + gradient_share * products
 
 
-def class_kernel(
-    first: Tensor,
-    first_labels: Tensor,
-    second: Tensor,
-    second_labels: Tensor,
-    *,
-    across: float,
-    null_label: int,
-) -> Tensor:
-    """Give exp(-d^2 / 2) between two sets of points, smaller between two classes: (first, second).
+def _is_same_class(first_labels: Tensor, second_labels: Tensor, null_label: int) -> Tensor:
+    """Compare classes, bool (first, second).
 
-    Positive semidefinite on points with labels of their own, being the product of two kernels. A point of `first`
-    without a class is near every class alike, unless `second` has such points: those are a class among themselves.
+    A point of `first` without a class is near every class alike, unless `second` has such points: those are a class
+    among themselves.
     """
-    squares = torch.cdist(first, second, compute_mode="use_mm_for_euclid_dist").square()
     is_same = first_labels[:, None] == second_labels
     if not (second_labels == null_label).any():
         is_same = is_same | (first_labels == null_label)[:, None]
-    near: Tensor = (-squares / 2).exp()
-    return near * torch.where(is_same, 1.0, across).to(near)
+    return is_same

@@ -74,6 +74,15 @@ def test_the_table_is_made_again_of_what_was_kept(root, run_recipe, tmp_path, ca
     assert table_of(kept) == before
     assert "| pixel kernel |" in capsys.readouterr().out
     assert (kept / "faithfulness" / "retrained.png").stat().st_size > 10_000
+    # Of later subsets alone, beside the whole table.
+    assert run_recipe("faithfulness_table", kept, "--resamples", 20, "--first-subset", 4) == 0
+    (row,) = [
+        row
+        for row in pq.read_table(kept / "faithfulness" / "retrained_from_4.parquet").to_pylist()
+        if (row["method"], row["queries"]) == ("pixel cosine", "holdout")
+    ]
+    assert row["subsets"] == 2
+    assert table_of(kept) == before
     # Without the second seed of half of the subsets, the ceiling is still known from the others.
     for subset in (3, 4, 5):
         (kept / "retrained" / "losses" / f"subset-{subset:04d}-seed-1.npz").unlink()
@@ -133,7 +142,7 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     assert run_recipe("calibrate", "--run", copy, "--calibration-subsets", 2) == 0
     assert "calibrated on 2 subset models: s=" in capsys.readouterr().out
     after = runs.open_trained_run(copy, torch.device("cpu"))
-    assert after.pipeline.credit.config.num_gradients > 0, "the gradients' path is what is tested"
+    assert after.pipeline.credit.wants_gradients, "the gradients' path is what is tested"
     labels, count = [0, 1, 2], len(after.data.train)
 
     def traced(pipeline):
