@@ -30,6 +30,7 @@ from provgen.attribution.posterior_attributor import (
 )
 from provgen.attribution.rivals import PixelCosine, PixelKernel, PixelNeighbors, RandomScores, SameClass
 from provgen.attribution.tracer import Request
+from provgen.attribution.trajectory import INVERSE_VARIANCE
 from provgen.attribution.variance_credit import CalibratedTrace, VarianceCredit, pixel_coordinates
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_uint8, to_unit_range
@@ -96,13 +97,22 @@ def _variance_methods(trained: TrainedRun) -> dict[str, Attributor]:
             method = VarianceCredit(coordinates, coordinates.parts, grid)
             methods[f"variance credit of {name}, {along}"] = method
         if (credit := pipeline.credit) is not None:
-            asked = credit_coordinates(pipeline, along, finds_gradients=credit.wants_gradients)
+            asked = credit_coordinates(
+                pipeline,
+                along,
+                finds_gradients=credit.wants_gradients,
+                level_power=credit.config.level_power,
+            )
             methods[f"calibrated trace, {along}"] = CalibratedTrace(credit, asked)
     return methods
 
 
 def credit_coordinates(
-    pipeline: ProvenancePipeline, along: Along, *, finds_gradients: bool = True
+    pipeline: ProvenancePipeline,
+    along: Along,
+    *,
+    finds_gradients: bool = True,
+    level_power: float = INVERSE_VARIANCE,
 ) -> NetworkCoordinates:
     """Give everything that a credit head may ask for, or all but gradients."""
     tracer = DiffusionTracer(
@@ -112,7 +122,9 @@ def credit_coordinates(
         finds_coordinates=True,
         finds_gradients=finds_gradients,
     )
-    return NetworkCoordinates(tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS)
+    return NetworkCoordinates(
+        tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS, level_power=level_power
+    )
 
 
 def _posteriors(trained: TrainedRun) -> dict[str, tuple[Callable[[ImageSet], StepPosterior], int]]:

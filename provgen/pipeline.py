@@ -301,7 +301,8 @@ class ProvenancePipeline(DiffusionPipeline):
         """Give calibrated shares (query, train); None without a calibration."""
         if self.credit is None:
             return None
-        shares: Tensor = self.credit(trace.coordinates().to(self.credit.dtype), class_labels)
+        coordinates = trace.coordinates(self.credit.config.level_power)
+        shares: Tensor = self.credit(coordinates.to(self.credit.dtype), class_labels)
         return shares
 
     def _check_traceable(self, top_k: int) -> None:

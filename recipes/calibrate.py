@@ -5,19 +5,21 @@
 
 Weights of later traces are shares of credit: how much less would be known of the image without each training image, by
 a Gaussian process on what the provenance network sees, on pixels, and on gradients of the generator's last layer, which
-its forward pass gives. How much each of them counts is what predicts subset models best. Posteriors stay what they are.
-Subset models beyond those it is calibrated on are for `provgen faithfulness`, which says what the weights are worth.
+its forward pass gives. How much each of them and each noise level counts is what predicts subset models best.
+Posteriors stay what they are. Subset models beyond those it is calibrated on are for `provgen faithfulness`, which says
+what the weights are worth.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import track
 
-from provgen import build, cli, faithfulness, runs
+from provgen import build, calibration, cli, faithfulness, runs
 from provgen.analysis.calibration_split import Split, tune
-from provgen.attribution.credit_process import EVERYTHING
-from provgen.attribution.variance_credit import VarianceCredit
 from provgen.errors import InputError
 from provgen.retrained_files import KINDS, RetrainedFolder
 from provgen.run_folder import atomic_path
@@ -27,7 +29,7 @@ def main(
     run: Annotated[Path, typer.Option(help="Run folder whose subset models have been trained.")],
     calibration_subsets: Annotated[int, typer.Option(help="Subset models to calibrate on.")] = 16,
 ) -> None:
-    """Choose kernel and ridge by what they predict of subset models; save the credit head with the pipeline."""
+    """Choose kernel, ridge and levels by what they predict of subset models; save the credit head with the pipeline."""
     accelerator = build.make_accelerator()
     if accelerator.num_processes > 1:
         raise InputError("calibrate runs in one process; start it without accelerate launch")
@@ -37,18 +39,21 @@ def main(
     split = Split.first(retrained.subsets, len(outputs["generated"]), calibration=calibration_subsets, left=0)
     queries = faithfulness.trace_queries(trained, retrained.queries)
 
-    coordinates = faithfulness.credit_coordinates(pipeline, "trajectory")
-    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
-    method.fit(trained.data.train)
-    chosen = tune(
-        method.attribute_all({kind: queries[kind] for kind in KINDS}), retrained.masks, outputs, split
+    head = calibration.fit_credit_head(
+        trained,
+        {kind: queries[kind] for kind in KINDS},
+        partial(tune, masks=retrained.masks, outputs=outputs, split=split),
+        calibration_subsets=calibration_subsets,
+        progress_bar=partial(
+            track, description="fitting processes", console=Console(stderr=True), transient=True
+        ),
     )
-    (process,) = [process for process in method.processes if process.name == chosen]
-    head = method.credit_head(process, calibration_subsets=calibration_subsets)
     pipeline.register_modules(credit=head.to(pipeline.device))
-    with atomic_path(trained.folder.pipeline) as partial:
-        pipeline.save_pretrained(partial)
-    print(f"calibrated on {calibration_subsets} subset models: {chosen}; saved in {trained.folder.pipeline}")
+    with atomic_path(trained.folder.pipeline) as path:
+        pipeline.save_pretrained(path)
+    print(
+        f"calibrated on {calibration_subsets} subset models: {head.setting}; saved in {trained.folder.pipeline}"
+    )
 
 
 if __name__ == "__main__":

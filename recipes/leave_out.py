@@ -108,7 +108,7 @@ def require_same_calibration(tuned: Tuned, names: Sequence[str], credit: CreditH
     if credit is None:  # a copy that goes on with what methods named
         return
     for name in names:
-        if name.startswith("calibrated trace") and tuned.settings[name] != credit.config.process:
+        if name.startswith("calibrated trace") and tuned.settings[name] != credit.setting:
             raise InputError("this run was calibrated again since `provgen faithfulness`; run that first")
 
 

@@ -205,7 +205,7 @@ def traced(trained: runs.TrainedRun, queries: Queries, *, is_told: bool = False)
         "random": ("random", ""),
     }
     if (credit := trained.pipeline.credit) is not None:
-        asked["calibrated weight"] = ("calibrated trace, trajectory", credit.config.process)
+        asked["calibrated weight"] = ("calibrated trace, trajectory", credit.setting)
     scores = {}
     for name, (method, setting) in asked.items():
         methods[method].fit(trained.data.train)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from provgen.attribution.attributor import steps_from_middle
+from provgen.attribution.trajectory import INVERSE_VARIANCE
 from provgen.models.credit import CreditHead, credit_kernel, credit_shares
 
 BANDWIDTHS = (0.7, 1.0, 1.5)
@@ -175,7 +176,9 @@ class FittedKernel:
         whitened, read = self._factors(ridge)
         return credit_shares((self._near(points, labels) @ whitened) @ read)
 
-    def credit_head(self, ridge: float, *, calibration_subsets: int = 0) -> CreditHead:
+    def credit_head(
+        self, ridge: float, *, level_power: float = INVERSE_VARIANCE, calibration_subsets: int = 0
+    ) -> CreditHead:
         """Give the head of one process; it wants gradients only where they count.
 
         With features f, A = (sum of f_i f_i^T + lambda I)^-1 and leverages h_i = f_i A f_i, the variance at a query is
@@ -193,6 +196,7 @@ class FittedKernel:
             across=self.kernel.across,
             num_gradients=num_gradients,
             gradient_share=self.kernel.gradient_share,
+            level_power=level_power,
             calibration_subsets=calibration_subsets,
             process=Process(self.kernel, ridge).name,
         )

@@ -13,7 +13,7 @@ from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
 from provgen.attribution.sampling_step import SamplingStep
 from provgen.attribution.tracer import Generated, Request, network_probs
-from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace, late_level
+from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace
 from provgen.errors import InputError
 from provgen.models.diffusion import encoder_stages, record_stages
 from provgen.models.last_layer import last_layer_gradients, record_features
@@ -45,8 +45,6 @@ class DiffusionTracer:
         labels, every = request.class_labels, request.trace_every
         traced = self._traced_steps(request.num_inference_steps, every) if request.is_traced else range(1)
         trace, closed_trace = (TrajectoryTrace(traced[0], every=every) for _ in range(2))
-        self._set_timesteps(request.num_inference_steps)
-        late = late_level(self._levels().tolist())
         for step in self.steps(request):
             level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
             if request.is_traced and step.number in traced:
@@ -54,9 +52,7 @@ class DiffusionTracer:
                 if request.closed_form is not None:
                     closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
             if request.is_traced and self._is_clear(step.level):
-                self._place(trace, step.stages, signal)
-            if request.is_traced and self.finds_gradients and step.number == late:
-                trace.add_gradients(last_layer_gradients(self.unet, step.features, step.noise))
+                self._place(trace, step.stages, signal, self._gradients(step.features, step.noise))
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
 
     def steps(self, request: Request) -> Iterator[SamplingStep]:
@@ -113,27 +109,24 @@ class DiffusionTracer:
     ) -> TrajectoryTrace:
         """Noise the images to the sampler's levels inside the window; see `Tracer`."""
         traced = self._traced_steps(num_inference_steps, trace_every)
-        trace, late = TrajectoryTrace(), late_level(self._levels().tolist())
+        trace = TrajectoryTrace()
         for number, (timestep, level) in enumerate(
             zip(self.scheduler.timesteps, self._levels(), strict=True)
         ):
             is_inside = number in traced and bool(WINDOW[0] < level < WINDOW[1])
             is_placed = self._is_clear(level) and self.finds_coordinates and closed_form is None
-            is_late = number == late and self.finds_gradients and closed_form is None
-            if not is_inside and not is_placed and not is_late:
+            if not is_inside and not is_placed:
                 continue
             noisy = self._noised(clean_images, int(timestep), seed)
             signal = level.to(noisy.device).expand(len(noisy))
             if closed_form is not None:
                 trace.add(closed_form.probs(noisy, signal, class_labels), float(level))
                 continue
-            stages, gradients = self._look(noisy, timestep, class_labels, finds_gradients=is_late)
-            if gradients is not None:
-                trace.add_gradients(gradients)
+            stages, gradients = self._look(noisy, timestep, class_labels, is_placed=is_placed)
             if is_inside:
                 trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
             if is_placed:
-                self._place(trace, stages, signal)
+                self._place(trace, stages, signal, gradients)
         return trace
 
     def encode(self, clean_images: Tensor) -> Tensor:
@@ -143,38 +136,40 @@ class DiffusionTracer:
         null = torch.full((len(noisy),), self.unet.config.num_class_embeds - 1, device=noisy.device)
         return encoder_stages(self.unet, noisy, timestep, null)[-1].flatten(1)
 
-    def coordinates(self, noisy: NoisyQueries, class_labels: Tensor) -> Tensor:
+    def coordinates(self, noisy: NoisyQueries, class_labels: Tensor, level_power: float) -> Tensor:
         """Give the coordinates of queries, (query, feature), as traces find them.
 
         First what the index head compares with its prototypes, then the pixels, then gradients where they are wanted.
         """
-        trace, late = TrajectoryTrace(), late_level(noisy.signal.tolist())
-        for number, (timestep, level) in enumerate(zip(noisy.timesteps, noisy.signal, strict=True)):
-            is_placed = bool(level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL))
-            is_late = number == late and self.finds_gradients
-            if is_placed or is_late:
-                images = noisy.images[number].to(self.unet.device)
-                stages, gradients = self._look(images, timestep, class_labels, finds_gradients=is_late)
-                if gradients is not None:
-                    trace.add_gradients(gradients)
-                if is_placed:
-                    self._place(trace, stages, level.to(self.unet.device).expand(len(images)))
-        return trace.coordinates()
+        trace = TrajectoryTrace()
+        for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
+            if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
+                stages, gradients = self._look(
+                    images.to(self.unet.device), timestep, class_labels, is_placed=True
+                )
+                self._place(trace, stages, level.to(self.unet.device).expand(len(images)), gradients)
+        return trace.coordinates(level_power)
 
     def _look(
-        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, finds_gradients: bool
+        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, is_placed: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Give the encoder's stages, and with the decoder too the gradients of the last layer."""
-        if not finds_gradients:
+        """Give the encoder's stages, and gradients where they are wanted of a level, which takes the decoder too."""
+        if not is_placed or not self.finds_gradients:
             return encoder_stages(self.unet, noisy, timestep, class_labels), None
         with record_stages(self.unet) as stages, record_features(self.unet) as features:
             noise = self.unet(noisy, timestep, class_labels=class_labels).sample
-        return stages, last_layer_gradients(self.unet, features[0], noise)
+        return stages, self._gradients(features[0], noise)
 
-    def _place(self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor) -> None:
+    def _gradients(self, features: Tensor, noise: Tensor) -> Tensor | None:
+        return last_layer_gradients(self.unet, features, noise) if self.finds_gradients else None
+
+    def _place(
+        self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor, gradients: Tensor | None
+    ) -> None:
         if self.finds_coordinates and self.provenance is not None:
             embedding, pixels = self.provenance.embed(stages, signal), stages[0].flatten(1)
-            trace.place(torch.cat([embedding, pixels.to(embedding.dtype)], dim=1), float(signal[0]))
+            seen = torch.cat([embedding, pixels.to(embedding.dtype)], dim=1)
+            trace.place(seen, float(signal[0]), None if gradients is None else gradients.to(seen.dtype))
 
     def _noisy(self, images: Tensor) -> NoisyQueries:
         """Name the last steps, as many as there are `images`."""

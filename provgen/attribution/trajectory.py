@@ -25,11 +25,15 @@ CLEAR_SIGNAL = 0.9
 of a sampling run counts in any case."""
 
 
+INVERSE_VARIANCE = 1.0
+"""Power of a_t / (1 - a_t) by which clear levels are weighed, unless calibration finds a better one."""
+
+
 class TrajectoryTrace:
     """Collects p(i | x_t, y) level by level, from noise to image.
 
     The posterior of an image is the mean of its posteriors over the levels in the window, its coordinates the mean of
-    what the network sees of it at clear levels, and gradients at one level where there are any.
+    what the network sees of it at clear levels.
     """
 
     def __init__(self, first_step: int = 0, window: tuple[float, float] = WINDOW, *, every: int = 1) -> None:
@@ -50,7 +54,6 @@ class TrajectoryTrace:
         self._top: list[tuple[Tensor, Tensor]] = []
         self._coordinates: list[Tensor] = []
         self._clearness: list[float] = []
-        self._gradients: list[Tensor] = []
 
     def add(self, probs: Tensor, signal: float) -> None:
         """Add one level: probabilities (query, train) and its a_t."""
@@ -62,17 +65,14 @@ class TrajectoryTrace:
             self._in_window += 1
             self._sum = probs if self._sum is None else self._sum + probs
 
-    def place(self, coordinates: Tensor, signal: float) -> None:
-        """Add what is seen at one clear level: coordinates (query, feature), and a_t.
+    def place(self, seen: Tensor, signal: float, gradients: Tensor | None = None) -> None:
+        """Add one clear level: what is seen at it (query, feature), its a_t, and gradients (query, parameter) if any.
 
-        Noising makes an image smaller by sqrt(a_t), and its coordinates with it, which is undone.
+        Noising makes an image smaller by sqrt(a_t), and what is seen of it, which is undone.
         """
-        self._coordinates.append(coordinates / math.sqrt(signal))
+        places = seen / math.sqrt(signal)
+        self._coordinates.append(places if gradients is None else torch.cat([places, gradients], dim=1))
         self._clearness.append(signal / (1 - signal))
-
-    def add_gradients(self, gradients: Tensor) -> None:
-        """Add gradients of the generator's last layer at the cleanest level of the window, (query, parameter)."""
-        self._gradients.append(gradients)
 
     def put(self, rows: Tensor, other: TrajectoryTrace) -> None:
         """Put the trace of other queries over the same levels in the place of some `rows`, int64 (other,)."""
@@ -81,7 +81,6 @@ class TrajectoryTrace:
         for mine, theirs in (
             (self._entropy, other._entropy),
             (self._coordinates, other._coordinates),
-            (self._gradients, other._gradients),
         ):
             mine[:] = [old.index_copy(0, rows, new) for old, new in zip(mine, theirs, strict=True)]
         self._top = [
@@ -89,16 +88,16 @@ class TrajectoryTrace:
             for (value, index), (new_value, new_index) in zip(self._top, other._top, strict=True)
         ]
 
-    def coordinates(self) -> Tensor:
-        """Give mean coordinates over the clear levels, each with the inverse of its noise's variance, and gradients.
+    def coordinates(self, level_power: float = INVERSE_VARIANCE) -> Tensor:
+        """Give mean coordinates over the clear levels, (query, feature), gradients last where there are any.
 
-        Returns:
-            (query, feature), gradients last where there are any.
+        Args:
+            level_power: Of a_t / (1 - a_t) in the weights of levels; 0 weighs all alike.
         """
         seen = torch.stack(self._coordinates)
-        weights = torch.tensor(self._clearness, dtype=seen.dtype, device=seen.device)
+        weights = torch.tensor(self._clearness, dtype=seen.dtype, device=seen.device) ** level_power
         mean: Tensor = torch.tensordot(weights / weights.sum(), seen, dims=1)
-        return torch.cat([mean, *(some.to(mean.dtype) for some in self._gradients)], dim=1)
+        return mean
 
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,12 +17,21 @@ from provgen.attribution.credit_process import (
     Parts,
     Process,
 )
+from provgen.attribution.trajectory import INVERSE_VARIANCE
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.models.credit import CreditHead
 
 Coordinates = Callable[[Queries | ImageSet], Tensor]
 """Where images lie, floating (image, feature); the same space for training images and queries."""
+
+Progress = Callable[[Iterable[Process]], Iterable[Process]]
+"""Shows how far along it is."""
+
+
+def no_progress(processes: Iterable[Process]) -> Iterable[Process]:
+    """Show nothing."""
+    return processes
 
 
 class VarianceCredit:
@@ -50,7 +59,11 @@ class VarianceCredit:
         return self.attribute_all({"": queries}, only)[""]
 
     def attribute_all(
-        self, queries: Mapping[str, Queries], only: str | None = None
+        self,
+        queries: Mapping[str, Queries],
+        only: str | None = None,
+        *,
+        progress_bar: Progress = no_progress,
     ) -> dict[str, AttributionScores]:
         """Attribute several kinds of queries, each process fitted once for all of them."""
         steps = {
@@ -60,7 +73,7 @@ class VarianceCredit:
         }
         places = {kind: self.coordinates(some).double().cpu() for kind, some in queries.items()}
         values: dict[str, list[Tensor]] = {kind: [] for kind in queries}
-        for process in steps:
+        for process in progress_bar(steps):
             fitted = self._fitted(process.kernel)
             for kind, some in queries.items():
                 values[kind].append(fitted.credit(places[kind], some.class_labels, process.ridge).float())
@@ -70,10 +83,14 @@ class VarianceCredit:
             for kind, some in values.items()
         }
 
-    def credit_head(self, process: Process, *, calibration_subsets: int = 0) -> CreditHead:
-        """Give the head that a pipeline keeps."""
+    def credit_head(
+        self, process: Process, *, level_power: float = INVERSE_VARIANCE, calibration_subsets: int = 0
+    ) -> CreditHead:
+        """Give the head that a pipeline keeps; `level_power` is that of the coordinates."""
         fitted = self._fitted(process.kernel)
-        return fitted.credit_head(process.ridge, calibration_subsets=calibration_subsets)
+        return fitted.credit_head(
+            process.ridge, level_power=level_power, calibration_subsets=calibration_subsets
+        )
 
     def _fitted(self, kernel: Kernel) -> FittedKernel:
         """Fit a kernel; only the last one stays in memory."""
@@ -91,7 +108,7 @@ class VarianceCredit:
 
 
 class CalibratedTrace:
-    """The weights of a calibrated pipeline; its one setting is the process that calibration chose."""
+    """The weights of a calibrated pipeline; its one setting is what calibration chose."""
 
     def __init__(self, credit: CreditHead, coordinates: Coordinates) -> None:
         self.credit = credit
@@ -104,8 +121,7 @@ class CalibratedTrace:
         """Ask the credit head."""
         points = self.coordinates(queries).to(self.credit.dtype)
         shares = self.credit(points, queries.class_labels.to(points.device)).cpu()
-        name = self.credit.config.process
-        return AttributionScores(values=shares[None], settings=(name,), steps_from_usual=(0,))
+        return AttributionScores(values=shares[None], settings=(self.credit.setting,), steps_from_usual=(0,))
 
     def kept(self) -> Kept:
         """The credit head."""

@@ -24,10 +24,11 @@ class CreditHead(ModelMixin, ConfigMixin):
         num_examples: int,
         num_landmarks: int,
         width: int,
-        num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and the next ones
+        num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and all others
         across: float,  # noqa: ARG002
         num_gradients: int = 0,  # noqa: ARG002
         gradient_share: float = 0.0,  # noqa: ARG002
+        level_power: float = 1.0,  # noqa: ARG002
         calibration_subsets: int = 0,  # noqa: ARG002
         process: str = "",  # noqa: ARG002
     ) -> None:
@@ -41,8 +42,9 @@ class CreditHead(ModelMixin, ConfigMixin):
             across: Factor of the kernel between two classes.
             num_gradients: The last coordinates, of which products count instead of distances.
             gradient_share: Of these products in the kernel.
+            level_power: Of a_t / (1 - a_t) in the weights of the noise levels that coordinates are means of.
             calibration_subsets: Subset models it was calibrated on.
-            process: Everything that calibration chose, in words.
+            process: Kernel and ridge in words.
         """
         super().__init__()
         self.scale: Tensor
@@ -53,6 +55,11 @@ class CreditHead(ModelMixin, ConfigMixin):
         self.register_buffer("landmark_labels", torch.zeros(num_landmarks, dtype=torch.int64))
         self.readout: Tensor
         self.register_buffer("readout", torch.zeros(num_landmarks, num_examples))
+
+    @property
+    def setting(self) -> str:
+        """Everything that calibration chose, in words."""
+        return f"{self.config.process}, levels by (a / (1 - a))^{self.config.level_power:g}"
 
     @property
     def wants_gradients(self) -> bool:

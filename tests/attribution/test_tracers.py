@@ -6,7 +6,7 @@ import torch
 from provgen.attribution.classifier_tracer import ClassifierTracer
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.tracer import Request, network_probs
-from provgen.attribution.trajectory import LEAST_SIGNAL, WINDOW
+from provgen.attribution.trajectory import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW
 from provgen.attribution.vae_tracer import LATENT_DRAWS, VaeTracer
 from provgen.kinds import make_kind
 from provgen.models.classifier import CLEAN_SIGNAL
@@ -140,41 +140,45 @@ def test_outside_images_are_traced_at_every_so_many_levels(diffusion, pixels):
 
 
 @torch.no_grad()
-def test_gradients_of_the_last_layer_are_those_of_the_cleanest_level_of_the_window(
-    diffusion, provenance, pixels
-):
+def test_gradients_of_the_last_layer_are_their_mean_over_the_clear_levels(diffusion, provenance, pixels):
     """Along the trajectory, of an outside image, and of queries noised beforehand, with or without coordinates."""
     scheduler = diffusion.scheduler
     tracer = DiffusionTracer(
         diffusion.unet, provenance, scheduler, finds_coordinates=True, finds_gradients=True
     )
-    made = tracer.generate(request([0, NULL, 2], num_inference_steps=20, guidance_scale=3.0))
-    images, trajectory = tracer.sampled(request([0, NULL, 2], num_inference_steps=20, guidance_scale=3.0))
+    made = tracer.generate(request([0, NULL, 2], num_inference_steps=50, guidance_scale=3.0))
+    images, trajectory = tracer.sampled(request([0, NULL, 2], num_inference_steps=50, guidance_scale=3.0))
     assert torch.equal(made.images, images)
-    late = int((trajectory.signal < WINDOW[1]).sum()) - 1
 
-    def by_hand(noisy, timestep, labels):
+    def at_level(images, timestep, labels):
         with torch.enable_grad():
             weights = list(diffusion.unet.conv_out.requires_grad_().parameters())
-            output = diffusion.unet(noisy, timestep, class_labels=labels).sample
+            output = diffusion.unet(images, timestep, class_labels=labels).sample
             rows = [torch.autograd.grad(o.square().mean(), weights, retain_graph=True) for o in output]
         diffusion.unet.requires_grad_(requires_grad=False)
         return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
+    def by_hand(noisy, labels):
+        clear = (noisy.signal >= CLEAR_SIGNAL).nonzero().flatten().tolist()
+        assert len(clear) > 1
+        weights = [float(noisy.signal[n] / (1 - noisy.signal[n])) ** 0.5 for n in clear]
+        found = [at_level(noisy.images[n], noisy.timesteps[n], labels) for n in clear]
+        return sum(w * some for w, some in zip(weights, found, strict=True)) / sum(weights)
+
     labels = torch.tensor([0, NULL, 2])
-    wanted = by_hand(trajectory.images[late], trajectory.timesteps[late], labels)
-    found = made.trace.coordinates()
+    wanted = by_hand(trajectory, labels)
+    found = made.trace.coordinates(0.5)
     torch.testing.assert_close(found[:, -wanted.shape[1] :], wanted)
-    torch.testing.assert_close(found, tracer.coordinates(trajectory, labels))
+    torch.testing.assert_close(found, tracer.coordinates(trajectory, labels, 0.5))
     plain = DiffusionTracer(diffusion.unet, provenance, scheduler, finds_coordinates=True)
-    assert torch.equal(plain.coordinates(trajectory, labels), found[:, : -wanted.shape[1]])
+    assert torch.equal(plain.coordinates(trajectory, labels, 0.5), found[:, : -wanted.shape[1]])
 
     null = torch.full((12,), NULL)
-    noised = tracer.noised(pixels, num_inference_steps=20, seed=0)
-    outside = tracer.trace(pixels, null, closed_form=None, num_inference_steps=20, trace_every=3, seed=0)
-    torch.testing.assert_close(outside.coordinates(), tracer.coordinates(noised, null))
-    wanted = by_hand(noised.images[late], noised.timesteps[late], null)
-    torch.testing.assert_close(outside.coordinates()[:, -wanted.shape[1] :], wanted)
+    noised = tracer.noised(pixels, num_inference_steps=50, seed=0)
+    outside = tracer.trace(pixels, null, closed_form=None, num_inference_steps=50, trace_every=3, seed=0)
+    torch.testing.assert_close(outside.coordinates(0.5), tracer.coordinates(noised, null, 0.5))
+    wanted = by_hand(noised, null)
+    torch.testing.assert_close(outside.coordinates(0.5)[:, -wanted.shape[1] :], wanted)
 
 
 def test_passing_over_every_step_that_counts_is_refused(diffusion, message_of):

@@ -194,3 +194,7 @@ def test_coordinates_are_the_best_guess_from_noisy_ones():
     ]).flatten(1)  # fmt: skip
     expected = torch.linalg.lstsq(design, seen).solution.view(4, 6)
     torch.testing.assert_close(trace.coordinates(), expected)
+    # All alike, and under so high a power the cleanest alone.
+    clean = noisy / torch.tensor(levels).double().sqrt()[:, None, None]
+    torch.testing.assert_close(trace.coordinates(0), clean.mean(dim=0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(trace.coordinates(40), clean[2], atol=1e-6, rtol=1e-6)

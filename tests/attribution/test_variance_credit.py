@@ -181,9 +181,10 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     process = PIXELS.processes[13]
     by_head = method.credit_head(process)(images.flatten(1), some.labels)
     torch.testing.assert_close(everything.of(process.name), by_head, atol=1e-5, rtol=1e-3)
-    kept = CalibratedTrace(method.credit_head(process), pixel_coordinates).attribute(queries)
-    assert (kept.settings, kept.steps_from_usual) == ((process.name,), (0,))
-    assert torch.equal(kept.of(process.name), by_head)
+    kept = CalibratedTrace(method.credit_head(process, level_power=2), pixel_coordinates).attribute(queries)
+    setting = f"{process.name}, levels by (a / (1 - a))^2"
+    assert (kept.settings, kept.steps_from_usual) == ((setting,), (0,))
+    assert torch.equal(kept.of(setting), by_head)
     kinds = method.attribute_all({"all": queries, "first": queries.first(2)})
     assert torch.equal(kinds["all"].values, everything.values)
     torch.testing.assert_close(kinds["first"].values, everything.values[:, :2], atol=1e-6, rtol=1e-4)

@@ -160,7 +160,7 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
     queries = faithfulness.trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
     methods = faithfulness.make_methods(after, tmp_path, num_timesteps=())
-    chosen = after.pipeline.credit.config.process
+    chosen = after.pipeline.credit.setting
     along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of(chosen)[:3]
     weights = torch.zeros(3, count).scatter(1, new.attribution.example_index, new.attribution.weight)
     torch.testing.assert_close(along, weights, atol=1e-5, rtol=1e-3)
