@@ -11,8 +11,8 @@ from provgen.analysis.datamodeling import predicted_outputs
 from provgen.attribution.credit_process import EVERYTHING, Kernel, Process
 from provgen.attribution.variance_credit import VarianceCredit
 
-ALONE = Process(Kernel(1.0, 0.5, (0.5, 0.5), 0.5), 3.0)
-"""Gradients count as much as places: levels tell most in these."""
+NARROW = Process(Kernel(0.7, 0.5, (0.5, 0.5), 0.25), 1.0)
+"""Where an image lies counts for much: so do weights of levels."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def traced(root_of):
     return trained, faithfulness.trace_queries(trained, retraining.make_queries(trained, 6))
 
 
-def scores_of(trained, queries, power, process=ALONE):
+def scores_of(trained, queries, power, process=NARROW):
     """Ask for one process at one weighting of levels."""
     coordinates = faithfulness.credit_coordinates(trained.pipeline, "trajectory", level_power=power)
     method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
@@ -38,7 +38,7 @@ def test_what_is_chosen_is_what_the_head_gives(traced, power):
 
     def choose(scores):
         asked.append(scores)
-        return ALONE.name if len(asked) == 1 else f"{power}"
+        return NARROW.name if len(asked) == 1 else f"{power}"
 
     def progress_bar(processes):
         shown.extend(processes)
@@ -49,12 +49,12 @@ def test_what_is_chosen_is_what_the_head_gives(traced, power):
     )
     assert shown == EVERYTHING.processes
     assert (head.config.level_power, head.config.calibration_subsets) == (power, 7)
-    assert head.setting == f"{ALONE.name}, levels by (a / (1 - a))^{power}"
+    assert head.setting == f"{NARROW.name}, levels by (a / (1 - a))^{power}"
     processes, levels = asked
     for kind, some in queries.items():
         # Weights of levels are compared under the process that was chosen, the usual ones among them.
         assert (levels[kind].settings, levels[kind].steps_from_usual) == (("0", "1", "2"), (1, 0, 1))
-        torch.testing.assert_close(levels[kind].of("1"), processes[kind].of(ALONE.name))
+        torch.testing.assert_close(levels[kind].of("1"), processes[kind].of(NARROW.name))
         torch.testing.assert_close(levels[kind].of(f"{power}"), scores_of(trained, queries, power)[kind])
         assert not torch.allclose(levels[kind].of("0"), levels[kind].of("2"), rtol=1e-2)
         at = faithfulness.credit_coordinates(trained.pipeline, "trajectory", level_power=power)(some)
@@ -65,15 +65,15 @@ def test_what_is_chosen_is_what_the_head_gives(traced, power):
 def test_weights_of_levels_that_subset_models_follow_are_found(traced):
     """Planted: what subset models do is what the scores under equal weights predict."""
     trained, queries = traced
-    masks = torch.rand(60, len(trained.data.train), generator=torch.Generator().manual_seed(3)) < 0.5
+    masks = torch.rand(400, len(trained.data.train), generator=torch.Generator().manual_seed(3)) < 0.5
     true = scores_of(trained, queries, 0.0)
     outputs = {kind: predicted_outputs(some, masks) for kind, some in true.items()}
-    split = Split.first(torch.arange(60), 6, calibration=60, left=0)
+    split = Split.first(torch.arange(400), 6, calibration=400, left=0)
     judge = partial(tune, masks=masks, outputs=outputs, split=split)
     head = calibration.fit_credit_head(
         trained,
         queries,
-        lambda scores: ALONE.name if ALONE.name in next(iter(scores.values())).settings else judge(scores),
-        calibration_subsets=60,
+        lambda scores: NARROW.name if NARROW.name in next(iter(scores.values())).settings else judge(scores),
+        calibration_subsets=400,
     )
     assert head.config.level_power == 0

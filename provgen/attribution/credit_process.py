@@ -26,7 +26,7 @@ TWO_PARTS = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))
 """Of an embedding and pixels."""
 
 GRADIENT_SHARES = (0.0, 0.25, 0.5)
-"""Of products of gradients in the kernel."""
+"""Of directions of gradients in the kernel."""
 
 RIDGES = (1.0, 3.0, 10.0)
 """lambda, in units of the mean kernel of an image with itself."""
@@ -46,7 +46,7 @@ class Parts:
     places: tuple[int, ...]
     """Features of every part whose distances count."""
     num_gradients: int = 0
-    """Features whose products count; they come last."""
+    """Features whose direction counts; they come last."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Kernel:
     shares: tuple[float, ...] = (1.0,)
     """Weight of each part of the places in squared distances, every part in units of its own mean."""
     gradient_share: float = 0.0
-    """Of the product of gradients, in units of its mean over training images."""
+    """Of the cosine of gradients."""
 
     def scale(self, points: Tensor, parts: Parts) -> Tensor:
         """Give the factors (feature,) under which the kernel is that of `credit_kernel`; 0 for what does not count.
@@ -69,18 +69,14 @@ class Kernel:
             points: Coordinates of the training images, (train, feature).
             parts: Of the coordinates; one that is the same for all images counts for nothing.
         """
-        *places, gradients = points.split([*parts.places, parts.num_gradients], dim=1)
+        *places, _ = points.split([*parts.places, parts.num_gradients], dim=1)
         # The mean squared distance of two draws is twice the total variance.
         spreads = [float((2 * p.var(dim=0, correction=0).sum()).sqrt()) for p in places]
         factors = [
             points.new_full((part.shape[1],), sqrt(share) / (spread * self.bandwidth) if spread else 0.0)
             for part, share, spread in zip(places, self.shares, spreads, strict=True)
         ]
-        size = float(gradients.square().sum(dim=1).mean().sqrt())
-        factors.append(
-            points.new_full((parts.num_gradients,), 1 / size if size and self.gradient_share else 0.0)
-        )
-        return torch.cat(factors)
+        return torch.cat([*factors, points.new_ones(parts.num_gradients)])
 
 
 @dataclass(frozen=True)

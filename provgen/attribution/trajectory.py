@@ -54,6 +54,7 @@ class TrajectoryTrace:
         self._top: list[tuple[Tensor, Tensor]] = []
         self._coordinates: list[Tensor] = []
         self._clearness: list[float] = []
+        self._gradients: list[Tensor] = []
 
     def add(self, probs: Tensor, signal: float) -> None:
         """Add one level: probabilities (query, train) and its a_t."""
@@ -70,9 +71,10 @@ class TrajectoryTrace:
 
         Noising makes an image smaller by sqrt(a_t), and what is seen of it, which is undone.
         """
-        places = seen / math.sqrt(signal)
-        self._coordinates.append(places if gradients is None else torch.cat([places, gradients], dim=1))
+        self._coordinates.append(seen / math.sqrt(signal))
         self._clearness.append(signal / (1 - signal))
+        if gradients is not None:
+            self._gradients.append(gradients)
 
     def put(self, rows: Tensor, other: TrajectoryTrace) -> None:
         """Put the trace of other queries over the same levels in the place of some `rows`, int64 (other,)."""
@@ -81,6 +83,7 @@ class TrajectoryTrace:
         for mine, theirs in (
             (self._entropy, other._entropy),
             (self._coordinates, other._coordinates),
+            (self._gradients, other._gradients),
         ):
             mine[:] = [old.index_copy(0, rows, new) for old, new in zip(mine, theirs, strict=True)]
         self._top = [
@@ -91,13 +94,17 @@ class TrajectoryTrace:
     def coordinates(self, level_power: float = INVERSE_VARIANCE) -> Tensor:
         """Give mean coordinates over the clear levels, (query, feature), gradients last where there are any.
 
+        Gradients are averaged as they are, as those of a loss over these levels.
+
         Args:
-            level_power: Of a_t / (1 - a_t) in the weights of levels; 0 weighs all alike.
+            level_power: Of a_t / (1 - a_t) in the weights of levels for what is seen; 0 weighs all alike.
         """
         seen = torch.stack(self._coordinates)
         weights = torch.tensor(self._clearness, dtype=seen.dtype, device=seen.device) ** level_power
         mean: Tensor = torch.tensordot(weights / weights.sum(), seen, dims=1)
-        return mean
+        if not self._gradients:
+            return mean
+        return torch.cat([mean, torch.stack(self._gradients).mean(dim=0)], dim=1)
 
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""

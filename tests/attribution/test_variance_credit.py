@@ -91,19 +91,22 @@ def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
     torch.testing.assert_close(squares, sum(part / part.mean() for part in parts) / 2)
 
 
-def test_products_of_gradients_are_weighed_in_units_of_their_own_mean(points, labels):
-    """All training images together have the same part of the kernel's diagonal, whatever gradients are measured in."""
+def test_of_gradients_the_direction_counts_and_not_the_length(points, labels):
     parts = Parts(places=(2,), num_gradients=3)
     kernel = Kernel(bandwidth=0.8, across=0.5, gradient_share=0.25)
-    for factor in (1.0, 100.0):
-        scaled = points * torch.tensor([1.0, 1.0, factor, factor, factor]).double()
-        fitted = FittedKernel(scaled, labels, kernel, null_label=NULL, parts=parts)
-        diagonal = kernel_of(fitted, scaled, labels, scaled, labels).diagonal()
-        assert float(diagonal.mean()) == pytest.approx(1)
-        size = points[:, 2:].square().sum(dim=1)
-        torch.testing.assert_close(diagonal, 0.75 + 0.25 * size / size.mean())
-    flat = torch.cat([points[:, :2], torch.zeros(20, 3)], dim=1)
-    assert kernel.scale(flat, parts)[2:].tolist() == [0, 0, 0]
+    lengths = torch.rand(20, 1, generator=torch.Generator().manual_seed(6), dtype=torch.float64) + 0.1
+    scaled = torch.cat([points[:, :2], points[:, 2:] * lengths], dim=1)
+    fitted = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts)
+    found = kernel_of(fitted, points, labels, points, labels)
+    torch.testing.assert_close(kernel_of(fitted, scaled, labels, points, labels), found)
+    torch.testing.assert_close(found.diagonal(), torch.ones(20).double())
+    alone = Kernel(bandwidth=0.8, across=0.5)
+    places = FittedKernel(points[:, :2], labels, alone, null_label=NULL)
+    cosines = torch.cosine_similarity(points[:, None, 2:], points[None, :, 2:], dim=2)
+    near = kernel_of(places, points[:, :2], labels, points[:, :2], labels)
+    torch.testing.assert_close(found, 0.75 * near + 0.25 * cosines)
+    nothing = torch.cat([points[:1, :2], torch.zeros(1, 3)], dim=1)
+    assert kernel_of(fitted, nothing, labels[:1], points, labels).isfinite().all()
 
 
 def test_copies_share_the_credit_that_one_would_have(points, labels):
