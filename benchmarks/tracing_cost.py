@@ -40,14 +40,14 @@ def main(
     turns: Annotated[int, typer.Option(min=5)] = 9,
     trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
     calibrated: Annotated[
-        bool, typer.Option(help="Give a run without a calibration the usual credit head first.")
+        bool, typer.Option(help="Give a run without a calibration a credit head with gradients first.")
     ] = False,
 ) -> None:
     """Print milliseconds per image, and ratios."""
     torch.set_num_threads(1)
     trained = runs.open_trained_run(run, build.make_accelerator().device)
     if calibrated and trained.pipeline.credit is None:
-        trained.pipeline.register_modules(credit=usual_credit(trained).to(trained.pipeline.device))
+        trained.pipeline.register_modules(credit=dearest_credit(trained).to(trained.pipeline.device))
     with tempfile.TemporaryDirectory() as folder:
         variants = {
             "a trace along the trajectory": along(trained, images, trace_every),
@@ -70,12 +70,12 @@ def main(
     print(f"D-TRAK / trace of an outside image: {query / image:.0f}")
 
 
-def usual_credit(trained: runs.TrainedRun) -> CreditHead:
-    """Fit the credit head that calibration keeps to; with gradients, the dearest kind."""
+def dearest_credit(trained: runs.TrainedRun) -> CreditHead:
+    """Fit a credit head with gradients, which take the most time."""
     coordinates = credit_coordinates(trained.pipeline, "noised")
     method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
     method.fit(trained.data.train)
-    return method.credit_head(EVERYTHING.usual)
+    return method.credit_head(EVERYTHING.processes[-1])
 
 
 def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:

@@ -117,13 +117,14 @@ class Grid:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of every process from the middle of all, which few subset models seldom speak against."""
-        axes = (BANDWIDTHS, ACROSS, self.shares, self.gradient_shares, RIDGES)
-        return [sum(steps) for steps in product(*(steps_from_middle(len(axis)) for axis in axes))]
+        """Steps of every process from the usual one, which few subset models seldom speak against."""
+        sizes = (len(axis) for axis in (BANDWIDTHS, ACROSS, self.shares))
+        places, ridges = (steps_from_middle(size) for size in sizes), steps_from_middle(len(RIDGES))
+        return [sum(steps) for steps in product(*places, range(len(self.gradient_shares)), ridges)]
 
     @property
     def usual(self) -> Process:
-        """The middle of all."""
+        """The middle of all, without gradients: what is cheapest."""
         return self.processes[self.steps.index(0)]
 
 

@@ -52,7 +52,9 @@ class DiffusionTracer:
                 if request.closed_form is not None:
                     closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
             if request.is_traced and self._is_clear(step.level):
-                self._place(trace, step.stages, signal, self._gradients(step.features, step.noise))
+                is_wanted = self._wants_gradients(trace)
+                gradients = last_layer_gradients(self.unet, step.features, step.noise) if is_wanted else None
+                self._place(trace, step.stages, signal, gradients)
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
 
     def steps(self, request: Request) -> Iterator[SamplingStep]:
@@ -122,7 +124,8 @@ class DiffusionTracer:
             if closed_form is not None:
                 trace.add(closed_form.probs(noisy, signal, class_labels), float(level))
                 continue
-            stages, gradients = self._look(noisy, timestep, class_labels, is_placed=is_placed)
+            wants_gradients = is_placed and self._wants_gradients(trace)
+            stages, gradients = self._look(noisy, timestep, class_labels, wants_gradients=wants_gradients)
             if is_inside:
                 trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
             if is_placed:
@@ -145,23 +148,27 @@ class DiffusionTracer:
         for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
             if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
                 stages, gradients = self._look(
-                    images.to(self.unet.device), timestep, class_labels, is_placed=True
+                    images.to(self.unet.device),
+                    timestep,
+                    class_labels,
+                    wants_gradients=self._wants_gradients(trace),
                 )
                 self._place(trace, stages, level.to(self.unet.device).expand(len(images)), gradients)
         return trace.coordinates(level_power)
 
+    def _wants_gradients(self, trace: TrajectoryTrace) -> bool:
+        """Whether the next clear level is the one whose gradients are found: the first."""
+        return self.finds_gradients and not trace.has_place
+
     def _look(
-        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, is_placed: bool
+        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, wants_gradients: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Give the encoder's stages, and gradients where they are wanted of a level, which takes the decoder too."""
-        if not is_placed or not self.finds_gradients:
+        """Give the encoder's stages, and with the decoder too the gradients of the last layer."""
+        if not wants_gradients:
             return encoder_stages(self.unet, noisy, timestep, class_labels), None
         with record_stages(self.unet) as stages, record_features(self.unet) as features:
             noise = self.unet(noisy, timestep, class_labels=class_labels).sample
-        return stages, self._gradients(features[0], noise)
-
-    def _gradients(self, features: Tensor, noise: Tensor) -> Tensor | None:
-        return last_layer_gradients(self.unet, features, noise) if self.finds_gradients else None
+        return stages, last_layer_gradients(self.unet, features[0], noise)
 
     def _place(
         self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor, gradients: Tensor | None
@@ -169,7 +176,7 @@ class DiffusionTracer:
         if self.finds_coordinates and self.provenance is not None:
             embedding, pixels = self.provenance.embed(stages, signal), stages[0].flatten(1)
             seen = torch.cat([embedding, pixels.to(embedding.dtype)], dim=1)
-            trace.place(seen, float(signal[0]), None if gradients is None else gradients.to(seen.dtype))
+            trace.place(seen, float(signal[0]), gradients)
 
     def _noisy(self, images: Tensor) -> NoisyQueries:
         """Name the last steps, as many as there are `images`."""

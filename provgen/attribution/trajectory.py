@@ -54,7 +54,7 @@ class TrajectoryTrace:
         self._top: list[tuple[Tensor, Tensor]] = []
         self._coordinates: list[Tensor] = []
         self._clearness: list[float] = []
-        self._gradients: list[Tensor] = []
+        self._gradients: Tensor | None = None
 
     def add(self, probs: Tensor, signal: float) -> None:
         """Add one level: probabilities (query, train) and its a_t."""
@@ -67,23 +67,29 @@ class TrajectoryTrace:
             self._sum = probs if self._sum is None else self._sum + probs
 
     def place(self, seen: Tensor, signal: float, gradients: Tensor | None = None) -> None:
-        """Add one clear level: what is seen at it (query, feature), its a_t, and gradients (query, parameter) if any.
+        """Add one clear level: what is seen at it (query, feature), its a_t, and at one level gradients.
 
         Noising makes an image smaller by sqrt(a_t), and what is seen of it, which is undone.
         """
         self._coordinates.append(seen / math.sqrt(signal))
         self._clearness.append(signal / (1 - signal))
         if gradients is not None:
-            self._gradients.append(gradients)
+            self._gradients = gradients
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a clear level has been added."""
+        return bool(self._coordinates)
 
     def put(self, rows: Tensor, other: TrajectoryTrace) -> None:
         """Put the trace of other queries over the same levels in the place of some `rows`, int64 (other,)."""
         if self._sum is not None and other._sum is not None:
             self._sum = self._sum.index_copy(0, rows, other._sum)
+        if self._gradients is not None and other._gradients is not None:
+            self._gradients = self._gradients.index_copy(0, rows, other._gradients)
         for mine, theirs in (
             (self._entropy, other._entropy),
             (self._coordinates, other._coordinates),
-            (self._gradients, other._gradients),
         ):
             mine[:] = [old.index_copy(0, rows, new) for old, new in zip(mine, theirs, strict=True)]
         self._top = [
@@ -94,17 +100,13 @@ class TrajectoryTrace:
     def coordinates(self, level_power: float = INVERSE_VARIANCE) -> Tensor:
         """Give mean coordinates over the clear levels, (query, feature), gradients last where there are any.
 
-        Gradients are averaged as they are, as those of a loss over these levels.
-
         Args:
             level_power: Of a_t / (1 - a_t) in the weights of levels for what is seen; 0 weighs all alike.
         """
         seen = torch.stack(self._coordinates)
         weights = torch.tensor(self._clearness, dtype=seen.dtype, device=seen.device) ** level_power
         mean: Tensor = torch.tensordot(weights / weights.sum(), seen, dims=1)
-        if not self._gradients:
-            return mean
-        return torch.cat([mean, torch.stack(self._gradients).mean(dim=0)], dim=1)
+        return mean if self._gradients is None else torch.cat([mean, self._gradients.to(mean.dtype)], dim=1)
 
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""

@@ -34,10 +34,11 @@ def last_layer_gradients(unet: UNet2DModel, features: Tensor, output: Tensor) ->
         output: What it made of that, (batch, channel, height, width).
     """
     last = unet.conv_out
-    slopes = (2 * output / output[0].numel()).flatten(2)
-    patches = F.unfold(features, last.kernel_size, padding=last.padding)
-    weights = torch.einsum("bop,bip->boi", slopes, patches).flatten(1)
-    return torch.cat([weights, slopes.sum(dim=2)], dim=1)
+    slopes = 2 * output / output[0].numel()
+    # Slopes around every pixel instead of features around every pixel: fewer numbers to copy, and kernels turn around.
+    around = F.unfold(slopes, last.kernel_size, padding=last.padding).unflatten(1, (slopes.shape[1], -1))
+    weights = torch.einsum("bokp,bip->boik", around.flip(2), features.flatten(2)).flatten(1)
+    return torch.cat([weights, slopes.sum(dim=(2, 3))], dim=1)
 
 
 def num_last_layer(unet: UNet2DModel) -> int:

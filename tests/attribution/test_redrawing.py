@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.attribution.credit_process import EVERYTHING
+from provgen.attribution.credit_process import EVERYTHING, Kernel, Process
 from provgen.attribution.trajectory import WINDOW
 from provgen.attribution.variance_credit import VarianceCredit
 from provgen.faithfulness import credit_coordinates
@@ -69,7 +69,8 @@ def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, 
     coordinates = credit_coordinates(pipeline, "noised")
     method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
     method.fit(trained.data.train)
-    pipeline.register_modules(credit=method.credit_head(EVERYTHING.usual))
+    kernel = Kernel(1.0, 0.5, (0.5, 0.5), gradient_share=0.25)
+    pipeline.register_modules(credit=method.credit_head(Process(kernel, ridge=3.0)))
     try:
         found = pipe(LABELS, seeds(*range(6)), redraw_below=below, max_redraws=1)
         for row, times in enumerate(found.redraws.tolist()):

@@ -200,5 +200,7 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
         == everything.steps_from_usual[:1]
         == (3,)
     )
-    assert EVERYTHING.usual.name == "s=1 apart, across classes 0.5, pixels 0.5, gradients 0.25, lambda=3"
+    assert EVERYTHING.usual.name == "s=1 apart, across classes 0.5, pixels 0.5, lambda=3"
+    far = dict(zip((process.name for process in EVERYTHING.processes), EVERYTHING.steps, strict=True))
+    assert far["s=1 apart, across classes 0.5, pixels 0.5, gradients 0.5, lambda=3"] == 2
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)

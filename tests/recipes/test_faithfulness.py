@@ -10,6 +10,7 @@ from provgen import faithfulness, retraining, runs
 from provgen.analysis.calibration_split import Split
 from provgen.analysis.datamodeling import datamodeling_scores, noise_ceiling
 from provgen.attribution.rivals import PixelCosine
+from provgen.calibration import fit_credit_head
 from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut
 from provgen.retrained_files import RetrainedFolder
 
@@ -142,7 +143,13 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     assert run_recipe("calibrate", "--run", copy, "--calibration-subsets", 2) == 0
     assert "calibrated on 2 subset models: s=" in capsys.readouterr().out
     after = runs.open_trained_run(copy, torch.device("cpu"))
-    assert after.pipeline.credit.wants_gradients, "the gradients' path is what is tested"
+    assert after.pipeline.credit.config.calibration_subsets == 2
+    # Another choice than calibration's: one that needs everything a trace can see.
+    choices = iter(("s=1 apart, across classes 0.5, pixels 0.5, gradients 0.25, lambda=3", "2"))
+    queries = faithfulness.trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
+    head = fit_credit_head(after, queries, lambda _: next(choices), calibration_subsets=2)
+    head.save_pretrained(copy / "pipeline" / "credit")
+    after = runs.open_trained_run(copy, torch.device("cpu"))
     labels, count = [0, 1, 2], len(after.data.train)
 
     def traced(pipeline):
@@ -158,7 +165,6 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     torch.testing.assert_close(new.attribution.weight.sum(dim=1), torch.ones(3))
     assert not torch.allclose(new.attribution.weight, new.attribution.posterior, atol=1e-3)
     # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
-    queries = faithfulness.trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
     methods = faithfulness.make_methods(after, tmp_path, num_timesteps=())
     chosen = after.pipeline.credit.setting
     along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of(chosen)[:3]
