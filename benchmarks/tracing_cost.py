@@ -75,7 +75,8 @@ def dearest_credit(trained: runs.TrainedRun) -> CreditHead:
     coordinates = credit_coordinates(trained.pipeline, "noised")
     method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
     method.fit(trained.data.train)
-    return method.credit_head(EVERYTHING.processes[-1])
+    process = next(process for process in method.processes if process.kernel.gradient_share)
+    return method.credit_head(process)
 
 
 def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:

@@ -29,7 +29,7 @@ def fit_credit_head(
     calibration_subsets: int,
     progress_bar: Progress = no_progress,
 ) -> CreditHead:
-    """Fit the head whose process and weights of levels are chosen, each with the others as usual.
+    """Fit the head whose process is chosen under the usual weights of levels, and its weights of levels under that.
 
     Args:
         trained: A run with a denoiser and a provenance network.
@@ -38,29 +38,28 @@ def fit_credit_head(
         calibration_subsets: How many subset models that looks at.
         progress_bar: Over processes.
     """
-    process = _chosen_process(trained, queries, choose, progress_bar)
-    methods = {f"{power:g}": _method(trained, power) for power in LEVEL_POWERS}
-    found = [method.attribute_all(queries, process.name) for method in methods.values()]
-    scores = {
+    method = _method(trained, INVERSE_VARIANCE)
+    name = choose(method.attribute_all(queries, progress_bar=progress_bar))
+    process = next(process for process in method.processes if process.name == name)
+    power = float(choose(_scores_by_power(trained, queries, process)))
+    head = _method(trained, power).credit_head(process)
+    head.register_to_config(level_power=power, calibration_subsets=calibration_subsets)
+    return head
+
+
+def _scores_by_power(
+    trained: TrainedRun, queries: Mapping[str, Queries], process: Process
+) -> dict[str, AttributionScores]:
+    """Ask one process under all weights of levels, by kind of query."""
+    found = [_method(trained, power).attribute_all(queries, process.name) for power in LEVEL_POWERS]
+    return {
         kind: AttributionScores(
             values=torch.cat([some[kind].values for some in found]),
-            settings=tuple(methods),
-            steps_from_usual=steps_from_middle(len(methods)),
+            settings=tuple(f"{power:g}" for power in LEVEL_POWERS),
+            steps_from_usual=steps_from_middle(len(LEVEL_POWERS)),
         )
         for kind in queries
     }
-    power = choose(scores)
-    return methods[power].credit_head(
-        process, level_power=float(power), calibration_subsets=calibration_subsets
-    )
-
-
-def _chosen_process(
-    trained: TrainedRun, queries: Mapping[str, Queries], choose: Choose, progress_bar: Progress
-) -> Process:
-    method = _method(trained, INVERSE_VARIANCE)
-    name = choose(method.attribute_all(queries, progress_bar=progress_bar))
-    return next(process for process in method.processes if process.name == name)
 
 
 def _method(trained: TrainedRun, level_power: float) -> VarianceCredit:

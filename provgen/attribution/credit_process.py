@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from provgen.attribution.attributor import steps_from_middle
-from provgen.attribution.trajectory import INVERSE_VARIANCE
 from provgen.models.credit import CreditHead, credit_kernel, credit_shares
 
 BANDWIDTHS = (0.7, 1.0, 1.5)
@@ -26,7 +25,7 @@ TWO_PARTS = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))
 """Of an embedding and pixels."""
 
 GRADIENT_SHARES = (0.0, 0.25, 0.5)
-"""Of directions of gradients in the kernel."""
+"""Of cosines of gradients in the kernel."""
 
 RIDGES = (1.0, 3.0, 10.0)
 """lambda, in units of the mean kernel of an image with itself."""
@@ -46,7 +45,7 @@ class Parts:
     places: tuple[int, ...]
     """Features of every part whose distances count."""
     num_gradients: int = 0
-    """Features whose direction counts; they come last."""
+    """Features whose products count: directions of gradients. They come last."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Kernel:
             points.new_full((part.shape[1],), sqrt(share) / (spread * self.bandwidth) if spread else 0.0)
             for part, share, spread in zip(places, self.shares, spreads, strict=True)
         ]
-        return torch.cat([*factors, points.new_ones(parts.num_gradients)])
+        return torch.cat([*factors, points.new_full((parts.num_gradients,), float(self.gradient_share > 0))])
 
 
 @dataclass(frozen=True)
@@ -118,14 +117,10 @@ class Grid:
     @property
     def steps(self) -> list[int]:
         """Steps of every process from the usual one, which few subset models seldom speak against."""
-        sizes = (len(axis) for axis in (BANDWIDTHS, ACROSS, self.shares))
-        places, ridges = (steps_from_middle(size) for size in sizes), steps_from_middle(len(RIDGES))
-        return [sum(steps) for steps in product(*places, range(len(self.gradient_shares)), ridges)]
-
-    @property
-    def usual(self) -> Process:
-        """The middle of all, without gradients: what is cheapest."""
-        return self.processes[self.steps.index(0)]
+        places = [steps_from_middle(len(axis)) for axis in (BANDWIDTHS, ACROSS, self.shares)]
+        # Usual is the middle, but of gradients, which cost a pass of the decoder: usual are none.
+        axes = (*places, range(len(self.gradient_shares)), steps_from_middle(len(RIDGES)))
+        return [sum(steps) for steps in product(*axes)]
 
 
 PIXELS = Grid()
@@ -173,9 +168,7 @@ class FittedKernel:
         whitened, read = self._factors(ridge)
         return credit_shares((self._near(points, labels) @ whitened) @ read)
 
-    def credit_head(
-        self, ridge: float, *, level_power: float = INVERSE_VARIANCE, calibration_subsets: int = 0
-    ) -> CreditHead:
+    def credit_head(self, ridge: float) -> CreditHead:
         """Give the head of one process; it wants gradients only where they count.
 
         With features f, A = (sum of f_i f_i^T + lambda I)^-1 and leverages h_i = f_i A f_i, the variance at a query is
@@ -193,8 +186,6 @@ class FittedKernel:
             across=self.kernel.across,
             num_gradients=num_gradients,
             gradient_share=self.kernel.gradient_share,
-            level_power=level_power,
-            calibration_subsets=calibration_subsets,
             process=Process(self.kernel, ridge).name,
         )
         head.scale.copy_(self.scale[:width])

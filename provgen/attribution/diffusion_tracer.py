@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.nn import functional as F
 
 from provgen.attribution.noisy_queries import NoisyQueries
 from provgen.attribution.posterior import Oracle
@@ -52,9 +53,9 @@ class DiffusionTracer:
                 if request.closed_form is not None:
                     closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
             if request.is_traced and self._is_clear(step.level):
-                is_wanted = self._wants_gradients(trace)
-                gradients = last_layer_gradients(self.unet, step.features, step.noise) if is_wanted else None
-                self._place(trace, step.stages, signal, gradients)
+                is_wanted = self._wants_directions(trace)
+                directions = self._directions(step.features, step.noise) if is_wanted else None
+                self._place(trace, step.stages, signal, directions)
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
 
     def steps(self, request: Request) -> Iterator[SamplingStep]:
@@ -124,12 +125,12 @@ class DiffusionTracer:
             if closed_form is not None:
                 trace.add(closed_form.probs(noisy, signal, class_labels), float(level))
                 continue
-            wants_gradients = is_placed and self._wants_gradients(trace)
-            stages, gradients = self._look(noisy, timestep, class_labels, wants_gradients=wants_gradients)
+            is_wanted = is_placed and self._wants_directions(trace)
+            stages, directions = self._look(noisy, timestep, class_labels, finds_directions=is_wanted)
             if is_inside:
                 trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
             if is_placed:
-                self._place(trace, stages, signal, gradients)
+                self._place(trace, stages, signal, directions)
         return trace
 
     def encode(self, clean_images: Tensor) -> Tensor:
@@ -142,41 +143,49 @@ class DiffusionTracer:
     def coordinates(self, noisy: NoisyQueries, class_labels: Tensor, level_power: float) -> Tensor:
         """Give the coordinates of queries, (query, feature), as traces find them.
 
-        First what the index head compares with its prototypes, then the pixels, then gradients where they are wanted.
+        First what the index head compares with its prototypes, then the pixels, then the directions of gradients where
+        they are wanted.
         """
         trace = TrajectoryTrace()
         for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
             if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
-                stages, gradients = self._look(
+                stages, directions = self._look(
                     images.to(self.unet.device),
                     timestep,
                     class_labels,
-                    wants_gradients=self._wants_gradients(trace),
+                    finds_directions=self._wants_directions(trace),
                 )
-                self._place(trace, stages, level.to(self.unet.device).expand(len(images)), gradients)
+                self._place(trace, stages, level.to(self.unet.device).expand(len(images)), directions)
         return trace.coordinates(level_power)
 
-    def _wants_gradients(self, trace: TrajectoryTrace) -> bool:
+    def _wants_directions(self, trace: TrajectoryTrace) -> bool:
         """Whether the next clear level is the one whose gradients are found: the first."""
         return self.finds_gradients and not trace.has_place
 
+    def _directions(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Give the last layer's gradients in unit length.
+
+        Those of samples are longer than those of training images, and their products would count for everything.
+        """
+        return F.normalize(last_layer_gradients(self.unet, features, noise).float(), dim=1)
+
     def _look(
-        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, wants_gradients: bool
+        self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, finds_directions: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Give the encoder's stages, and with the decoder too the gradients of the last layer."""
-        if not wants_gradients:
+        """Give the encoder's stages, and with the decoder too the directions of the last layer's gradients."""
+        if not finds_directions:
             return encoder_stages(self.unet, noisy, timestep, class_labels), None
         with record_stages(self.unet) as stages, record_features(self.unet) as features:
             noise = self.unet(noisy, timestep, class_labels=class_labels).sample
-        return stages, last_layer_gradients(self.unet, features[0], noise)
+        return stages, self._directions(features[0], noise)
 
     def _place(
-        self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor, gradients: Tensor | None
+        self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor, directions: Tensor | None
     ) -> None:
         if self.finds_coordinates and self.provenance is not None:
             embedding, pixels = self.provenance.embed(stages, signal), stages[0].flatten(1)
             seen = torch.cat([embedding, pixels.to(embedding.dtype)], dim=1)
-            trace.place(seen, float(signal[0]), gradients)
+            trace.place(seen, float(signal[0]), directions)
 
     def _noisy(self, images: Tensor) -> NoisyQueries:
         """Name the last steps, as many as there are `images`."""

@@ -9,7 +9,6 @@ from provgen.attribution.attributor import Queries
 from provgen.attribution.credit_process import Parts
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.posterior_attributor import Along
-from provgen.attribution.trajectory import INVERSE_VARIANCE
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.models.last_layer import num_last_layer
@@ -22,12 +21,7 @@ class NetworkCoordinates:
     """What the provenance network sees of images at clear levels, their pixels, and gradients of the last layer."""
 
     def __init__(
-        self,
-        tracer: DiffusionTracer,
-        *,
-        along: Along,
-        num_inference_steps: int,
-        level_power: float = INVERSE_VARIANCE,
+        self, tracer: DiffusionTracer, *, along: Along, num_inference_steps: int, level_power: float
     ) -> None:
         """Take a tracer that finds coordinates; images without a trajectory are noised to the sampler's levels."""
         self.tracer = tracer

@@ -54,7 +54,7 @@ class TrajectoryTrace:
         self._top: list[tuple[Tensor, Tensor]] = []
         self._coordinates: list[Tensor] = []
         self._clearness: list[float] = []
-        self._gradients: Tensor | None = None
+        self._directions: Tensor | None = None
 
     def add(self, probs: Tensor, signal: float) -> None:
         """Add one level: probabilities (query, train) and its a_t."""
@@ -66,15 +66,15 @@ class TrajectoryTrace:
             self._in_window += 1
             self._sum = probs if self._sum is None else self._sum + probs
 
-    def place(self, seen: Tensor, signal: float, gradients: Tensor | None = None) -> None:
-        """Add one clear level: what is seen at it (query, feature), its a_t, and at one level gradients.
+    def place(self, seen: Tensor, signal: float, directions: Tensor | None = None) -> None:
+        """Add one clear level: what is seen at it (query, feature), its a_t, and at one level gradients' directions.
 
         Noising makes an image smaller by sqrt(a_t), and what is seen of it, which is undone.
         """
         self._coordinates.append(seen / math.sqrt(signal))
         self._clearness.append(signal / (1 - signal))
-        if gradients is not None:
-            self._gradients = gradients
+        if directions is not None:
+            self._directions = directions
 
     @property
     def has_place(self) -> bool:
@@ -85,8 +85,8 @@ class TrajectoryTrace:
         """Put the trace of other queries over the same levels in the place of some `rows`, int64 (other,)."""
         if self._sum is not None and other._sum is not None:
             self._sum = self._sum.index_copy(0, rows, other._sum)
-        if self._gradients is not None and other._gradients is not None:
-            self._gradients = self._gradients.index_copy(0, rows, other._gradients)
+        if self._directions is not None and other._directions is not None:
+            self._directions = self._directions.index_copy(0, rows, other._directions)
         for mine, theirs in (
             (self._entropy, other._entropy),
             (self._coordinates, other._coordinates),
@@ -97,16 +97,18 @@ class TrajectoryTrace:
             for (value, index), (new_value, new_index) in zip(self._top, other._top, strict=True)
         ]
 
-    def coordinates(self, level_power: float = INVERSE_VARIANCE) -> Tensor:
-        """Give mean coordinates over the clear levels, (query, feature), gradients last where there are any.
+    def coordinates(self, level_power: float) -> Tensor:
+        """Give mean coordinates over the clear levels, (query, feature), directions last where there are any.
 
         Args:
             level_power: Of a_t / (1 - a_t) in the weights of levels for what is seen; 0 weighs all alike.
         """
         seen = torch.stack(self._coordinates)
-        weights = torch.tensor(self._clearness, dtype=seen.dtype, device=seen.device) ** level_power
-        mean: Tensor = torch.tensordot(weights / weights.sum(), seen, dims=1)
-        return mean if self._gradients is None else torch.cat([mean, self._gradients.to(mean.dtype)], dim=1)
+        weights = (
+            torch.tensor(self._clearness, dtype=torch.float64) ** level_power
+        )  # too large for half precision
+        mean: Tensor = torch.tensordot((weights / weights.sum()).to(seen), seen, dims=1)
+        return mean if self._directions is None else torch.cat([mean, self._directions.to(mean.dtype)], dim=1)
 
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""

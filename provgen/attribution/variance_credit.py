@@ -17,7 +17,6 @@ from provgen.attribution.credit_process import (
     Parts,
     Process,
 )
-from provgen.attribution.trajectory import INVERSE_VARIANCE
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.models.credit import CreditHead
@@ -83,14 +82,9 @@ class VarianceCredit:
             for kind, some in values.items()
         }
 
-    def credit_head(
-        self, process: Process, *, level_power: float = INVERSE_VARIANCE, calibration_subsets: int = 0
-    ) -> CreditHead:
-        """Give the head that a pipeline keeps; `level_power` is that of the coordinates."""
-        fitted = self._fitted(process.kernel)
-        return fitted.credit_head(
-            process.ridge, level_power=level_power, calibration_subsets=calibration_subsets
-        )
+    def credit_head(self, process: Process) -> CreditHead:
+        """Give the head that a pipeline keeps."""
+        return self._fitted(process.kernel).credit_head(process.ridge)
 
     def _fitted(self, kernel: Kernel) -> FittedKernel:
         """Fit a kernel; only the last one stays in memory."""

@@ -8,7 +8,6 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
-from torch.nn import functional as F
 
 
 class CreditHead(ModelMixin, ConfigMixin):
@@ -41,8 +40,8 @@ class CreditHead(ModelMixin, ConfigMixin):
             width: Of coordinates.
             num_classes: Classes without the null label.
             across: Factor of the kernel between two classes.
-            num_gradients: The last coordinates, whose direction counts instead of distances.
-            gradient_share: Of their cosine in the kernel.
+            num_gradients: The last coordinates, of which products count instead of distances: directions of gradients.
+            gradient_share: Of these products in the kernel.
             level_power: Of a_t / (1 - a_t) in the weights of the noise levels that coordinates are means of.
             calibration_subsets: Subset models it was calibrated on.
             process: Kernel and ridge in words.
@@ -108,7 +107,7 @@ def credit_kernel(
     num_gradients: int = 0,
     gradient_share: float = 0.0,
 ) -> Tensor:
-    """Give exp(-d^2 / 2) of most coordinates, smaller between two classes, and the cosine of the last ones.
+    """Give exp(-d^2 / 2) of most coordinates, smaller between two classes, and products of the last ones.
 
     Images are alike because they look alike, or because they ask the same of the generator's weights. Positive
     semidefinite on points with labels of their own, being made of sums and products of kernels.
@@ -118,10 +117,10 @@ def credit_kernel(
         first_labels: int64 (first,).
         second: (second, feature).
         second_labels: int64 (second,).
-        across: Factor between two classes; the cosine has none.
+        across: Factor between two classes; products have none.
         null_label: The label that stands for no label.
-        num_gradients: The last features, whose direction counts.
-        gradient_share: Of their cosine in the kernel.
+        num_gradients: The last features, of which products count; of directions, the cosine of two gradients.
+        gradient_share: Of these products in the kernel.
 
     Returns:
         (first, second).
@@ -132,9 +131,8 @@ def credit_kernel(
     ).square()
     is_same = _is_same_class(first_labels, second_labels, null_label)
     near: Tensor = (-squares / 2).exp() * torch.where(is_same, 1.0, across).to(squares)
-    # By direction: gradients of samples are longer than those of training images, and would count for everything.
-    cosines = F.normalize(first[:, places:], dim=1) @ F.normalize(second[:, places:], dim=1).T
-    return (1 - gradient_share) * near + gradient_share * cosines
+    products = first[:, places:] @ second[:, places:].T
+    return (1 - gradient_share) * near + gradient_share * products
 
 
 def _is_same_class(first_labels: Tensor, second_labels: Tensor, null_label: int) -> Tensor:

@@ -36,7 +36,8 @@ def last_layer_gradients(unet: UNet2DModel, features: Tensor, output: Tensor) ->
     last = unet.conv_out
     slopes = 2 * output / output[0].numel()
     # Slopes around every pixel instead of features around every pixel: fewer numbers to copy, and kernels turn around.
-    around = F.unfold(slopes, last.kernel_size, padding=last.padding).unflatten(1, (slopes.shape[1], -1))
+    height, width = (size - 1 - int(pad) for size, pad in zip(last.kernel_size, last.padding, strict=True))
+    around = F.unfold(slopes, last.kernel_size, padding=(height, width)).unflatten(1, (slopes.shape[1], -1))
     weights = torch.einsum("bokp,bip->boik", around.flip(2), features.flatten(2)).flatten(1)
     return torch.cat([weights, slopes.sum(dim=(2, 3))], dim=1)
 

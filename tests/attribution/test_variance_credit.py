@@ -91,22 +91,20 @@ def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
     torch.testing.assert_close(squares, sum(part / part.mean() for part in parts) / 2)
 
 
-def test_of_gradients_the_direction_counts_and_not_the_length(points, labels):
+def test_directions_of_gradients_count_by_their_cosine(points, labels):
     parts = Parts(places=(2,), num_gradients=3)
     kernel = Kernel(bandwidth=0.8, across=0.5, gradient_share=0.25)
-    lengths = torch.rand(20, 1, generator=torch.Generator().manual_seed(6), dtype=torch.float64) + 0.1
-    scaled = torch.cat([points[:, :2], points[:, 2:] * lengths], dim=1)
-    fitted = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts)
-    found = kernel_of(fitted, points, labels, points, labels)
-    torch.testing.assert_close(kernel_of(fitted, scaled, labels, points, labels), found)
-    torch.testing.assert_close(found.diagonal(), torch.ones(20).double())
-    alone = Kernel(bandwidth=0.8, across=0.5)
-    places = FittedKernel(points[:, :2], labels, alone, null_label=NULL)
-    cosines = torch.cosine_similarity(points[:, None, 2:], points[None, :, 2:], dim=2)
+    directions = points[:, 2:] / points[:, 2:].norm(dim=1, keepdim=True)
+    directed = torch.cat([points[:, :2], directions], dim=1)
+    fitted = FittedKernel(directed, labels, kernel, null_label=NULL, parts=parts)
+    found = kernel_of(fitted, directed, labels, directed, labels)
+    places = FittedKernel(points[:, :2], labels, Kernel(bandwidth=0.8, across=0.5), null_label=NULL)
     near = kernel_of(places, points[:, :2], labels, points[:, :2], labels)
+    cosines = torch.cosine_similarity(points[:, None, 2:], points[None, :, 2:], dim=2)
     torch.testing.assert_close(found, 0.75 * near + 0.25 * cosines)
-    nothing = torch.cat([points[:1, :2], torch.zeros(1, 3)], dim=1)
-    assert kernel_of(fitted, nothing, labels[:1], points, labels).isfinite().all()
+    torch.testing.assert_close(found.diagonal(), torch.ones(20).double())
+    without = Kernel(bandwidth=0.8, across=0.5).scale(directed, parts)
+    assert without[2:].tolist() == [0, 0, 0]
 
 
 def test_copies_share_the_credit_that_one_would_have(points, labels):
@@ -160,7 +158,7 @@ def test_a_head_from_before_there_were_gradients_is_loaded(points, labels, tmp_p
     head = FittedKernel(points, labels, Kernel(bandwidth=0.8, across=0.5), null_label=NULL).credit_head(1.0)
     head.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("num_gradients", "gradient_share", "process"):
+    for name in ("num_gradients", "gradient_share", "level_power", "process"):
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = CreditHead.from_pretrained(tmp_path)
@@ -184,7 +182,9 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     process = PIXELS.processes[13]
     by_head = method.credit_head(process)(images.flatten(1), some.labels)
     torch.testing.assert_close(everything.of(process.name), by_head, atol=1e-5, rtol=1e-3)
-    kept = CalibratedTrace(method.credit_head(process, level_power=2), pixel_coordinates).attribute(queries)
+    head = method.credit_head(process)
+    head.register_to_config(level_power=2)
+    kept = CalibratedTrace(head, pixel_coordinates).attribute(queries)
     setting = f"{process.name}, levels by (a / (1 - a))^2"
     assert (kept.settings, kept.steps_from_usual) == ((setting,), (0,))
     assert torch.equal(kept.of(setting), by_head)
@@ -200,7 +200,7 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
         == everything.steps_from_usual[:1]
         == (3,)
     )
-    assert EVERYTHING.usual.name == "s=1 apart, across classes 0.5, pixels 0.5, lambda=3"
     far = dict(zip((process.name for process in EVERYTHING.processes), EVERYTHING.steps, strict=True))
+    assert far["s=1 apart, across classes 0.5, pixels 0.5, lambda=3"] == 0
     assert far["s=1 apart, across classes 0.5, pixels 0.5, gradients 0.5, lambda=3"] == 2
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)
