@@ -40,14 +40,19 @@ def main(
     turns: Annotated[int, typer.Option(min=5)] = 9,
     trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
     calibrated: Annotated[
-        bool, typer.Option(help="Give a run without a calibration a credit head with gradients first.")
+        bool,
+        typer.Option("--calibrated", help="Give a run without a calibration the usual credit head first."),
+    ] = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Give it one that wants gradients instead.")
     ] = False,
 ) -> None:
     """Print milliseconds per image, and ratios."""
     torch.set_num_threads(1)
     trained = runs.open_trained_run(run, build.make_accelerator().device)
-    if calibrated and trained.pipeline.credit is None:
-        trained.pipeline.register_modules(credit=dearest_credit(trained).to(trained.pipeline.device))
+    if (calibrated or gradients) and trained.pipeline.credit is None:
+        credit = some_credit(trained, finds_gradients=gradients)
+        trained.pipeline.register_modules(credit=credit.to(trained.pipeline.device))
     with tempfile.TemporaryDirectory() as folder:
         variants = {
             "a trace along the trajectory": along(trained, images, trace_every),
@@ -70,13 +75,15 @@ def main(
     print(f"D-TRAK / trace of an outside image: {query / image:.0f}")
 
 
-def dearest_credit(trained: runs.TrainedRun) -> CreditHead:
-    """Fit a credit head with gradients, which take the most time."""
+def some_credit(trained: runs.TrainedRun, *, finds_gradients: bool) -> CreditHead:
+    """Fit the usual credit head, or the nearest to it that wants gradients."""
     coordinates = credit_coordinates(trained.pipeline, "noised")
     method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
     method.fit(trained.data.train)
-    process = next(process for process in method.processes if process.kernel.gradient_share)
-    return method.credit_head(process)
+    far = zip(EVERYTHING.steps, method.processes, strict=True)
+    fitting = [found for found in far if bool(found[1].kernel.gradient_share) == finds_gradients]
+    _, nearest = min(fitting, key=lambda found: found[0])
+    return method.credit_head(nearest)
 
 
 def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
