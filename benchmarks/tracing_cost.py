@@ -20,13 +20,12 @@ import typer
 from torch import Tensor
 
 from provgen import build, cli, evaluation, runs
-from provgen.attribution.credit_process import EVERYTHING
+from provgen.attribution.credit_process import MAX_LANDMARKS
 from provgen.attribution.diffusion_tracer import DiffusionTracer
 from provgen.attribution.gradients import GradientFeatures
 from provgen.attribution.loss_gradients import LossGradients
 from provgen.attribution.sampling_step import SamplingStep
 from provgen.attribution.tracer import Request
-from provgen.attribution.variance_credit import VarianceCredit
 from provgen.faithfulness import SKETCH_SIZE, credit_coordinates
 from provgen.models.credit import CreditHead
 from provgen.models.diffusion import make_training_scheduler
@@ -41,7 +40,7 @@ def main(
     trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
     calibrated: Annotated[
         bool,
-        typer.Option("--calibrated", help="Give a run without a calibration the usual credit head first."),
+        typer.Option("--calibrated", help="Give a run without a calibration a credit head first."),
     ] = False,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Give it one that wants gradients instead.")
@@ -51,7 +50,7 @@ def main(
     torch.set_num_threads(1)
     trained = runs.open_trained_run(run, build.make_accelerator().device)
     if (calibrated or gradients) and trained.pipeline.credit is None:
-        credit = some_credit(trained, finds_gradients=gradients)
+        credit = empty_credit(trained, finds_gradients=gradients)
         trained.pipeline.register_modules(credit=credit.to(trained.pipeline.device))
     with tempfile.TemporaryDirectory() as folder:
         variants = {
@@ -75,15 +74,20 @@ def main(
     print(f"D-TRAK / trace of an outside image: {query / image:.0f}")
 
 
-def some_credit(trained: runs.TrainedRun, *, finds_gradients: bool) -> CreditHead:
-    """Fit the usual credit head, or the nearest to it that wants gradients."""
-    coordinates = credit_coordinates(trained.pipeline, "noised")
-    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
-    method.fit(trained.data.train)
-    far = zip(EVERYTHING.steps, method.processes, strict=True)
-    fitting = [found for found in far if bool(found[1].kernel.gradient_share) == finds_gradients]
-    _, nearest = min(fitting, key=lambda found: found[0])
-    return method.credit_head(nearest)
+def empty_credit(trained: runs.TrainedRun, *, finds_gradients: bool) -> CreditHead:
+    """Make a credit head of zeros, which takes as long as a fitted one."""
+    parts = credit_coordinates(trained.pipeline, "trajectory", finds_gradients=finds_gradients).parts
+    num_examples = len(trained.data.train)
+    head: CreditHead = CreditHead(
+        num_examples=num_examples,
+        num_landmarks=min(MAX_LANDMARKS, num_examples),
+        width=sum(parts.places) + parts.num_gradients,
+        num_classes=trained.data.train.num_classes,
+        across=0.5,
+        num_gradients=parts.num_gradients,
+        gradient_share=0.25 if finds_gradients else 0.0,
+    )
+    return head
 
 
 def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:

@@ -7,8 +7,8 @@ from pathlib import Path
 LAYERS = (
     "errors", "run_folder", "settings", "settings_file", "data", "models", "training", "attribution",
     "pipeline_inputs", "pipeline", "features", "analysis", "leave_out_files", "report", "kinds", "runs", "build",
-    "parts", "evaluation", "retrained_files", "comparison", "retraining", "faithfulness", "sweep", "measurement",
-    "measured_file", "experiment_file", "experiments", "cli",
+    "parts", "evaluation", "retrained_files", "comparison", "retraining", "faithfulness", "calibration", "sweep",
+    "measurement", "measured_file", "experiment_file", "experiments", "cli",
 )  # fmt: skip
 
 
