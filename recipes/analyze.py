@@ -71,13 +71,14 @@ def main(
         parts.append(generalization_part(trained))
     if (measured := run / "faithfulness" / "retrained.parquet").is_file():
         parts.append(faithfulness_section(read_lds_rows(measured)))
-    parts.append((sections.training_section(logged), []))
+    if logged:
+        parts.append((sections.training_section(logged), []))
 
     facts = {
         "run": str(run),
         "images": f"{len(train)} training and {len(holdout)} held-out, {trained.settings.data.source}",
         "samples": str(len(samples)),
-        "steps trained": str(logged[-1]["step"]),
+        "steps trained": str(logged[-1]["step"]) if logged else "not kept",
         "data fingerprint": trained.data.manifest.fingerprint[:16],
     }
     page = render_report(
@@ -100,8 +101,9 @@ def some_of(images: ImageSet, count: int) -> ImageSet:
 
 
 def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """Read what was logged up to the last checkpoint."""
-    last = int(list_checkpoints(folder.checkpoints)[-1].name.removeprefix("step-"))
+    """Read what was logged up to the last checkpoint; nothing in a copy of a run without its checkpoints."""
+    checkpoints = list_checkpoints(folder.checkpoints)
+    last = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
     return [row for row in read_metrics(folder.metrics) if row["step"] <= last]
 
 

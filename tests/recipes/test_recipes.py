@@ -255,6 +255,16 @@ def test_sets_and_samples_are_judged(finished, run_recipe, capsys):
     assert "last encoder stage" in finished.report_html.read_text(encoding="utf-8")
 
 
+def test_a_copy_without_checkpoints_and_log_is_analyzed(finished, run_recipe, tmp_path):
+    copy = RunFolder(tmp_path / "copy")
+    shutil.copytree(finished.root, copy.root, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))
+    copy.report_html.unlink()
+    assert run_recipe("analyze", "--run", copy.root) == 0
+    page = copy.report_html.read_text(encoding="utf-8")
+    assert "not kept" in page
+    assert "Is it copying?" in page
+
+
 def test_the_report_is_one_self_contained_page(finished):
     page = finished.report_html.read_text(encoding="utf-8")
     addresses = re.findall(r"""(?:src|href|action|poster|data)\s*=\s*["']?([^"'\s>]+)""", page)
