@@ -104,9 +104,8 @@ class TrajectoryTrace:
             level_power: Of a_t / (1 - a_t) in the weights of levels for what is seen; 0 weighs all alike.
         """
         seen = torch.stack(self._coordinates)
-        weights = (
-            torch.tensor(self._clearness, dtype=torch.float64) ** level_power
-        )  # too large for half precision
+        # In double: powers of the clearness are too large for half precision.
+        weights = torch.tensor(self._clearness, dtype=torch.float64) ** level_power
         mean: Tensor = torch.tensordot((weights / weights.sum()).to(seen), seen, dims=1)
         return mean if self._directions is None else torch.cat([mean, self._directions.to(mean.dtype)], dim=1)
 
