@@ -15,13 +15,13 @@ import typer
 from scipy import stats
 from torch import Tensor
 
-from provgen import build, cli, evaluation, runs
-from provgen.analysis.generator_loss import generator_losses
-from provgen.kinds import make_kind
-from provgen.run_folder import RunFolder
+from provgen import build, cli, evaluation
+from provgen.generators.kinds import make_kind
+from provgen.generators.losses import generator_losses
+from provgen.run import RunFolder
 from provgen.settings_file import load_settings
 from provgen.training.checkpoint import list_checkpoints, resume_latest
-from provgen.training.tracking import read_metrics
+from provgen.training.logging import read_metrics
 
 DRAWS = 100
 
@@ -55,7 +55,7 @@ def holdout_losses(run: RunFolder) -> Tensor:
     """Denoising loss of the averaged denoiser on each held-out image."""
     settings = load_settings(run.config, [])
     accelerator = build.make_accelerator(settings)
-    data = runs.open_data(settings, run)
+    data = build.open_data(settings, run)
     trainer = build.make_trainer(settings, data, accelerator)
     resume_latest(trainer, run.checkpoints, data.manifest.fingerprint)
     denoiser = evaluation.averaged_networks(trainer)["denoiser"]

@@ -16,8 +16,8 @@ from typing import Annotated
 import torch
 import typer
 
-from provgen import build, cli, evaluation, runs
-from provgen.run_folder import RunFolder
+from provgen import build, cli, evaluation
+from provgen.run import RunFolder
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
 
@@ -41,7 +41,7 @@ def main(
 def train_turn(settings: Settings, steps: int) -> Callable[[], float]:
     """Make a function that trains some steps and gives seconds per step."""
     accelerator = build.make_accelerator(settings)
-    data = runs.open_data(settings, RunFolder(Path("does-not-exist")))
+    data = build.open_data(settings, RunFolder(Path("does-not-exist")))
     trainer = build.make_trainer(settings, data, accelerator)
     batches = build.make_batches(settings, data.train, accelerator)
     done = 0
@@ -62,7 +62,7 @@ def train_turn(settings: Settings, steps: int) -> Callable[[], float]:
 def sampling_turns(settings: Settings, images: int) -> tuple[Callable[[], float], Callable[[], float]]:
     """Make two functions that sample with and without traces and give seconds."""
     accelerator = build.make_accelerator(settings)
-    data = runs.open_data(settings, RunFolder(Path("does-not-exist")))
+    data = build.open_data(settings, RunFolder(Path("does-not-exist")))
     pipeline = evaluation.make_pipeline(build.make_trainer(settings, data, accelerator), settings, data)
     pipeline.set_progress_bar_config(disable=True)
     labels = [number % max(1, data.train.num_classes) for number in range(images)]

@@ -14,7 +14,7 @@ import torch
 import typer
 
 from provgen import cli
-from provgen.analysis.set_measures import set_measures
+from provgen.metrics.set_measures import set_measures
 
 
 def main(

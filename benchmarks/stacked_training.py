@@ -17,9 +17,9 @@ import typer
 from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from provgen import build, cli, runs
-from provgen.kinds import make_kind
-from provgen.run_folder import RunFolder
+from provgen import build, cli
+from provgen.generators.kinds import make_kind
+from provgen.run import RunFolder
 from provgen.settings_file import load_settings
 
 
@@ -31,7 +31,7 @@ def main(
     """Print milliseconds a model and step of both, and their ratio."""
     torch.set_num_threads(1)
     settings = load_settings(config, ["training.batch_size=64"])
-    data = runs.open_data(settings, RunFolder(Path("nowhere")))
+    data = build.open_data(settings, RunFolder(Path("nowhere")))
     kind, batch = make_kind(settings, data.train), build.make_stream(settings, data.train).batch(0)
     networks = [kind.make_network() for _ in range(models)]
     weights, buffers = stack_module_state(networks)

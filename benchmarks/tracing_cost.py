@@ -19,16 +19,15 @@ import torch
 import typer
 from torch import Tensor
 
-from provgen import build, cli, evaluation, runs
-from provgen.attribution.credit_process import MAX_LANDMARKS
-from provgen.attribution.diffusion_tracer import DiffusionTracer
-from provgen.attribution.gradients import GradientFeatures
-from provgen.attribution.loss_gradients import LossGradients
-from provgen.attribution.sampling_step import SamplingStep
-from provgen.attribution.tracer import Request
-from provgen.faithfulness import SKETCH_SIZE, credit_coordinates
+from provgen import build, cli, evaluation
 from provgen.models.credit import CreditHead
 from provgen.models.diffusion import make_training_scheduler
+from provgen.studies.faithfulness.gradients import GradientFeatures, LossGradients
+from provgen.studies.faithfulness.methods import SKETCH_SIZE, credit_coordinates
+from provgen.tracing.diffusion_tracer import DiffusionTracer
+from provgen.tracing.gaussian_process import MAX_LANDMARKS
+from provgen.tracing.sampling_step import SamplingStep
+from provgen.tracing.tracer import Request
 
 
 def main(
@@ -48,7 +47,7 @@ def main(
 ) -> None:
     """Print milliseconds per image, and ratios."""
     torch.set_num_threads(1)
-    trained = runs.open_trained_run(run, build.make_accelerator().device)
+    trained = build.open_trained_run(run, build.make_accelerator().device)
     if (calibrated or gradients) and trained.pipeline.credit is None:
         credit = empty_credit(trained, finds_gradients=gradients)
         trained.pipeline.register_modules(credit=credit.to(trained.pipeline.device))
@@ -74,7 +73,7 @@ def main(
     print(f"D-TRAK / trace of an outside image: {query / image:.0f}")
 
 
-def empty_credit(trained: runs.TrainedRun, *, finds_gradients: bool) -> CreditHead:
+def empty_credit(trained: build.TrainedRun, *, finds_gradients: bool) -> CreditHead:
     """Make an empty credit head, which takes as long as a fitted one."""
     parts = credit_coordinates(trained.pipeline, "trajectory", finds_gradients=finds_gradients).parts
     num_examples = len(trained.data.train)
@@ -91,7 +90,7 @@ def empty_credit(trained: runs.TrainedRun, *, finds_gradients: bool) -> CreditHe
     return head
 
 
-def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
+def along(trained: build.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
     """Make a function that samples with traces and gives seconds an image outside of the sampling steps."""
     pipeline = trained.pipeline
     pipeline.set_progress_bar_config(disable=True)
@@ -120,7 +119,7 @@ def along(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[
     return turn
 
 
-def outside(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
+def outside(trained: build.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
     """Make a function that traces held-out images and gives seconds an image."""
     chosen = trained.data.holdout.images[:images]
 
@@ -133,7 +132,7 @@ def outside(trained: runs.TrainedRun, images: int, trace_every: int) -> Callable
 
 
 def gradient_query(
-    trained: runs.TrainedRun, queries: int, timesteps: int, folder: Path
+    trained: build.TrainedRun, queries: int, timesteps: int, folder: Path
 ) -> Callable[[], float]:
     """Make a function that asks D-TRAK and gives seconds a query: gradient, projection, products.
 

@@ -10,26 +10,25 @@ import torch
 from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
-from provgen.analysis.agreement import shared_sources
-from provgen.analysis.class_quality import ClassQuality, class_quality
-from provgen.analysis.denoiser_divergence import denoiser_divergence
-from provgen.analysis.generator_loss import generator_losses
-from provgen.analysis.index_quality import LEVELS, IndexProbe, mean_kl_gap
-from provgen.analysis.statistics import Estimate
-from provgen.analysis.verdicts import Evidence, gather_evidence
-from provgen.attribution.network import NetworkPosterior
-from provgen.attribution.posterior import ClosedFormPosterior, Oracle
-from provgen.attribution.trajectory import late_level
-from provgen.build import make_mixing
+from provgen.build import RunData, TrainedRun, make_mixing
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.kinds import DiffusionKind, make_kind
+from provgen.data.random import Stream, seeded_generator
+from provgen.generators.closed_form import ClosedFormPosterior, Oracle
+from provgen.generators.kinds import DiffusionKind, make_kind
+from provgen.generators.losses import denoiser_divergence, generator_losses
+from provgen.metrics.agreement import shared_sources
+from provgen.metrics.class_quality import ClassQuality, class_quality
+from provgen.metrics.index_quality import LEVELS, IndexProbe, mean_kl_gap
+from provgen.metrics.statistics import Estimate
+from provgen.metrics.verdicts import Evidence, gather_evidence
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
 from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
-from provgen.run_folder import RunFolder, atomic_path
-from provgen.runs import RunData, TrainedRun
+from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
-from provgen.training.batches import Batch, fixed_batches, seeded_generator
+from provgen.tracing.network import NetworkPosterior
+from provgen.tracing.trace import late_level
+from provgen.training.batches import Batch, fixed_batches
 from provgen.training.trainer import CoTrainer
 
 COMPARED = 10
@@ -208,7 +207,7 @@ def make_probe(settings: Settings, data: RunData, num_queries: int = 256) -> Ind
     kind = make_kind(settings, data.train)
     covered = data.covered.nonzero().flatten()
     seed = settings.training.seed
-    order = torch.randperm(len(covered), generator=seeded_generator(seed, 6))
+    order = torch.randperm(len(covered), generator=seeded_generator(seed, Stream.PROBE))
     rows = covered[order[:num_queries]]
     return IndexProbe(
         fixed_batches(data.train, rows, kind.timesteps(LEVELS), noise_shape=kind.noise_shape(), seed=seed),

@@ -10,25 +10,26 @@ import torch
 import typer
 from torch import Tensor
 
-from provgen import build, cli, evaluation, runs
-from provgen.analysis.set_measures import FEWEST, common_size, set_measures
-from provgen.analysis.verdicts import FEWEST_HELD_OUT, Limits, verdicts
+from provgen import build, cli, evaluation
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.features import features_of, make_encoder
-from provgen.report import exports, sections
-from provgen.report.class_section import class_section
-from provgen.report.faithfulness_section import faithfulness_section, read_lds_rows
-from provgen.report.generalization_section import generalization_section
+from provgen.metrics.set_measures import FEWEST, common_size, set_measures
+from provgen.metrics.verdicts import FEWEST_HELD_OUT, Limits, verdicts
+from provgen.report.encoders import features_of, make_encoder
+from provgen.report.grid import draw_samples, load_pixels
 from provgen.report.html import render_report
 from provgen.report.metrics import write_report_json
-from provgen.report.sample_sources import draw_samples, load_pixels
-from provgen.report.set_section import set_section
-from provgen.report.verdict_section import gallery_rows, verdict_section, write_verdicts
-from provgen.run_folder import RunFolder, atomic_path
+from provgen.report.sections import samples as sections
+from provgen.report.sections.classes import class_section
+from provgen.report.sections.generalization import generalization_section
+from provgen.report.sections.sets import set_section
+from provgen.report.sections.verdicts import gallery_rows, verdict_section, write_verdicts
+from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
+from provgen.studies.faithfulness.section import faithfulness_section, read_lds_rows
+from provgen.tracing import records
 from provgen.training.checkpoint import list_checkpoints
-from provgen.training.tracking import read_metrics
+from provgen.training.logging import read_metrics
 
 GRID_SAMPLES = 32
 MAX_IMAGES = 2000
@@ -48,12 +49,12 @@ def main(
     accelerator = build.make_accelerator()
     if not accelerator.is_main_process:
         return
-    trained = runs.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device)
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     logged = logged_rows(folder)
     parts = []
     samples = (
-        [] if trained.settings.generator.kind == "none" else exports.read_parts(folder.samples, ["sample"])
+        [] if trained.settings.generator.kind == "none" else records.read_parts(folder.samples, ["sample"])
     )
     if samples:
         parts += sample_parts(trained, samples, features)
@@ -115,11 +116,11 @@ def has_loss(settings: Settings, num_classes: int) -> bool:
 
 
 def sample_parts(
-    trained: runs.TrainedRun, samples: list[dict[str, Any]], features: str
+    trained: build.TrainedRun, samples: list[dict[str, Any]], features: str
 ) -> list[sections.Part]:
     """Make the sections about generated samples."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
-    traces = exports.read_parts(folder.traces, ["sample", "rank"])
+    traces = records.read_parts(folder.traces, ["sample", "rank"])
     grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
     generated = load_pixels(folder, samples, trained.data.manifest)
     copies = some_of(train, len(generated)).images
@@ -153,12 +154,12 @@ def sample_parts(
     if is_trajectory:
         parts.append((sections.entropy_section(samples), []))
     if folder.closed_form_traces.is_dir():
-        closed_traces = exports.read_parts(folder.closed_form_traces, ["sample", "rank"])
+        closed_traces = records.read_parts(folder.closed_form_traces, ["sample", "rank"])
         parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
     return parts
 
 
-def generalization_part(trained: runs.TrainedRun) -> sections.Part:
+def generalization_part(trained: build.TrainedRun) -> sections.Part:
     """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
     settings, train, pipeline = trained.settings, trained.data.train, trained.pipeline
     seen, unseen = (
@@ -174,7 +175,7 @@ def generalization_part(trained: runs.TrainedRun) -> sections.Part:
 
 
 def verdict_part(
-    trained: runs.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]], generated: Tensor
+    trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]], generated: Tensor
 ) -> sections.Part:
     """Judge every sample, and as many held-out and training images; write verdicts.parquet."""
     train, holdout = trained.data.train, trained.data.holdout

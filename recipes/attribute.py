@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from provgen import build, cli, runs
+from provgen import build, cli
 from provgen.data.images import read_image
-from provgen.report.exports import source_records
+from provgen.tracing.records import source_records
 
 
 def main(
@@ -29,7 +29,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the noise the images are traced with.")] = 0,
 ) -> None:
     """Trace images from outside; they are noised to the sampler's levels and given to the network."""
-    trained = runs.open_trained_run(run, build.make_accelerator().device)
+    trained = build.open_trained_run(run, build.make_accelerator().device)
     manifest = trained.data.manifest
     label = None if class_name is None else trained.data.train.class_index(class_name)
     pixels = [read_image(p, image_size=manifest.image_size, channels=manifest.channels) for p in images]

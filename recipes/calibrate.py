@@ -18,11 +18,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from provgen import build, calibration, cli, faithfulness, runs
-from provgen.analysis.calibration_split import Split, tune
+from provgen import build, cli
 from provgen.errors import InputError
-from provgen.retrained_files import KINDS, RetrainedFolder
-from provgen.run_folder import atomic_path
+from provgen.run import atomic_path
+from provgen.studies.faithfulness.methods import trace_queries
+from provgen.studies.faithfulness.retraining import KINDS, RetrainedFolder
+from provgen.studies.faithfulness.tuning import Split, tune
+from provgen.tracing import calibrate
 
 
 def main(
@@ -33,13 +35,13 @@ def main(
     accelerator = build.make_accelerator()
     if accelerator.num_processes > 1:
         raise InputError("calibrate runs in one process; start it without accelerate launch")
-    trained = runs.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device)
     pipeline, retrained = trained.pipeline, RetrainedFolder(run / "retrained").load()
     outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
     split = Split.first(retrained.subsets, len(outputs["generated"]), calibration=calibration_subsets, left=0)
-    queries = faithfulness.trace_queries(trained, retrained.queries)
+    queries = trace_queries(trained, retrained.queries)
 
-    head = calibration.fit_credit_head(
+    head = calibrate.fit_credit_head(
         trained,
         {kind: queries[kind] for kind in KINDS},
         partial(tune, masks=retrained.masks, outputs=outputs, split=split),

@@ -14,16 +14,16 @@ from typing import Annotated
 import typer
 from torch import Tensor
 
-from provgen import build, cli, comparison, faithfulness, runs
-from provgen.analysis.calibration_split import Split, Tuned, tune
-from provgen.attribution.attributor import AttributionScores, Attributor, Queries
-from provgen.attribution.mixture import fit_mixture
+from provgen import build, cli
 from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
-from provgen.faithfulness import TunedScores
 from provgen.models.credit import CreditHead
-from provgen.report.leave_out_table import read_moved
-from provgen.retrained_files import KINDS, Retrained, RetrainedFolder
+from provgen.studies.faithfulness import comparison
+from provgen.studies.faithfulness.attributor import AttributionScores, Attributor, Queries
+from provgen.studies.faithfulness.leave_out import read_moved
+from provgen.studies.faithfulness.methods import TunedScores, make_methods, trace_queries, tuned_scores
+from provgen.studies.faithfulness.retraining import KINDS, Retrained, RetrainedFolder
+from provgen.studies.faithfulness.tuning import Split, Tuned, fit_mixture, tune
 
 
 def main(
@@ -42,16 +42,16 @@ def main(
     accelerator = build.make_accelerator()
     if accelerator.num_processes > 1:
         raise InputError("faithfulness runs in one process; start it without accelerate launch")
-    trained = runs.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device)
     models = RetrainedFolder(run / "retrained")
     retrained, masks = models.load(), models.masks()
     seeds, num_queries, num_subsets = retrained.losses["generated"].shape
     print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
     split = Split.first(retrained.subsets, num_queries, calibration=calibration_subsets)
     require_calibration(trained.pipeline.credit, calibration_subsets)
-    queries = faithfulness.trace_queries(trained, retrained.queries)
+    queries = trace_queries(trained, retrained.queries)
     folder, steps = run / "faithfulness", tuple(timesteps or [10])
-    methods = without(faithfulness.make_methods(trained, folder, num_timesteps=steps), skip or [])
+    methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
     predictions = [
         row
@@ -88,7 +88,7 @@ def tune_methods(
     for name, method in methods.items():
         # Held-out images have no trajectory.
         asked = {kind: some for kind, some in queries.items() if kind == "generated" or not is_along(name)}
-        tuned[name] = faithfulness.tuned_scores(method, train, asked, choose)
+        tuned[name] = tuned_scores(method, train, asked, choose)
         print(f"{name}: {tuned[name].cost.fit_seconds:.0f} s to set up", flush=True)
     return tuned
 

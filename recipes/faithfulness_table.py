@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from provgen import cli, comparison
-from provgen.report.leave_out_table import read_moved
-from provgen.retrained_files import RetrainedFolder
+from provgen import cli
+from provgen.studies.faithfulness import comparison
+from provgen.studies.faithfulness.leave_out import read_moved
+from provgen.studies.faithfulness.retraining import RetrainedFolder
 
 
 def main(

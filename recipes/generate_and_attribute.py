@@ -12,13 +12,13 @@ from typing import Annotated
 import torch
 import typer
 
-from provgen import build, cli, runs
-from provgen.attribution.scores import check_top_k
+from provgen import build, cli
 from provgen.data.dataset import ImageSet
-from provgen.report import exports
-from provgen.report.sample_sources import draw_samples
-from provgen.report.sample_writer import SampleWriter, publish, start_staging
-from provgen.run_folder import RunFolder
+from provgen.report.grid import draw_samples
+from provgen.run import RunFolder
+from provgen.tracing import records
+from provgen.tracing.attribution import check_top_k
+from provgen.tracing.records import SampleWriter, publish, start_staging
 
 GRID_SAMPLES = 32
 
@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Generate images and trace each along its own sampling trajectory."""
     accelerator = build.make_accelerator()
-    trained = runs.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device)
     pipeline, train, folder = trained.pipeline, trained.data.train, trained.folder
     pipeline.require_generator(num_images)
     # None: a bar on a terminal, nothing in a log file.
@@ -93,8 +93,8 @@ def main(
 
 def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *, tells_redraws: bool) -> None:
     """Draw the grid, put everything in the place of earlier samples, and say so."""
-    samples = exports.read_parts(writer.staged.samples, ["sample"])
-    traces = exports.read_parts(writer.staged.traces, ["sample", "rank"])
+    samples = records.read_parts(writer.staged.samples, ["sample"])
+    traces = records.read_parts(writer.staged.traces, ["sample", "rank"])
     grid = draw_samples(writer.staged, samples[:GRID_SAMPLES], traces, train)
     grid.save(writer.staged.samples / "grid.png")
     publish(folder)

@@ -18,19 +18,30 @@ import typer
 from accelerate import Accelerator
 from torch import Tensor
 
-from provgen import build, cli, faithfulness, retraining, runs
-from provgen.analysis.calibration_split import Tuned
-from provgen.analysis.leave_out import strongest_first
+from provgen import build, cli
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
-from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut, Outcome, plan
 from provgen.models.credit import CreditHead
-from provgen.parts import Part, missing_models
-from provgen.report.leave_out_table import effect_rows, effect_table, leave_out_effects, write_effects
-from provgen.retrained_files import QueryImages, RetrainedFolder
-from provgen.run_folder import atomic_path, claim_folder, require_run
+from provgen.run import atomic_path, claim_folder, require_run
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
+from provgen.studies.faithfulness import retraining
+from provgen.studies.faithfulness.leave_out import (
+    NOTHING,
+    LeaveOutFolder,
+    LeftOut,
+    Outcome,
+    effect_rows,
+    effect_table,
+    leave_out_effects,
+    plan,
+    strongest_first,
+    write_effects,
+)
+from provgen.studies.faithfulness.methods import make_methods, trace_queries
+from provgen.studies.faithfulness.retraining import QueryImages, RetrainedFolder
+from provgen.studies.faithfulness.tuning import Tuned
+from provgen.studies.jobs import Part, missing_models
 
 METHODS = [
     "random",
@@ -58,7 +69,7 @@ def main(
     if bad := [some for some in shares if not 0 < some <= 0.9]:
         raise InputError(f"--share must be above 0 and at most 0.9, got {bad[0]}")
     accelerator = build.make_accelerator(load_settings(require_run(run).config, []))
-    trained = runs.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device)
     tuned = Tuned.load(run / "faithfulness" / "tuned.json")
     tuned.require(names)
     require_same_calibration(tuned, names, trained.pipeline.credit)
@@ -113,7 +124,11 @@ def require_same_calibration(tuned: Tuned, names: Sequence[str], credit: CreditH
 
 
 def ranked_sources(
-    trained: runs.TrainedRun, tuned: Tuned, names: Sequence[str], samples: QueryImages, folder: LeaveOutFolder
+    trained: build.TrainedRun,
+    tuned: Tuned,
+    names: Sequence[str],
+    samples: QueryImages,
+    folder: LeaveOutFolder,
 ) -> dict[str, Tensor]:
     """Order training examples by what tuned methods say, int64 (query, train) by name; kept from the first time on."""
     found = {name: folder.load_ranking(name, tuned.settings[name]) for name in names}
@@ -121,9 +136,9 @@ def ranked_sources(
     missing = [name for name in names if name not in known]
     if not missing:
         return known
-    queries = faithfulness.trace_queries(trained, {"generated": samples})["generated"]
+    queries = trace_queries(trained, {"generated": samples})["generated"]
     gradients = folder.root.parent / "faithfulness"
-    methods = faithfulness.make_methods(trained, gradients, num_timesteps=tuple(tuned.timesteps))
+    methods = make_methods(trained, gradients, num_timesteps=tuple(tuned.timesteps))
     train = trained.data.train
     distances = torch.cdist(queries.images.flatten(1), to_unit_range(train.images).flatten(1))
     for name in missing:
@@ -135,7 +150,7 @@ def ranked_sources(
 
 
 def train_without(
-    trained: runs.TrainedRun, left_out: Tensor, seed: int, accelerator: Accelerator
+    trained: build.TrainedRun, left_out: Tensor, seed: int, accelerator: Accelerator
 ) -> tuple[Any, Settings]:
     """Train without some examples, with the run's own seed first."""
     mask = torch.ones(len(trained.data.train), dtype=torch.bool)
@@ -148,7 +163,7 @@ def train_without(
 def outcome(
     network: Any,
     settings: Settings,
-    trained: runs.TrainedRun,
+    trained: build.TrainedRun,
     samples: QueryImages,
     model: LeftOut,
     left_out: Tensor,

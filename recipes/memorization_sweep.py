@@ -15,13 +15,15 @@ from typing import Annotated
 import typer
 from accelerate import Accelerator
 
-from provgen import build, cli, retraining, runs, sweep
+from provgen import build, cli
 from provgen.errors import InputError
-from provgen.parts import Part, missing_models
-from provgen.report.sweep_report import write_sweep_report
-from provgen.run_folder import RunFolder, claim_folder
+from provgen.run import RunFolder, claim_folder
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
+from provgen.studies.faithfulness import retraining
+from provgen.studies.jobs import Part, missing_models
+from provgen.studies.memorization import sweep
+from provgen.studies.memorization.report import write_sweep_report
 
 SIZES = [16, 32, 64, 128, 256, 512]
 
@@ -43,7 +45,7 @@ def main(
     settings = load_settings(cli.find_config(config), overrides or [])
     accelerator, share = build.make_accelerator(settings), Part.parse(part)
     root = Path(settings.output_dir)
-    data = runs.open_data(settings, RunFolder(root))
+    data = build.open_data(settings, RunFolder(root))
     require_sweepable(settings, data)
     num_train = len(data.train)
     sizes = size or [*(n for n in SIZES if data.train.num_classes <= n < num_train), num_train]
@@ -73,7 +75,7 @@ def main(
     accelerator.end_training()
 
 
-def require_sweepable(settings: Settings, data: runs.RunData) -> None:
+def require_sweepable(settings: Settings, data: build.RunData) -> None:
     """Refuse what could only fail when everything is trained."""
     if settings.generator.kind != "diffusion":
         raise InputError(f"a sweep needs generator.kind=diffusion, got {settings.generator.kind}")
@@ -86,7 +88,7 @@ def require_sweepable(settings: Settings, data: runs.RunData) -> None:
 def train_and_measure(
     model: sweep.SweepModel,
     settings: Settings,
-    data: runs.RunData,
+    data: build.RunData,
     steps: list[int],
     folder: sweep.SweepFolder,
     accelerator: Accelerator,

@@ -21,20 +21,16 @@ from typing import Annotated, Any
 
 import typer
 
-from provgen import cli, measurement
+from provgen import cli
 from provgen.errors import InputError
-from provgen.experiment_file import read_description
-from provgen.experiments import (
-    Experiment,
-    VariantRun,
-    load_experiment,
-)
-from provgen.measured_file import is_trained, read_measured, write_measured
-from provgen.parts import Part
-from provgen.report.findings import findings_page, judge, overview
-from provgen.report.variant_figure import plot_variants
-from provgen.report.variant_report import METRICS, markdown_table, with_ratios, write_parquet
-from provgen.run_folder import RunFolder
+from provgen.run import RunFolder
+from provgen.studies.jobs import Part
+from provgen.studies.paper import measurement
+from provgen.studies.paper.experiments import Experiment, VariantRun, load_experiment, read_description
+from provgen.studies.paper.figure import plot_variants
+from provgen.studies.paper.findings import findings_page, judge, overview
+from provgen.studies.paper.measurement import is_trained, read_measured, write_measured
+from provgen.studies.paper.table import METRICS, markdown_table, with_ratios, write_parquet
 from provgen.training.checkpoint import list_checkpoints
 
 EMBEDDED = "digits"

@@ -15,18 +15,26 @@ import torch
 import typer
 from torch import Tensor
 
-from provgen import build, cli, evaluation, faithfulness, runs
-from provgen.analysis.planted import bayes_hits, plant, source_groups
-from provgen.analysis.statistics import auroc, mean_estimate, proportion
-from provgen.attribution.attributor import Queries
-from provgen.attribution.diffusion_tracer import DiffusionTracer
-from provgen.attribution.ideal_denoiser import ideal_samples
-from provgen.attribution.posterior import ClosedFormPosterior
-from provgen.attribution.posterior_attributor import closed_form_steps, network_steps
-from provgen.attribution.trajectory import WINDOW, late_level
+from provgen import build, cli, evaluation
 from provgen.data.images import to_unit_range
-from provgen.report.planted_table import FIRST, RANKS, precision_table, reliability_table
-from provgen.run_folder import atomic_path
+from provgen.generators.closed_form import ClosedFormPosterior
+from provgen.metrics.statistics import auroc, mean_estimate, proportion
+from provgen.run import atomic_path
+from provgen.studies.faithfulness.attributor import Queries
+from provgen.studies.faithfulness.methods import NUM_INFERENCE_STEPS, make_methods
+from provgen.studies.faithfulness.planted import (
+    FIRST,
+    RANKS,
+    bayes_hits,
+    ideal_samples,
+    plant,
+    precision_table,
+    reliability_table,
+    source_groups,
+)
+from provgen.studies.faithfulness.posteriors import closed_form_steps, network_steps
+from provgen.tracing.diffusion_tracer import DiffusionTracer
+from provgen.tracing.trace import WINDOW, late_level
 
 SETTING = f"probabilities, {WINDOW[0]} < a_t < {WINDOW[1]}, temperature 1"
 """The trace as it is made without calibration, but for the class."""
@@ -42,7 +50,7 @@ def main(
     num_queries: Annotated[int, typer.Option(min=10, help="Of every kind.")] = 400,
 ) -> None:
     """Write how often planted sources are named, and how reliable beliefs are."""
-    trained = runs.open_trained_run(run, build.make_accelerator().device)
+    trained = build.open_trained_run(run, build.make_accelerator().device)
     pixels = to_unit_range(trained.data.train.images)
     groups = source_groups(pixels)
     title = f"{num_queries} queries of every kind; {len(pixels)} training images, {int(groups.max()) + 1} distinct\n"
@@ -62,7 +70,7 @@ def main(
 
 
 def kernel_density(
-    trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, num_queries: int, level: float
+    trained: build.TrainedRun, pixels: Tensor, groups: Tensor, num_queries: int, level: float
 ) -> list[str]:
     """Draw images around training images, and trace them as images from outside; and by their own level alone."""
     levels = trained.pipeline.scheduler.alphas_cumprod
@@ -70,9 +78,7 @@ def kernel_density(
     signal = levels[timestep]
     planted = plant(pixels, num_queries, bandwidth=float(((1 - signal) / signal).sqrt()), seed=0)
     hits = [bayes_hits(planted, pixels, groups, k)[0] for k in RANKS]
-    noisy = tracer_of(trained).noised(
-        planted.images, num_inference_steps=faithfulness.NUM_INFERENCE_STEPS, seed=0
-    )
+    noisy = tracer_of(trained).noised(planted.images, num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
     labels = no_class(trained, num_queries)
     scores = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
     ask = network_steps(trained.pipeline.unet, trained.pipeline.provenance)
@@ -87,7 +93,7 @@ def kernel_density(
     ]
 
 
-def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, labels: Tensor) -> list[str]:
+def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, labels: Tensor) -> list[str]:
     """Sample with the closed-form denoiser asked for classes, and trace the samples along their trajectories."""
     num_queries, is_told = len(labels), bool((labels != trained.pipeline.null_label).all())
     closed_form = ClosedFormPosterior(
@@ -99,7 +105,7 @@ def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, lab
         trained.pipeline.scheduler,
         noise,
         labels,
-        num_inference_steps=faithfulness.NUM_INFERENCE_STEPS,
+        num_inference_steps=NUM_INFERENCE_STEPS,
     )
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
@@ -122,7 +128,7 @@ def ideal_denoiser(trained: runs.TrainedRun, pixels: Tensor, groups: Tensor, lab
     ]
 
 
-def unsupported(trained: runs.TrainedRun, num_queries: int) -> list[str]:
+def unsupported(trained: build.TrainedRun, num_queries: int) -> list[str]:
     """Plant what no training image supports into held-out images, and see whether the evidence tells."""
     train, holdout = trained.data.train, trained.data.holdout
     has_class = holdout.labels < max(1, train.num_classes)  # without classes the null label is 0
@@ -163,7 +169,7 @@ def unsupported(trained: runs.TrainedRun, num_queries: int) -> list[str]:
     ]
 
 
-def marked_cluster(trained: runs.TrainedRun, num_queries: int) -> list[str]:
+def marked_cluster(trained: build.TrainedRun, num_queries: int) -> list[str]:
     """Generate the class whose images bear the mark in part; see whether samples with it have sources with it."""
     train = trained.data.train
     is_marked = torch.tensor([MARK in path for path in train.paths])
@@ -194,9 +200,9 @@ def marked_cluster(trained: runs.TrainedRun, num_queries: int) -> list[str]:
     return [*lines[:2], "\n".join(lines[2:]) + "\n"]
 
 
-def traced(trained: runs.TrainedRun, queries: Queries, *, is_told: bool = False) -> dict[str, Tensor]:
+def traced(trained: build.TrainedRun, queries: Queries, *, is_told: bool = False) -> dict[str, Tensor]:
     """Ask every tracer: scores (query, train)."""
-    methods = faithfulness.make_methods(trained, trained.folder.root, num_timesteps=())
+    methods = make_methods(trained, trained.folder.root, num_timesteps=())
     setting = f"{'class told' if is_told else 'no class told'}, {SETTING}"
     asked = {
         "provenance network": ("provenance network, trajectory", setting),
@@ -218,12 +224,12 @@ def beliefs_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: some for name, some in scores.items() if name.startswith(("provenance", "closed"))}
 
 
-def tracer_of(trained: runs.TrainedRun) -> DiffusionTracer:
+def tracer_of(trained: build.TrainedRun) -> DiffusionTracer:
     """Make the tracer of a denoiser."""
     return DiffusionTracer(trained.pipeline.unet, trained.pipeline.provenance, trained.pipeline.scheduler)
 
 
-def no_class(trained: runs.TrainedRun, count: int) -> Tensor:
+def no_class(trained: build.TrainedRun, count: int) -> Tensor:
     """Give the null label for every query, int64 (query,)."""
     return torch.full((count,), trained.pipeline.null_label)
 

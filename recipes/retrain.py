@@ -13,12 +13,13 @@ from typing import Annotated
 
 import typer
 
-from provgen import build, cli, retraining, runs
+from provgen import build, cli
 from provgen.data.splits import subset_masks
-from provgen.parts import Part, missing_models
-from provgen.retrained_files import RetrainedFolder
-from provgen.run_folder import require_run
+from provgen.run import require_run
 from provgen.settings_file import load_settings
+from provgen.studies.faithfulness import retraining
+from provgen.studies.faithfulness.retraining import RetrainedFolder
+from provgen.studies.jobs import Part, missing_models
 
 SEED = 1000
 """Training seed of the first model of a subset; runs that are explained have small ones."""
@@ -37,7 +38,7 @@ def main(
 ) -> None:
     """Train subset models and measure their losses on generated and held-out queries; the same command resumes."""
     share, accelerator = Part.parse(part), build.make_accelerator(load_settings(require_run(run).config, []))
-    trained = runs.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device)
     train = trained.data.train
     folder = RetrainedFolder(run / ("retrained_epochs" if keep_epochs else "retrained"))
     masks = subset_masks(train.labels, num_subsets=num_subsets, fraction=fraction, seed=0)

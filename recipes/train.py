@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
-from provgen import build, cli, evaluation, runs
-from provgen.run_folder import RunFolder
+from provgen import build, cli, evaluation
+from provgen.run import RunFolder
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
 from provgen.training.checkpoint import resume_latest, save_checkpoint
-from provgen.training.progress import TrainingProgress, check_finite, quality_table
+from provgen.training.logging import TrainingProgress, check_finite, quality_table
 
 
 def main(
@@ -30,10 +30,10 @@ def main(
     training = settings.training
     accelerator = build.make_accelerator(settings)
     with accelerator.main_process_first():  # it downloads, the others find what it left
-        data = runs.open_data(settings, RunFolder(Path(settings.output_dir)))
+        data = build.open_data(settings, RunFolder(Path(settings.output_dir)))
     batches = build.make_batches(settings, data.train, accelerator)
     trainer = build.make_trainer(settings, data, accelerator)
-    folder = runs.start_run(settings, data, writes=accelerator.is_main_process)
+    folder = build.start_run(settings, data, writes=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     step = resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
     build.make_trackers(folder, accelerator, start_step=step)

@@ -9,17 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from provgen import runs
-from provgen.attribution.network import NetworkPosterior
-from provgen.attribution.posterior import ClosedFormPosterior
+from provgen import build
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
+from provgen.generators.closed_form import ClosedFormPosterior
+from provgen.generators.observers import DiffusionObserver
 from provgen.models.diffusion import encoder_shapes, make_denoiser, make_training_scheduler
 from provgen.models.provenance import ProvenanceNetwork
-from provgen.run_folder import RunFolder
+from provgen.run import RunFolder
 from provgen.settings_file import load_settings
-from provgen.training.observers import DiffusionObserver
+from provgen.tracing.network import NetworkPosterior
 
 TINY = (
     "data.max_train_images=40",
@@ -90,7 +90,7 @@ def tiny_settings():
 @pytest.fixture(scope="session")
 def tiny_data(tiny_settings, tmp_path_factory):
     """Images and manifest of such a run: 40 digits."""
-    return runs.open_data(tiny_settings(), RunFolder(tmp_path_factory.mktemp("no_run")))
+    return build.open_data(tiny_settings(), RunFolder(tmp_path_factory.mktemp("no_run")))
 
 
 @pytest.fixture(scope="session")
@@ -240,9 +240,9 @@ def trained_of(root_of):
     """Open such a run; its pipeline keeps no state between calls."""
     opened = {}
 
-    def call(kind: str) -> runs.TrainedRun:
+    def call(kind: str) -> build.TrainedRun:
         if kind not in opened:
-            opened[kind] = runs.open_trained_run(root_of(kind), torch.device("cpu"))
+            opened[kind] = build.open_trained_run(root_of(kind), torch.device("cpu"))
             opened[kind].pipeline.set_progress_bar_config(disable=True)
         return opened[kind]
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from provgen import build, runs
+from provgen import build
 from provgen.data.manifest import Manifest
-from provgen.run_folder import RunFolder
+from provgen.run import RunFolder
 from provgen.settings_file import load_settings
 
 
@@ -77,7 +77,7 @@ def test_the_provenance_network_knows_its_training_set(accelerator, tiny_setting
 
 def test_a_network_of_a_third_knows_the_third_alone(accelerator, tiny_settings, tmp_path):
     settings = tiny_settings("provenance.coverage=0.3")
-    data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+    data = build.open_data(settings, RunFolder(tmp_path / "none"))
     network = build.make_trainer(settings, data, accelerator).networks["provenance"]
     covered = data.covered.nonzero().flatten()
     assert torch.equal(network.covered, covered)
@@ -93,18 +93,18 @@ def test_a_network_of_a_third_knows_the_third_alone(accelerator, tiny_settings, 
 def test_what_is_covered_is_chosen_once_and_kept_in_the_manifest(tiny_settings, tmp_path):
     chosen = ("provenance.coverage=0.3", "provenance.coverage_rule=entropy")
     settings = tiny_settings(*chosen, f"output_dir={tmp_path / 'run'}")
-    first, again = (runs.open_data(settings, RunFolder(tmp_path / "none")) for _ in range(2))
+    first, again = (build.open_data(settings, RunFolder(tmp_path / "none")) for _ in range(2))
     assert torch.equal(first.covered, again.covered)
-    folder = runs.start_run(settings, first, writes=True)
+    folder = build.start_run(settings, first, writes=True)
     # Another rule would choose others, but the run has begun.
-    reopened = runs.open_data(tiny_settings("provenance.coverage=0.9"), folder)
+    reopened = build.open_data(tiny_settings("provenance.coverage=0.9"), folder)
     assert torch.equal(reopened.covered, first.covered)
     assert int(reopened.covered.sum()) == 12
 
 
 def test_rules_choose_different_examples(tiny_settings, tmp_path):
     chosen = [
-        runs.open_data(
+        build.open_data(
             tiny_settings("provenance.coverage=0.3", f"provenance.coverage_rule={rule}"), RunFolder(tmp_path)
         ).covered
         for rule in ("stratified", "k_center", "entropy")
@@ -119,7 +119,7 @@ def test_everything_is_covered_unless_asked_otherwise(tiny_data):
 
 def test_coverage_below_one_of_every_class_is_refused(tiny_settings, tmp_path, message_of):
     settings = tiny_settings("provenance.coverage=0.1")
-    message = message_of(runs.open_data, settings, RunFolder(tmp_path / "none"))
+    message = message_of(build.open_data, settings, RunFolder(tmp_path / "none"))
     assert "provenance.coverage" in message
     assert "got 4" in message
 
@@ -143,7 +143,7 @@ def test_a_head_that_needs_classes_is_refused_where_there_are_none(
     overrides, accelerator, tiny_settings, random_images, message_of
 ):
     images = random_images(12, num_classes=0)
-    data = runs.RunData(train=images, holdout=images, manifest=Manifest.of(images, images))
+    data = build.RunData(train=images, holdout=images, manifest=Manifest.of(images, images))
     message = message_of(build.make_trainer, tiny_settings(*overrides), data, accelerator)
     assert overrides[0] in message
     kmeans = tiny_settings("provenance.index_head=two_stage")
@@ -215,7 +215,7 @@ def test_prototypes_can_start_anywhere(accelerator, tiny_settings, tiny_data):
 def test_the_split_is_disjoint_and_a_function_of_its_seed(tiny_settings, tmp_path):
     folder = RunFolder(tmp_path / "none")
     first, again, other = (
-        runs.open_data(tiny_settings("data.holdout_fraction=0.1", f"data.split_seed={seed}"), folder)
+        build.open_data(tiny_settings("data.holdout_fraction=0.1", f"data.split_seed={seed}"), folder)
         for seed in (0, 0, 1)
     )
     assert not set(first.train.paths) & set(first.holdout.paths)
@@ -226,21 +226,21 @@ def test_the_split_is_disjoint_and_a_function_of_its_seed(tiny_settings, tmp_pat
 
 def test_a_run_keeps_its_manifest_and_its_settings(tiny_settings, tiny_data, tmp_path, message_of):
     settings = replace(tiny_settings(), output_dir=str(tmp_path / "run"))
-    folder = runs.start_run(settings, tiny_data, writes=True)
+    folder = build.start_run(settings, tiny_data, writes=True)
     manifest = folder.manifest.read_bytes()
     assert load_settings(folder.config, []) == settings
-    reopened = runs.open_data(settings, folder)
+    reopened = build.open_data(settings, folder)
     assert reopened.train.paths == tiny_data.train.paths
 
     longer = replace(
         settings, training=replace(settings.training, max_steps=99, log_every=1, checkpoint_every=7)
     )
-    runs.start_run(longer, tiny_data, writes=True)
+    build.start_run(longer, tiny_data, writes=True)
     assert load_settings(folder.config, []) == longer
     assert folder.manifest.read_bytes() == manifest
 
     other = replace(settings, generator=replace(settings.generator, label_dropout=0.7))
-    message = message_of(runs.start_run, other, tiny_data, writes=True)
+    message = message_of(build.start_run, other, tiny_data, writes=True)
     assert "generator.label_dropout=0.2" in message
     assert "generator.label_dropout=0.7" in message
     assert load_settings(folder.config, []) == longer
@@ -250,21 +250,21 @@ def test_a_generator_without_provenance_network_has_nothing_to_trace_with(
     tiny_settings, tiny_data, tmp_path, message_of
 ):
     settings = replace(tiny_settings("provenance.index_head=none"), output_dir=str(tmp_path / "run"))
-    runs.start_run(settings, tiny_data, writes=True)
-    message = message_of(runs.open_trained_run, tmp_path / "run", torch.device("cpu"))
+    build.start_run(settings, tiny_data, writes=True)
+    message = message_of(build.open_trained_run, tmp_path / "run", torch.device("cpu"))
     assert "without a provenance network" in message
 
 
 def test_a_run_without_a_pipeline_says_how_to_finish_it(tiny_settings, tiny_data, tmp_path, message_of):
-    runs.start_run(replace(tiny_settings(), output_dir=str(tmp_path / "run")), tiny_data, writes=True)
+    build.start_run(replace(tiny_settings(), output_dir=str(tmp_path / "run")), tiny_data, writes=True)
     assert "provgen train --config" in message_of(
-        runs.open_trained_run, tmp_path / "run", torch.device("cpu")
+        build.open_trained_run, tmp_path / "run", torch.device("cpu")
     )
 
 
 @pytest.mark.parametrize("name", ["none", "config.yaml"])
 def test_what_is_no_run_is_refused(name, tmp_path, message_of):
-    assert "provgen train" in message_of(runs.open_trained_run, tmp_path / name, torch.device("cpu"))
+    assert "provgen train" in message_of(build.open_trained_run, tmp_path / name, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

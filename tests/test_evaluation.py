@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from provgen import build, evaluation, runs
-from provgen.analysis.index_quality import LEVELS, mean_kl_gap
-from provgen.run_folder import RunFolder
+from provgen import build, evaluation
+from provgen.metrics.index_quality import LEVELS, mean_kl_gap
+from provgen.run import RunFolder
 
 KINDS = ("diffusion", "vae", "none")
 
@@ -21,7 +21,7 @@ def trainer_of(accelerator, tiny_settings, tiny_data, tmp_path):
         settings = tiny_settings(*overrides)
         data = tiny_data
         if settings.provenance.coverage < 1:
-            data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+            data = build.open_data(settings, RunFolder(tmp_path / "none"))
         trainer = build.make_trainer(settings, data, accelerator)
         batches = build.make_batches(settings, data.train, accelerator)
         for step in range(2):
@@ -48,7 +48,7 @@ def test_averaged_networks_are_copies_that_do_not_train(kind, trainer_of):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_probe_asks_covered_examples_alone_at_the_levels_of_the_kind(kind, tiny_settings, tmp_path):
     settings = tiny_settings(f"generator.kind={kind}", "provenance.coverage=0.3")
-    data = runs.open_data(settings, RunFolder(tmp_path))
+    data = build.open_data(settings, RunFolder(tmp_path))
     probe, again = (evaluation.make_probe(settings, data) for _ in range(2))
     assert len(probe.batches) == (len(LEVELS) if kind == "diffusion" else 1)
     for batch, other in zip(probe.batches, again.batches, strict=True):

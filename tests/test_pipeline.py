@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from provgen.attribution.trajectory import LEAST_SIGNAL
 from provgen.data.images import to_pil
 from provgen.data.manifest import Manifest
 from provgen.models.classifier import CLEAN_SIGNAL
 from provgen.pipeline import ProvenancePipeline
+from provgen.tracing.trace import LEAST_SIGNAL
 
 FAST = {"num_inference_steps": 10, "output_type": "pt"}
 LABELS = [3, 1, None]

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.run_folder import atomic_path
+from provgen.run import atomic_path
 
 # Beyond this ratio of the sides a centre crop keeps under 1 % of the image, and resizing it takes gigabytes.
 _LARGEST_ASPECT_RATIO = 100

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
-from provgen.run_folder import atomic_path
+from provgen.run import atomic_path
 
 SCHEMA_VERSION = 2
 """Version 1 had no column `reachable`: every training image was."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
-from provgen.data.image_folder import load_image_folder
+from provgen.data.folder import load_image_folder
 from provgen.data.images import resize_and_crop
-from provgen.data.packed_files import read_cifar10_folder, read_idx_folder
+from provgen.data.packed import read_cifar10_folder, read_idx_folder
 from provgen.errors import InputError
 
 _DIGIT_NAMES = tuple("0123456789")

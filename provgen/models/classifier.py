@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from provgen.models.own_stages import OwnStages
+from provgen.models.embedding import OwnStages
 
 CLEAN_SIGNAL = 0.9999
 """Signal level that stands for "no noise": the closed form at this level names exact copies and nothing else."""

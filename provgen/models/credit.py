@@ -13,7 +13,7 @@ from torch import Tensor
 class CreditHead(ModelMixin, ConfigMixin):
     """Squared read-outs of kernels at landmarks: `(k(query, landmarks) @ readout)^2`, as shares.
 
-    `attribution/credit_process.py` fits it in closed form, on coordinates of the training images. Everything it needs
+    `tracing/gaussian_process.py` fits it in closed form, on coordinates of the training images. Everything it needs
     of them is in the read-out, so a trace costs two small products.
     """
 

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from provgen.models import cells as cell_rules
-from provgen.models.anchors import AnchorMixture
+from provgen.models import groups as cell_rules
+from provgen.models.embedding import silent_embedding
+from provgen.models.groups import AnchorMixture, assign_slots, factorise, group_means
 from provgen.models.prototypes import Prototypes, principal_coordinates, sharpen, starting_log_cap
-from provgen.models.slots import assign_slots, factorise, group_means
-from provgen.models.stage_embedding import silent_embedding
 
 RANK = 3
 """Rank of slots times class maps in the class-conditional head, in halves of the width. On digits at width 64 the

@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 CLEAR_CALL = 40.0
@@ -21,7 +20,7 @@ class Prototypes(nn.Module):
     """A learned point and a learned bias for each of `count` outcomes.
 
     The Bayes posterior of the forward process has logits sqrt(a)/(1-a) (<x_t, x_i> - sqrt(a) |x_i|^2 / 2)
-    (`attribution/posterior.py`), from any origin. These have the same form with an embedding of x_t in place of
+    (`generators/closed_form.py`), from any origin. These have the same form with an embedding of x_t in place of
     it, a point in place of x_i and a bias in place of |x_i|^2 / 2. The inverse temperature is known from the
     noise level, up to a learned cap.
     """
@@ -70,6 +69,8 @@ def principal_coordinates(images: Tensor, width: int) -> Tensor:
     Returns:
         float64 (train, width) on the CPU; columns beyond the rank of the images are zero.
     """
+    from sklearn.decomposition import PCA  # here: loading a pipeline does without
+
     rows = images.flatten(1).double().cpu().numpy()
     kept = min(width, *rows.shape)
     coordinates = torch.from_numpy(PCA(kept, random_state=0).fit_transform(rows))

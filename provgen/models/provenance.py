@@ -15,8 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from provgen.models import index_heads
-from provgen.models.own_stages import OwnStages
-from provgen.models.stage_embedding import StageEmbedding
+from provgen.models.embedding import OwnStages, StageEmbedding
 
 
 @dataclass

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from provgen.analysis.statistics import Estimate
-from provgen.run_folder import atomic_path
+from provgen.metrics.statistics import Estimate
+from provgen.run import atomic_path
 
 SCHEMA_VERSION = 1
 """Version of the layout of `report.json`; grows when a reader of the old one would go wrong."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
+from provgen.data.random import Stream, seeded_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def fixed_batches(
         noise_shape: Of one row of noise.
         seed: Of the noise.
     """
-    generator = seeded_generator(seed, 2)
+    generator = seeded_generator(seed, Stream.FIXED_BATCH)
     noise = randn_tensor((len(rows), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
     labels = images.labels[rows]
     return [
@@ -111,7 +111,7 @@ class BatchStream:
         """Draw the global batch of the 0-based `step`."""
         indices = self.indices(step)
         clean_images = to_unit_range(self.train.images[indices])
-        generator = seeded_generator(self.seed, 1, step)
+        generator = seeded_generator(self.seed, Stream.BATCH, step)
         shape = (len(indices), *self.noise_shape)
         noise = randn_tensor(shape, generator=generator, dtype=clean_images.dtype)
         timesteps = torch.randint(self.num_train_timesteps, (len(indices),), generator=generator)
@@ -135,13 +135,6 @@ class BatchStream:
 
     def _pass(self, number: int) -> Tensor:
         if self._permutation is None or self._permutation[0] != number:
-            generator = seeded_generator(self.seed, 0, number)
+            generator = seeded_generator(self.seed, Stream.PERMUTATION, number)
             self._permutation = (number, torch.randperm(len(self.train), generator=generator))
         return self._permutation[1]
-
-
-def seeded_generator(*entropy: int) -> torch.Generator:
-    """Make a CPU generator whose stream depends on all the numbers given, and on their order."""
-    # The length first: SeedSequence does not tell (1,) from (1, 0).
-    state = int(np.random.SeedSequence((len(entropy), *entropy)).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(state & (2**63 - 1))

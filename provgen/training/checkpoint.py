@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.run_folder import atomic_path
+from provgen.run import atomic_path
 from provgen.training.trainer import CoTrainer
 
 KEPT = 2

@@ -1,13 +1,114 @@
-"""What the index head is trained towards: soft targets over training examples."""
+"""What the index head is trained towards: soft targets over training examples, and how they are mixed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from provgen.training.mixing import Mixing
+from provgen.generators.closed_form import Oracle
+
+
+class Mixing(Protocol):
+    """(1 - share) p + share p K with a row-stochastic K; the entropy of the mixed posterior is the loss's floor."""
+
+    def __call__(self, probs: Tensor) -> Tensor:
+        """Mix probabilities (query, train); rows keep their sum."""
+        ...
+
+
+class ClassMixing:
+    """Spreads a share of every example's probability evenly over the (covered) examples of its class."""
+
+    def __init__(
+        self, example_labels: Tensor, *, num_classes: int, share: float, covered: Tensor | None = None
+    ) -> None:
+        """Keep the classes.
+
+        Args:
+            example_labels: int64 (train,), at most `num_classes`, which stands for "no label" and is a class too.
+            num_classes: Classes without the null label.
+            share: alpha in [0, 1].
+            covered: bool (train,), examples that may receive; None for all.
+        """
+        self.share = share
+        self.members = example_labels[:, None] == torch.arange(num_classes + 1, device=example_labels.device)
+        able = self.members if covered is None else self.members & covered[:, None]
+        # A class without any covered example mixes among itself, so that rows keep their sum.
+        self.receivers = torch.where(able.any(dim=0), able, self.members)
+
+    def __call__(self, probs: Tensor) -> Tensor:
+        """Mix probabilities (query, train)."""
+        receivers = self.receivers.to(probs)
+        sizes = receivers.sum(0).clamp_min(1)
+        spread = ((probs @ self.members.to(probs)) / sizes) @ receivers.T
+        return torch.lerp(probs, spread, self.share)
+
+
+class NeighborMixing:
+    """Spreads a share of every example's probability evenly over its nearest neighbours."""
+
+    def __init__(self, neighbors: Tensor, *, share: float) -> None:
+        """Keep the neighbours.
+
+        Args:
+            neighbors: int64 (train, k), such as `nearest_neighbors` gives; one that stands there twice counts twice.
+            share: alpha in [0, 1].
+        """
+        self.share = share
+        self.num_neighbors = neighbors.shape[1]
+        receivers, order = neighbors.flatten().sort(stable=True)
+        # Sources of example 0, of example 1, ...: integers only, so they serve every dtype.
+        self.sources = order // self.num_neighbors
+        self.starts = torch.searchsorted(receivers, torch.arange(len(neighbors), device=neighbors.device))
+
+    def __call__(self, probs: Tensor) -> Tensor:
+        """Mix probabilities (query, train); nothing larger than them is made."""
+        # Like a sparse product, which is slower as COO and warns of being a beta as CSR.
+        sums = F.embedding_bag(self.sources, probs.T.contiguous(), self.starts, mode="sum")
+        return torch.lerp(probs, sums.T / self.num_neighbors, self.share)
+
+
+def nearest_neighbors(rows: Tensor, labels: Tensor, k: int, *, covered: Tensor | None = None) -> Tensor:
+    """Find the `k` nearest other (covered) examples of the same label, so that a label never rules a target out.
+
+    A label with k or fewer others repeats them in turn; an example without any other stands for itself. Exact copies
+    of an image are neighbours like any other. Distances are Euclidean, and the search is exact.
+
+    Args:
+        rows: (train, feature), on the CPU.
+        labels: int64 (train,); the null label counts as one.
+        k: Neighbours of each.
+        covered: bool (train,), examples that may be neighbours; None for all.
+
+    Returns:
+        int64 (train, k), nearest first.
+    """
+    found = torch.arange(len(rows))[:, None].repeat(1, k)
+    candidates = torch.ones(len(rows), dtype=torch.bool) if covered is None else covered
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        allowed = (candidates & (labels == label)).nonzero().flatten()
+        if len(allowed):
+            found[members] = _nearest(rows, members, allowed, k)
+    return found
+
+
+def _nearest(rows: Tensor, members: Tensor, allowed: Tensor, k: int) -> Tensor:
+    """Find k nearest of `allowed` for each of `members`, never itself where there is another: (member, k)."""
+    search = NearestNeighbors(n_neighbors=min(k + 1, len(allowed))).fit(rows[allowed].double().numpy())
+    order = allowed[
+        torch.from_numpy(search.kneighbors(rows[members].double().numpy(), return_distance=False))
+    ]
+    # Itself goes last; with exact duplicates it need not be the first that was found.
+    last = (order == members[:, None]).long().argsort(dim=1, stable=True)
+    order = order.gather(1, last)
+    others = max(1, int((order != members[:, None]).sum(1).min()))
+    return order[:, torch.arange(k) % min(k, others)]
 
 
 class Targets(Protocol):
@@ -71,3 +172,29 @@ class MixedTargets:
     def __call__(self, indices: Tensor, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
         """Give mixed rows (batch, train)."""
         return self.mixing(self.targets(indices, queries, signal, class_labels))
+
+
+REFRESH_EVERY = 20
+"""Optimiser steps between two closed forms, at most."""
+
+
+class RefreshedPosterior:
+    """Asks the closed form that `make` gave at most REFRESH_EVERY calls ago.
+
+    A resumed run makes it anew, and is the same as one that was never stopped only if that one did so too: so it is
+    made at every checkpoint, at equal distances in between.
+    """
+
+    def __init__(self, make: Callable[[], Oracle], *, checkpoint_every: int) -> None:
+        """Keep how it is made; `checkpoint_every` counts optimiser steps, which are calls."""
+        self.make = make
+        self.every = max(n for n in range(1, REFRESH_EVERY + 1) if checkpoint_every % n == 0)
+        self._calls = 0
+        self._latest: Oracle | None = None
+
+    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+        """Compute probabilities (batch, train); one call per optimiser step."""
+        if self._latest is None or self._calls % self.every == 0:
+            self._latest = self.make()
+        self._calls += 1
+        return self._latest.probs(queries, signal, class_labels)

@@ -10,10 +10,10 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from provgen.generators.observers import Observation, Observer
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.batches import Batch
 from provgen.training.losses import class_loss, index_loss
-from provgen.training.observers import Observation, Observer
 from provgen.training.targets import Targets
 
 MAX_GRADIENT_NORM = 1.0

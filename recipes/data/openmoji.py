@@ -18,7 +18,7 @@ from rich.progress import track
 
 from provgen import cli
 from provgen.errors import InputError
-from provgen.run_folder import atomic_path
+from provgen.run import atomic_path
 
 LICENSE = "CC BY-SA 4.0"
 LEFT_OUT = {"component"}

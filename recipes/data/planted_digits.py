@@ -18,7 +18,7 @@ from provgen import cli
 from provgen.data.images import save_png
 from provgen.data.sources import load_images
 from provgen.errors import InputError
-from provgen.run_folder import atomic_path
+from provgen.run import atomic_path
 
 NUM_COPIED, COPIES = 20, 10
 MARKED_CLASS, MARKED_SHARE = 7, 1 / 3

@@ -5,8 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from provgen.data.coverage import entropy_coverage, k_center_coverage, stratified_coverage
-from provgen.data.splits import stratified_subset
+from provgen.data.splits import entropy_coverage, k_center_coverage, stratified_coverage, stratified_subset
 
 
 def labels_of(*sizes: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 import pytest
 
-from provgen.data.folder_metadata import ImageMetadata, read_metadata
+from provgen.data.folder import ImageMetadata, read_metadata
 
 PATHS = ["a.png", "sub/b.png"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from provgen.data.image_folder import load_image_folder
+from provgen.data.folder import load_image_folder
 
 
 def write(path, value=0, mode="L", size=(6, 6)):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from provgen.data.dataset import ImageSet
-from provgen.data.image_folder import load_image_folder
+from provgen.data.folder import load_image_folder
 from provgen.data.manifest import Manifest, Source
 from provgen.data.splits import stratified_split
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from provgen.data.packed_files import read_cifar10_folder, read_idx_folder
+from provgen.data.packed import read_cifar10_folder, read_idx_folder
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4), dtype=np.uint8)
 LABELS = np.array([3, 0, 9, 1, 3], np.uint8)

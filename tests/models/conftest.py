@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from provgen.attribution.posterior import ClosedFormPosterior
+from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.models.index_heads import ClassConditionalHead, TwoStageHead
 from provgen.models.prototypes import principal_coordinates
 

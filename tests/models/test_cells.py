@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from provgen.models.cells import (
+from provgen.models.groups import (
     LOG_NOBODY,
     class_cells,
     kmeans_cells,

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from provgen.models.embedding import MAX_GRID
 from provgen.models.index_heads import ClassConditionalHead, ClassIndependentHead, TwoStageHead
 from provgen.models.prototypes import CLEAR_CALL
-from provgen.models.stage_embedding import MAX_GRID
 
 CLASSES = 3
 

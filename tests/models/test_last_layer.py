@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from provgen.models.diffusion import make_denoiser
-from provgen.models.last_layer import last_layer_gradients, record_features
+from provgen.models.diffusion import last_layer_gradients, make_denoiser, record_features
 
 
 def test_they_are_the_gradients_of_the_last_layer_alone():

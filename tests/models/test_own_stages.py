@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from provgen.models.diffusion import encoder_shapes
-from provgen.models.own_stages import OwnStages
+from provgen.models.embedding import OwnStages
 
 TINY = encoder_shapes("tiny", 8, 1)
 ALL = range(len(TINY))

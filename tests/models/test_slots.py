@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from provgen.models.slots import MATCH_AT_ONCE, assign_slots, factorise, group_means, match
+from provgen.models.groups import MATCH_AT_ONCE, assign_slots, factorise, group_means, match
 
 
 def squared_distance(points, slots, matched) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.models.stage_embedding import StageEmbedding, silent_embedding
+from provgen.models.embedding import StageEmbedding, silent_embedding
 
 
 def test_stages_add_up_and_large_ones_are_pooled(generator):

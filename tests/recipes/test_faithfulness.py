@@ -6,13 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from provgen import faithfulness, retraining, runs
-from provgen.analysis.calibration_split import Split
-from provgen.analysis.datamodeling import datamodeling_scores, noise_ceiling
-from provgen.attribution.rivals import PixelCosine
-from provgen.calibration import fit_credit_head
-from provgen.leave_out_files import NOTHING, LeaveOutFolder, LeftOut
-from provgen.retrained_files import RetrainedFolder
+from provgen import build
+from provgen.metrics.datamodeling import datamodeling_scores, noise_ceiling
+from provgen.studies.faithfulness import retraining
+from provgen.studies.faithfulness.baselines import PixelCosine
+from provgen.studies.faithfulness.leave_out import NOTHING, LeaveOutFolder, LeftOut
+from provgen.studies.faithfulness.methods import make_methods, trace_queries
+from provgen.studies.faithfulness.retraining import RetrainedFolder
+from provgen.studies.faithfulness.tuning import Split
+from provgen.tracing.calibrate import fit_credit_head
 
 CALL = ("--calibration-subsets", 2, "--timesteps", 2, "--resamples", 20)
 
@@ -49,11 +51,11 @@ def test_every_method_meets_both_kinds_of_queries(root):
 
 
 def test_a_row_is_recomputed_from_the_files(root):
-    trained = runs.open_trained_run(root, torch.device("cpu"))
+    trained = build.open_trained_run(root, torch.device("cpu"))
     retrained = RetrainedFolder(root / "retrained").load()
     method = PixelCosine()
     method.fit(trained.data.train)
-    queries = faithfulness.trace_queries(trained, retrained.queries)
+    queries = trace_queries(trained, retrained.queries)
     split = Split.first(torch.arange(6), 4, calibration=2)
     scores = method.attribute(queries["holdout"]).of("")[~split.queries]
     predicted = scores @ retrained.masks[~split.subsets].double().T
@@ -139,17 +141,17 @@ def test_without_subset_models_it_says_what_to_do(root_of, run_recipe, capsys):
 
 def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys, tmp_path):
     copy = shutil.copytree(root, tmp_path / "run")
-    before = runs.open_trained_run(root, torch.device("cpu"))
+    before = build.open_trained_run(root, torch.device("cpu"))
     assert run_recipe("calibrate", "--run", copy, "--calibration-subsets", 2) == 0
     assert "calibrated on 2 subset models: s=" in capsys.readouterr().out
-    after = runs.open_trained_run(copy, torch.device("cpu"))
+    after = build.open_trained_run(copy, torch.device("cpu"))
     assert after.pipeline.credit.config.calibration_subsets == 2
     # Another choice than calibration's: one that needs everything a trace can see.
     choices = iter(("s=1 apart, across classes 0.5, pixels 0.5, gradients 0.25, lambda=3", "2"))
-    queries = faithfulness.trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
+    queries = trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
     head = fit_credit_head(after, queries, lambda _: next(choices), calibration_subsets=2)
     head.save_pretrained(copy / "pipeline" / "credit")
-    after = runs.open_trained_run(copy, torch.device("cpu"))
+    after = build.open_trained_run(copy, torch.device("cpu"))
     labels, count = [0, 1, 2], len(after.data.train)
 
     def traced(pipeline):
@@ -165,7 +167,7 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     torch.testing.assert_close(new.attribution.weight.sum(dim=1), torch.ones(3))
     assert not torch.allclose(new.attribution.weight, new.attribution.posterior, atol=1e-3)
     # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
-    methods = faithfulness.make_methods(after, tmp_path, num_timesteps=())
+    methods = make_methods(after, tmp_path, num_timesteps=())
     chosen = after.pipeline.credit.setting
     along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of(chosen)[:3]
     weights = torch.zeros(3, count).scatter(1, new.attribution.example_index, new.attribution.weight)
@@ -213,7 +215,7 @@ def test_sources_are_left_out_and_the_sample_is_made_again(
     said = capsys.readouterr().out
     assert "4 of 4 models measured" in said
     assert "D-TRAK, 2 timesteps | 2 |" in said
-    folder, trained = LeaveOutFolder(root / "leave_out"), runs.open_trained_run(root, torch.device("cpu"))
+    folder, trained = LeaveOutFolder(root / "leave_out"), build.open_trained_run(root, torch.device("cpu"))
     split = Split.first(torch.arange(6), 4, calibration=2)
     query = (~split.queries).nonzero().flatten()[1].item()
     found = folder.load(LeftOut(seed=0, share=0.2, query=query, method="D-TRAK, 2 timesteps"))

@@ -4,8 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from provgen.attribution.trajectory import late_level
-from provgen.sweep import SweepFolder, SweepModel
+from provgen.studies.memorization.sweep import SweepFolder, SweepModel
+from provgen.tracing.trace import late_level
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from provgen.data.image_folder import load_image_folder
+from provgen.data.folder import load_image_folder
 
 RED = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><rect width="36" height="72" fill="#ff0000"/></svg>'
 EMPTY = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"></svg>'

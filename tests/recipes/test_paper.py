@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from provgen.run_folder import RunFolder
+from provgen.run import RunFolder
 from provgen.settings_file import load_settings
 
 SMALL = """

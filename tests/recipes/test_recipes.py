@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from provgen import cli
 from provgen.data.images import read_image
-from provgen.report.exports import read_parts
-from provgen.run_folder import RunFolder
+from provgen.run import RunFolder
 from provgen.settings_file import load_settings
-from provgen.training.tracking import read_metrics
+from provgen.tracing.records import read_parts
+from provgen.training.logging import read_metrics
 
 FINISHED_FILES = {
     "config.yaml", "manifest.parquet", "metrics.jsonl", "checkpoints", "pipeline", "tensorboard",

@@ -5,11 +5,12 @@ import shutil
 import pytest
 import torch
 
-from provgen import build, evaluation, retraining, runs
+from provgen import build, evaluation
 from provgen.data.splits import subset_masks
-from provgen.parts import Part
-from provgen.retrained_files import RetrainedFolder, _rectangle
-from provgen.run_folder import RunFolder
+from provgen.run import RunFolder
+from provgen.studies.faithfulness import retraining
+from provgen.studies.faithfulness.retraining import RetrainedFolder, _rectangle
+from provgen.studies.jobs import Part
 
 ASKED = ("--num-subsets", 3, "--seeds", 2, "--num-queries", 3)
 
@@ -28,7 +29,7 @@ def retrained(root, run_recipe):
 
 def test_every_model_is_there_with_a_loss_for_every_query(retrained, root):
     found = retrained.load()
-    data = runs.open_data(runs.load_settings(root / "config.yaml", []), RunFolder(root))
+    data = build.open_data(build.load_settings(root / "config.yaml", []), RunFolder(root))
     expected = subset_masks(data.train.labels, num_subsets=3, fraction=0.5, seed=0)
     assert torch.equal(found.masks, expected)
     for kind in ("generated", "holdout"):

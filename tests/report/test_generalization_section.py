@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.report.generalization_section import generalization_section, loss_ratios, plot_by_level
+from provgen.report.sections.generalization import generalization_section, loss_ratios, plot_by_level
 
 SEEN = torch.tensor([[1.0, 1.5, 2.0]] * 3)
 UNSEEN = 2 * SEEN

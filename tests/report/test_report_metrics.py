@@ -3,7 +3,7 @@
 import json
 import math
 
-from provgen.analysis.statistics import Estimate
+from provgen.metrics.statistics import Estimate
 from provgen.report.metrics import Metric, write_report_json
 
 

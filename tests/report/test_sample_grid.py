@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from provgen.errors import InputError
-from provgen.report.sample_grid import sample_grid
+from provgen.report.grid import sample_grid
 
 
 def flat(color, size=8):

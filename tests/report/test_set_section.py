@@ -2,9 +2,9 @@
 
 import pytest
 
-from provgen.analysis.set_measures import SetMeasure
-from provgen.analysis.statistics import Estimate
-from provgen.report.set_section import READ, plot_set_measures, set_section
+from provgen.metrics.set_measures import SetMeasure
+from provgen.metrics.statistics import Estimate
+from provgen.report.sections.sets import READ, plot_set_measures, set_section
 
 
 def around(value):

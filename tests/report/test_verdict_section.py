@@ -5,9 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from provgen.analysis.verdicts import KINDS, Evidence, Limits, Verdict
-from provgen.report.evidence_figure import PANELS, plot_evidence
-from provgen.report.verdict_section import gallery_rows, plot_verdicts, verdict_section, write_verdicts
+from provgen.metrics.verdicts import KINDS, Evidence, Limits, Verdict
+from provgen.report.sections.verdicts import (
+    PANELS,
+    gallery_rows,
+    plot_evidence,
+    plot_verdicts,
+    verdict_section,
+    write_verdicts,
+)
 
 NAMES = (
     "ratio",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from provgen.training.batches import BatchStream, fixed_batches, seeded_generator
+from provgen.data.random import seeded_generator
+from provgen.training.batches import BatchStream, fixed_batches
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from provgen import build, runs
-from provgen.run_folder import RunFolder
+from provgen import build
+from provgen.run import RunFolder
 from provgen.training.checkpoint import KEPT, list_checkpoints, resume_latest, save_checkpoint
 
 FINGERPRINT = "f" * 64
@@ -23,7 +23,7 @@ def start(accelerator, tiny_settings, tiny_data, tmp_path):
         settings = tiny_settings(*overrides)
         data = tiny_data
         if settings.provenance.coverage < 1:
-            data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+            data = build.open_data(settings, RunFolder(tmp_path / "none"))
         trainer = build.make_trainer(settings, data, accelerator)
         return trainer, build.make_batches(settings, data.train, accelerator)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from provgen.attribution.scores import entropy
 from provgen.models.index_heads import ClassIndependentHead
+from provgen.tracing.attribution import entropy
 from provgen.training.losses import index_loss
-from provgen.training.mixing import ClassMixing, NeighborMixing, nearest_neighbors
+from provgen.training.targets import ClassMixing, NeighborMixing, nearest_neighbors
 
 LABELS = torch.tensor([0, 0, 0, 1, 2, 2])
 """Three examples of class 0, one of class 1, and two without a class, of which there are two."""

@@ -5,8 +5,7 @@ import torch
 
 from provgen.data.images import to_unit_range
 from provgen.training.batches import BatchStream
-from provgen.training.mixing import ClassMixing
-from provgen.training.targets import MixedTargets, OneHotTargets, PosteriorTargets
+from provgen.training.targets import ClassMixing, MixedTargets, OneHotTargets, PosteriorTargets
 
 
 def rows_of(targets, batch, noisy, signal):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from provgen import build, evaluation, runs
+from provgen import build, evaluation
 from provgen.data.manifest import Manifest
-from provgen.run_folder import RunFolder
+from provgen.run import RunFolder
 from provgen.training.batches import BatchStream
 from provgen.training.trainer import MAX_GRADIENT_NORM
 
@@ -35,7 +35,7 @@ def train(new_accelerator, tiny_settings, tiny_data, tmp_path):
         accelerator = new_accelerator(settings.training.mixed_precision)
         data = tiny_data
         if settings.provenance.coverage < 1:
-            data = runs.open_data(settings, RunFolder(tmp_path / "none"))
+            data = build.open_data(settings, RunFolder(tmp_path / "none"))
         trainer = build.make_trainer(settings, data, accelerator)
         batches = build.make_batches(settings, data.train, accelerator)
         return trainer, [trainer.step(batches.batch(step), step) for step in range(steps)]

@@ -1,0 +1,111 @@
+"""A generator's own loss on given images with fixed noise, and how far it is from the closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+from provgen.data.random import Stream, seeded_generator
+from provgen.generators.closed_form import ClosedFormPosterior
+from provgen.generators.observers import Observer
+from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
+from provgen.training.batches import Batch, fixed_batches
+
+BATCH = 256
+"""Images at a time."""
+
+
+@torch.no_grad()
+def generator_losses(
+    observer: Observer,
+    network: ModelMixin,
+    images: ImageSet,
+    *,
+    noise_shape: tuple[int, ...],
+    draws: int,
+    seed: int,
+) -> Tensor:
+    """Loss of each image in every draw: squared error of the noise, or reconstruction and divergence of an autoencoder.
+
+    Timesteps are stratified over the schedule: draw d of an image falls into the d-th of `draws` equal parts.
+
+    Args:
+        observer: How the network is run.
+        network: Of the generator.
+        images: The queries, with the labels a denoiser is told.
+        noise_shape: Of one row of noise.
+        draws: Noise levels, or latents, per image.
+        seed: Of timesteps and noise; equal seeds give equal noise to every generator.
+
+    Returns:
+        (query, draw) on the CPU, from clean to noisy where there are noise levels.
+    """
+    generator = seeded_generator(seed, Stream.LOSS)
+    losses = torch.zeros(len(images), draws)
+    for draw in range(draws):
+        noise = randn_tensor(
+            (len(images), *noise_shape), generator=generator, dtype=torch.get_default_dtype()
+        )
+        places = draw + torch.rand(len(images), generator=generator, dtype=torch.float64)
+        batch = Batch(
+            indices=torch.arange(len(images)),
+            clean_images=to_unit_range(images.images),
+            noise=noise,
+            timesteps=(places * NUM_TRAIN_TIMESTEPS / draws).long(),
+            labels=images.labels,
+            clean_labels=images.labels,
+        )
+        for rows in torch.arange(len(images)).split(BATCH):
+            part = batch.select(rows).to(network.device)
+            losses[rows, draw] = observer.observe(network, part, shows_stages=False).loss.cpu()
+    return losses
+
+
+@torch.no_grad()
+def denoiser_divergence(
+    unet: UNet2DModel,
+    closed_form: ClosedFormPosterior,
+    scheduler: DDPMScheduler,
+    images: ImageSet,
+    *,
+    timesteps: Sequence[int],
+    seed: int,
+) -> Tensor:
+    """Give the divergence of the network's denoised images from the closed form's, at every level.
+
+    Denoising says that x_t is N(sqrt(a) x_0, (1 - a) I) of some x_0: the divergence of two such Gaussians is
+    a / (2 (1 - a)) |x_0 - x_0'|^2, which is half the squared distance of the two predicted noises. The closed form is
+    the denoiser of least loss on the training images, and generates nothing but them.
+
+    Args:
+        unet: The denoiser.
+        closed_form: Posterior over the training images, on any device.
+        scheduler: The forward process.
+        images: What is noised.
+        timesteps: Levels.
+        seed: Of the noise.
+
+    Returns:
+        Nats, (query, level) on the CPU.
+    """
+    shape = tuple(images.images.shape[1:])
+    batches = fixed_batches(images, torch.arange(len(images)), list(timesteps), noise_shape=shape, seed=seed)
+    found = []
+    for batch in batches:
+        batch = batch.to(unet.device)
+        labels, steps = batch.clean_labels, batch.timesteps
+        noisy = scheduler.add_noise(batch.clean_images, batch.noise, steps)
+        signal = scheduler.alphas_cumprod.to(unet.device)[steps]
+        asked = (given.to(closed_form.rows.device) for given in (noisy, signal, labels))
+        ideal = (closed_form.probs(*asked) @ closed_form.rows).view(noisy.shape).to(noisy.device)
+        level = signal.view(-1, 1, 1, 1)
+        ideal_noise = (noisy - level.sqrt() * ideal) / (1 - level).sqrt()
+        predicted = unet(noisy, steps, class_labels=labels).sample
+        found.append((predicted - ideal_noise).flatten(1).square().sum(dim=1).cpu() / 2)
+    return torch.stack(found, dim=1)

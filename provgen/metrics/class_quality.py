@@ -1,0 +1,160 @@
+"""Do the sources, and the class head, know the class of an image they are told nothing of?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from provgen.errors import InputError
+from provgen.metrics.statistics import Estimate, mean_estimate, proportion
+
+RETRIEVED = 5
+"""Examples looked at by the top-5 metrics; all of them in a smaller training set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassQuality:
+    """Class metrics, each beside what the closed form reaches on the same queries and what guessing reaches.
+
+    The closed form is a reference: a network may retrieve more of the class than it does. Only the accuracies on
+    noisy training images have it as their bound, in expectation, because its class posterior is Bayes' own there.
+    The bound that always holds is 1. Ties are broken at random: a query whose answer depends on them counts with
+    the probability of a hit.
+
+    A query that is itself a training image may retrieve itself, which makes its class certain; the index accuracy
+    of arXiv 2510.03361 counts that too. On held-out queries the same numbers say whether sources share meaning.
+    """
+
+    consistency_top1: Estimate
+    """Share of queries whose first source has their class."""
+    consistency_top1_closed_form: float
+    consistency_top1_null: float
+    """The same for one training example drawn at random."""
+    consistency_top5: Estimate
+    """Share of queries with their class among the first five sources."""
+    consistency_top5_closed_form: float
+    consistency_top5_null: float
+    """The same for five distinct training examples drawn at random (hypergeometric)."""
+    share_top5: Estimate
+    """Mean share of the first five sources that have the query's class."""
+    share_top5_closed_form: float
+    share_top5_null: float
+    exemplar_accuracy: Estimate
+    """Share of queries whose class has the largest posterior mass, summed over its examples (learned k-NN)."""
+    exemplar_accuracy_closed_form: float
+    exemplar_accuracy_null: float
+    """Share of the queries' most frequent class: no constant guess is better."""
+    class_accuracy: Estimate | None
+    """Share of queries for which the class head is right; None without one."""
+    class_accuracy_closed_form: float
+    """Of the closed-form kernel classifier: its `exemplar_accuracy`."""
+    class_accuracy_null: float
+
+    def as_row(self) -> dict[str, Any]:
+        """Give the metrics as a flat JSON-able dict; estimates become NAME, NAME_low and NAME_high."""
+        row: dict[str, Any] = {"n": self.consistency_top1.n}
+        for name, value in vars(self).items():
+            if isinstance(value, Estimate):
+                row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            else:
+                row[name] = value
+        return row
+
+
+def class_quality(
+    log_probs: Tensor,
+    closed_form: Tensor,
+    *,
+    train_labels: Tensor,
+    query_labels: Tensor,
+    class_logits: Tensor | None,
+    num_classes: int,
+) -> ClassQuality:
+    """Measure class metrics on queries that were shown under the null label.
+
+    The label `num_classes` stands for no class: such queries are not counted, such examples are of no class.
+
+    Args:
+        log_probs: Index log-probabilities of the network, (query, train).
+        closed_form: Closed-form logits of the same queries, (query, train); not probabilities, whose order is lost
+            where they underflow.
+        train_labels: int64 (train,).
+        query_labels: int64 (query,).
+        class_logits: Of the class head, (query, class); None without one.
+        num_classes: Number of classes.
+
+    Raises:
+        InputError: No query has a class.
+    """
+    rows = (query_labels < num_classes).nonzero().flatten()
+    if not len(rows):
+        raise InputError(
+            f"none of the {len(query_labels)} query images has a class; measure class metrics on labelled images"
+        )
+    labels, log_probs = query_labels[rows], log_probs[rows]
+    network = _measure(log_probs, log_probs.exp(), labels, train_labels, num_classes)
+    if class_logits is not None:
+        network["class_accuracy"] = _hits(class_logits[rows], _one_hot(labels, num_classes), 1)[0]
+    exact = closed_form[rows]
+    reference = _measure(exact, exact.softmax(dim=1), labels, train_labels, num_classes)
+    reference["class_accuracy"] = reference["exemplar_accuracy"]
+    guess = _retrieval(torch.zeros_like(log_probs), labels[:, None] == train_labels)
+    guess["exemplar_accuracy"] = guess["class_accuracy"] = (labels == labels.mode().values).double()
+    metrics: dict[str, Any] = {"class_accuracy": None}
+    metrics |= {name: _estimate(values) for name, values in network.items()}
+    metrics |= {f"{name}_closed_form": float(values.mean()) for name, values in reference.items()}
+    metrics |= {f"{name}_null": float(values.mean()) for name, values in guess.items()}
+    return ClassQuality(**metrics)
+
+
+def _measure(
+    scores: Tensor, probs: Tensor, labels: Tensor, train_labels: Tensor, num_classes: int
+) -> dict[str, Tensor]:
+    """Measure each query by its `scores` and `probs`, both (query, train): metric name to (query,)."""
+    # One column more for the examples without a class, which vote for none.
+    members = F.one_hot(train_labels, num_classes + 1)[:, :num_classes]
+    mass = probs @ members.to(probs.dtype)
+    measured = _retrieval(scores, labels[:, None] == train_labels)
+    measured["exemplar_accuracy"] = _hits(mass, _one_hot(labels, num_classes), 1)[0]
+    return measured
+
+
+def _retrieval(scores: Tensor, is_same: Tensor) -> dict[str, Tensor]:
+    """Look at the first sources of each query; `is_same` says which examples have its class, (query, train)."""
+    five = min(RETRIEVED, scores.shape[1])
+    top1, _ = _hits(scores, is_same, 1)
+    top5, share = _hits(scores, is_same, five)
+    return {"consistency_top1": top1, "consistency_top5": top5, "share_top5": share}
+
+
+def _hits(scores: Tensor, is_hit: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Look for hits among the k best of each row; both arguments (query, candidate).
+
+    Returns:
+        Probability of at least one hit and expected share of hits, (query,), with ties broken at random.
+    """
+    last = scores.topk(k, dim=1).values[:, -1:]
+    above, tied = scores > last, scores == last
+    places, sure = k - above.sum(dim=1), (above & is_hit).sum(dim=1)
+    candidates, good = tied.sum(dim=1).double(), (tied & is_hit).sum(dim=1)
+    # Hypergeometric: the tied candidates are drawn into the remaining places one after another.
+    miss = (sure == 0).double()
+    for drawn in range(k):
+        factor = (candidates - good - drawn).clamp_min(0) / (candidates - drawn)
+        miss = torch.where(drawn < places, miss * factor, miss)
+    return 1 - miss, (sure + places * good / candidates) / k
+
+
+def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    return F.one_hot(labels, num_classes).bool()
+
+
+def _estimate(values: Tensor) -> Estimate:
+    """Give the mean with an exact interval if every value is 0 or 1, bootstrapped otherwise."""
+    if ((values == 0) | (values == 1)).all():
+        return proportion(int(values.sum()), len(values))
+    return mean_estimate(values, seed=0)

@@ -1,0 +1,192 @@
+"""Is the generator copying? Distances to training images, the 1/3 rule, authenticity, and the test C_T."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
+from torch import Tensor
+
+from provgen.metrics.neighbors import Neighbors, nearest, nearest_others
+from provgen.metrics.statistics import Estimate, percentile_interval, proportion, share_above
+
+MEMORIZED = 1 / 3
+"""Distance ratio below which an image is a copy (Yoon et al. 2023)."""
+
+
+def distance_ratio(found: Neighbors) -> Tensor:
+    """Divide each query's distance to its nearest training image by that to the second nearest.
+
+    Args:
+        found: At least two neighbours of each query among distinct training images (`distinct_rows`).
+
+    Returns:
+        float64 (query,) in [0, 1]; 0 is an exact copy.
+    """
+    # Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023, arXiv 2310.02664.
+    return found.distances[:, 0] / found.distances[:, 1]
+
+
+def share_memorized(ratios: Tensor, threshold: float = MEMORIZED) -> Estimate:
+    """Give the share of `ratios` (query,) strictly below `threshold`: the 1/3 rule of Yoon et al. 2023.
+
+    Raises:
+        InputError: `ratios` is empty.
+    """
+    return proportion(int((ratios < threshold).sum()), len(ratios))
+
+
+def calibrated_distance(found: Neighbors) -> Tensor:
+    """Divide each query's distance to its nearest training image by half of its mean distance to all `found` ones.
+
+    Carlini et al. 2023 (arXiv 2301.13188), with the 50 nearest: 0 is a copy, 2 is equally far from all. There is
+    no threshold that holds everywhere: take a quantile of held-out images.
+
+    Returns:
+        float64 (query,) in [0, 2].
+    """
+    mean = found.distances.mean(dim=1)
+    return torch.where(mean > 0, 2 * found.distances[:, 0] / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0)
+
+
+def authenticity(found: Neighbors, distinct: Tensor) -> Estimate:
+    """Give the share of generated images that their nearest training image has a nearer neighbour than.
+
+    Alaa et al. 2022 (arXiv 2102.08921). Copies have 0. A perfect generator does not have 1/2: in d dimensions that are
+    locally uniform it has 1/3, 0.379, 0.407 for d = 1, 2, 3, of independent Gaussians 0.76 for d = 32; so read it
+    beside the share of held-out images.
+
+    Args:
+        found: Neighbours of the generated images among `distinct`.
+        distinct: Training images without exact duplicates (`distinct_rows`), (train, feature).
+    """
+    asked, place = found.indices[:, 0].unique(return_inverse=True)
+    among_training = nearest_others(distinct, asked, 1).distances[place, 0]
+    return proportion(int((among_training < found.distances[:, 0]).sum()), len(found.distances))
+
+
+def closer_to_train(found: Neighbors, generated: Tensor, holdout: Tensor) -> Estimate:
+    """Give the share of generated images that are nearer to a training image than to any held-out one.
+
+    A generator that has learned no more of the training images than of the held-out ones has N / (N + M), with N
+    training and M held-out images; a copier has 1. Ties count half, rounded down.
+
+    Args:
+        found: Neighbours of the generated images among the training images.
+        generated: (query, feature).
+        holdout: (query, feature).
+    """
+    to_train, to_holdout = found.distances[:, 0], nearest(generated, holdout, 1).distances[:, 0]
+    closer = int((to_train < to_holdout).sum()) + int((to_train == to_holdout).sum()) // 2
+    return proportion(closer, len(generated))
+
+
+NUM_CELLS = 3
+"""Parts of the space, as in dgm-eval and FLD."""
+
+MAX_FEATURES = 64
+"""Principal components that parts are found in."""
+
+FEWEST_GENERATED = 20
+"""Generated images that a part needs to be counted."""
+
+
+Sides = tuple[NDArray[np.float64], ...]
+"""Distances of generated and of held-out images to the nearest training image, each (query,)."""
+
+
+@dataclass(frozen=True)
+class DataCopying:
+    """C_T of Meehan et al. 2020 (arXiv 2004.05675): far below 0 is copying, far above is underfitting.
+
+    A generator that makes few kinds of images is far below 0 as well: read it beside recall and coverage.
+    """
+
+    statistic: Estimate
+    """C_T, with its bootstrap interval over generated and held-out images."""
+    null_deviation: float
+    """Standard deviation of C_T where generated and held-out images are alike, which is below 1."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a set of images lies, as seen from the training images."""
+
+    distances: Tensor
+    """To the nearest of them, float64 (query,)."""
+    cells: Tensor
+    """Part of the space, int64 (query,)."""
+
+
+def data_copying(generated: Placed, holdout: Placed, *, seed: int, resamples: int = 500) -> DataCopying:
+    """Test for data copying, cell by cell of the space.
+
+    Args:
+        generated: By the model.
+        holdout: Images that it has not seen.
+        seed: Of the bootstrap.
+        resamples: Of the bootstrap.
+
+    Where no cell has enough of both, the whole space is one cell.
+    """
+    cells = counted_cells(generated, holdout)
+    value, null_deviation = copying_statistic(cells)
+    random, draws = np.random.default_rng(seed), []
+    for _ in range(resamples):  # within cells, so that none is ever empty
+        again = [tuple(side[random.integers(len(side), size=len(side))] for side in cell) for cell in cells]
+        draws.append(copying_statistic(again)[0])
+    low, high = percentile_interval(np.array(draws))
+    return DataCopying(Estimate(value, low, high, len(generated.distances)), null_deviation)
+
+
+def counted_cells(generated: Placed, holdout: Placed) -> list[Sides]:
+    """Give the distances of both in every cell that holds enough generated images and a held-out one."""
+    sets = [(placed.distances.cpu().numpy(), placed.cells.cpu().numpy()) for placed in (generated, holdout)]
+    cells: list[Sides] = [
+        tuple(distances[of == cell] for distances, of in sets) for cell in np.unique(sets[1][1])
+    ]
+    enough = [cell for cell in cells if len(cell[0]) >= FEWEST_GENERATED]
+    return enough or [(sets[0][0], sets[1][0])]
+
+
+def copying_statistic(cells: Sequence[Sides]) -> tuple[float, float]:
+    """Give C_T and its deviation under the null from distances to the nearest training image, cell by cell."""
+    weights = np.array([len(theirs) for _, theirs in cells], dtype=np.float64)
+    weights /= weights.sum()
+    scores = np.array([rank_sum_score(mine, theirs) for mine, theirs in cells])
+    # A mean of independent standard normal scores has this deviation, and not 1.
+    return float(weights @ scores), float(np.sqrt(weights @ weights))
+
+
+def rank_sum_score(generated: NDArray[np.float64], holdout: NDArray[np.float64]) -> float:
+    """Give the standardised Mann-Whitney U of generated against held-out distances, with continuity correction."""
+    m, n = len(generated), len(holdout)
+    return (m * n * share_above(generated, holdout) - (m * n / 2 - 0.5)) / sqrt(m * n * (m + n + 1) / 12)
+
+
+class SpaceCells:
+    """Parts of the space, found by k-means on training images."""
+
+    def __init__(self, train: Tensor, *, seed: int, num_cells: int = NUM_CELLS) -> None:
+        """Divide the space of images (train, feature)."""
+        rows = _array(train)
+        steps: list[Any] = [KMeans(min(num_cells, len(rows)), n_init=3, random_state=seed)]
+        if rows.shape[1] > MAX_FEATURES:
+            steps.insert(0, PCA(min(MAX_FEATURES, len(rows)), random_state=seed))
+        self._steps = make_pipeline(*steps).fit(rows)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Give the cell of every image (query, feature), int64 (query,)."""
+        return torch.from_numpy(self._steps.predict(_array(images)).astype(np.int64))
+
+
+def _array(images: Tensor) -> NDArray[np.float32]:
+    return images.detach().cpu().float().numpy()

@@ -1,0 +1,177 @@
+"""How two sets of images differ: Frechet and kernel distance, precision and recall, Vendi score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import t
+from torch import Tensor
+
+from provgen.errors import InputError
+from provgen.metrics.neighbors import nearest_others
+from provgen.metrics.statistics import Estimate, mean_estimate, proportion
+
+GROUPS = 10
+"""Of images left out in turn, for intervals."""
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Give the squared Frechet distance of Gaussians with the moments of two sets, each (query, feature).
+
+    Heusel et al. 2017 (arXiv 1706.08500), on whatever features are given. It is larger for fewer images.
+    """
+    means = [rows.double().mean(dim=0) for rows in (first, second)]
+    roots = [
+        rows.double().sub(mean) / (len(rows) - 1) ** 0.5
+        for rows, mean in zip((first, second), means, strict=True)
+    ]
+    # The trace of (C1 C2)^(1/2), with C = R^T R, is the sum of the singular values of R1 R2^T, the roots of the
+    # eigenvalues of its product with itself; also where a set spans less than all features.
+    common = _triangle(roots[0]) @ _triangle(roots[1]).T
+    trace = torch.linalg.eigvalsh(common @ common.T).clamp_min(0).sqrt().sum()
+    spread = sum(root.square().sum() for root in roots)
+    return float((means[0] - means[1]).square().sum() + spread - 2 * trace)
+
+
+def _triangle(rows: Tensor) -> Tensor:
+    """Give R with R^T R = rows^T rows and no more rows than features."""
+    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """Give the unbiased squared kernel distance of two sets, each (query, feature), which may be below 0.
+
+    Binkowski et al. 2018 (arXiv 1801.01401): the kernel is (<x, y> / d + 1)^3.
+    """
+    within = [_kernel_sum(rows, rows, same=True) / (len(rows) * (len(rows) - 1)) for rows in (first, second)]
+    between = _kernel_sum(first, second, same=False) / (len(first) * len(second))
+    return float(sum(within) - 2 * between)
+
+
+def _kernel_sum(first: Tensor, second: Tensor, *, same: bool, chunk_size: int = 1024) -> float:
+    total = 0.0
+    for number, some in enumerate(first.double().split(chunk_size)):
+        values = (some @ second.double().T / second.shape[1] + 1) ** 3
+        total += float(values.sum())
+        if same:
+            total -= float(values.diagonal(number * chunk_size).sum())
+    return total
+
+
+def vendi_score(images: Tensor) -> float:
+    """Give the effective number of different images, (query, feature), by the cosines between them.
+
+    Friedman and Dieng 2023 (arXiv 2210.02410): 1 for copies of one image, n for n orthogonal ones.
+    """
+    directions = torch.nn.functional.normalize(images.double(), dim=1)
+    # The smaller of the two products of a matrix with itself has the same eigenvalues above 0.
+    if len(directions) > directions.shape[1]:
+        directions = directions.T
+    return effective_number(directions @ directions.T / len(images))
+
+
+def effective_number(similarities: Tensor) -> float:
+    """Give the exponential of the entropy of the eigenvalues of a positive semidefinite matrix with trace 1."""
+    values = torch.linalg.eigvalsh(similarities).clamp_min(0)
+    return float(torch.special.entr(values).sum().exp())
+
+
+def with_interval(measure: Callable[..., float], *sets: Tensor, seed: int = 0) -> Estimate:
+    """Measure sets of images, and give the 95 % interval of a jackknife over random groups of each set.
+
+    Resampling with replacement would add copies, which is what these measures find.
+
+    Args:
+        measure: Gives a number for the sets.
+        sets: (query, feature) each.
+        seed: Of the groups.
+
+    Raises:
+        InputError: A set has fewer images than there are groups.
+    """
+    if min(len(rows) for rows in sets) < 2 * GROUPS:
+        raise InputError(f"an interval needs {2 * GROUPS} images of each kind, got {min(map(len, sets))}")
+    generator = torch.Generator().manual_seed(seed)
+    groups = [torch.randperm(len(rows), generator=generator).to(rows.device) % GROUPS for rows in sets]
+    left = [
+        measure(*(rows[of != group] for rows, of in zip(sets, groups, strict=True)))
+        for group in range(GROUPS)
+    ]
+    value = measure(*sets)
+    margin = float(t.ppf(0.975, GROUPS - 1)) * _jackknife_error(left)
+    return Estimate(value, value - margin, value + margin, min(len(rows) for rows in sets))
+
+
+def _jackknife_error(left: Sequence[float]) -> float:
+    return float(np.sqrt((len(left) - 1) * np.var(left)))
+
+
+CHUNK = 1024
+"""Rows of either set whose distances are in memory at a time."""
+
+
+ROUNDING = 1e-12
+"""Of squared distances, relative to squared lengths: what is nearer than this to the border of a ball is on it."""
+
+
+class PrecisionRecall(NamedTuple):
+    """Kynkaanniemi et al. 2019 (arXiv 1904.06991) and Naeem et al. 2020 (arXiv 2002.09797)."""
+
+    precision: Estimate
+    """Share of generated images inside a ball of a reference image, as far as its k-th nearest other."""
+    recall: Estimate
+    """Share of reference images inside such a ball of a generated image."""
+    density: Estimate
+    """Balls of reference images around a generated one, in units of k; 1 on average where both are alike."""
+    coverage: Estimate
+    """Share of reference images whose ball holds a generated image."""
+
+
+def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5, seed: int = 0) -> PrecisionRecall:
+    """Compare two sets of images. Balls are open, and hold copies of their centre even where they have no radius.
+
+    Args:
+        generated: (query, feature).
+        reference: Real images, (query, feature).
+        k: Neighbours that a ball reaches to.
+        seed: Of the bootstrap interval of the density; shares have Clopper-Pearson intervals.
+
+    Raises:
+        InputError: A set has no more than k images.
+    """
+    if min(len(generated), len(reference)) <= k:
+        raise InputError(
+            f"balls of {k} neighbours need more than {k} images, got {len(generated)} and {len(reference)}"
+        )
+    own, theirs = (
+        nearest_others(rows, torch.arange(len(rows), device=rows.device), k).distances[:, -1].square()
+        for rows in (generated, reference)
+    )
+    balls, is_recalled, is_covered = (
+        [],
+        torch.zeros(len(reference), dtype=torch.bool, device=reference.device),
+        [],
+    )
+    for some, radii in zip(generated.split(CHUNK), own.split(CHUNK), strict=True):
+        distances, rounding = _squared_distances(some.double(), reference.double())
+        is_copy = distances <= rounding
+        inside = (distances < theirs - rounding) | is_copy
+        balls.append(inside.sum(dim=1))
+        is_covered.append(inside.any(dim=0))
+        is_recalled |= ((distances < radii[:, None] - rounding) | is_copy).any(dim=0)
+    found = torch.cat(balls)
+    return PrecisionRecall(
+        precision=proportion(int((found > 0).sum()), len(generated)),
+        recall=proportion(int(is_recalled.sum()), len(reference)),
+        density=mean_estimate(found / k, seed=seed),
+        coverage=proportion(int(torch.stack(is_covered).any(dim=0).sum()), len(reference)),
+    )
+
+
+def _squared_distances(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Give squared distances of rows by one product, and by how much they may be wrong, both (first, second)."""
+    lengths = first.square().sum(dim=1)[:, None] + second.square().sum(dim=1)
+    return lengths - 2 * first @ second.T, ROUNDING * lengths

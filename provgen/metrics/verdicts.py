@@ -1,0 +1,217 @@
+"""What a sample is, and why: copy, near copy, unsupported, blend of few, or novel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from provgen.metrics.copying import MEMORIZED, calibrated_distance, distance_ratio
+from provgen.metrics.neighbors import distinct_rows, nearest
+
+GRID = 4
+"""An image is cut into GRID x GRID parts, or a few more where its size is no multiple."""
+
+SAME = 0.1
+"""Root mean squared difference, on a range of 2, by which a part may be farther than the nearest one and still be
+explained as well."""
+
+COMMON = 0.05
+"""Share of the training images (but at least two) that may explain a part; one that more explain, such as an empty
+corner, says nothing."""
+
+MAX_BYTES = 256 * 2**20
+"""Of the (query, train, part) array that is held at once."""
+
+
+def patch_share(images: Tensor, train: Tensor) -> Tensor:
+    """Give the largest share of an image's telling parts that one training image explains.
+
+    A training image explains a part if the same part of no other is nearer by more than `SAME`. Copies have 1, also
+    where some parts are changed but little else is near; an image put together from several has less. An image without
+    any telling part has NaN.
+
+    Args:
+        images: In [-1, 1], (query, channel, height, width).
+        train: Without exact duplicates, (train, channel, height, width).
+
+    Returns:
+        float64 (query,) in (0, 1], or NaN.
+    """
+    theirs = _parts(train)
+    size = max(1, MAX_BYTES // (4 * len(train) * theirs.shape[1]))
+    return torch.cat([_share(_parts(some), theirs) for some in images.split(size)])
+
+
+def _share(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Do it for parts (query, part, feature) and (train, part, feature)."""
+    distances = torch.stack(
+        [torch.cdist(mine[:, p], theirs[:, p]) / mine.shape[2] ** 0.5 for p in range(mine.shape[1])], dim=2
+    )
+    explains = distances <= distances.amin(dim=1, keepdim=True) + SAME
+    tells = explains.sum(dim=1) <= max(2, COMMON * explains.shape[1])
+    explained = (explains & tells[:, None]).sum(dim=2).amax(dim=1)
+    count = tells.sum(dim=1)
+    return torch.where(count > 0, explained / count.clamp_min(1), torch.nan).double()
+
+
+def _parts(images: Tensor) -> Tensor:
+    """Cut images into parts, (image, part, feature); what is left over at the border belongs to no part."""
+    size = max(1, images.shape[-1] // GRID)
+    return F.unfold(images.float(), size, stride=size).transpose(1, 2)
+
+
+Kind = Literal["copy", "near copy", "unsupported", "blend of few", "novel"]
+KINDS: tuple[Kind, ...] = ("copy", "near copy", "unsupported", "blend of few", "novel")
+
+TAIL = 0.01
+"""Share of held-out images that may lie beyond a threshold."""
+
+FEWEST_HELD_OUT = 40
+"""Held-out images from which on limits are read; half of them are judged by these."""
+
+FEW = 4.0
+"""Effective number of sources up to which an image is a blend of few."""
+
+NEIGHBORS = 50
+"""Of the calibrated distance, as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of images, each (query,)."""
+
+    ratio: Tensor
+    """Distance to the nearest training image over that to the second nearest."""
+    calibrated: Tensor
+    """Distance to the nearest over half the mean distance to the 50 nearest."""
+    distance: Tensor
+    """To the nearest training image, root mean squared over pixels in [-1, 1]."""
+    patches: Tensor
+    """Largest share of telling parts that one training image explains; NaN where no part tells."""
+    sources: Tensor
+    """Exponential of the posterior's entropy: the effective number of sources."""
+    late_entropy: Tensor
+    """Of the posterior at the cleanest traced level, in nats."""
+    of_class: Tensor
+    """Posterior of the class that was asked for, by a network that is not told it; 1 where none was asked for."""
+    top: Tensor
+    """Posterior of the most probable source."""
+    agreement: Tensor
+    """Share of the network's most probable sources that are the closed form's as well."""
+
+    def __len__(self) -> int:
+        return len(self.ratio)
+
+    def select(self, rows: Tensor | slice) -> Evidence:
+        """Keep the evidence on some images."""
+        return Evidence(**{name: values[rows] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What held-out images hardly ever go beyond."""
+
+    calibrated: float
+    """Least calibrated distance."""
+    distance: float
+    """Largest distance."""
+    sources: float
+    """Largest effective number of sources."""
+    of_class: float
+    """Least posterior of the own class."""
+    n: int
+    """Held-out images that they were read off: of fewer than 100, one is beyond each limit more often than TAIL."""
+
+    @classmethod
+    def of(cls, holdout: Evidence) -> Limits:
+        """Read them off held-out images, which no generator has seen."""
+        return cls(
+            calibrated=float(holdout.calibrated.quantile(TAIL, interpolation="lower")),
+            distance=float(holdout.distance.quantile(1 - TAIL, interpolation="higher")),
+            sources=float(holdout.sources.quantile(1 - TAIL, interpolation="higher")),
+            of_class=float(holdout.of_class.double().quantile(TAIL, interpolation="lower")),
+            n=len(holdout),
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one image is, and why."""
+
+    kind: Kind
+    reason: str
+
+
+def gather_evidence(
+    images: Tensor,
+    train: Tensor,
+    *,
+    entropy: Tensor,
+    late_entropy: Tensor,
+    of_class: Tensor,
+    top: Tensor,
+    agreement: Tensor,
+) -> Evidence:
+    """Compare images with the training images.
+
+    Args:
+        images: In [-1, 1], (query, channel, height, width).
+        train: (train, channel, height, width).
+        entropy: Of the traced posteriors in nats, (query,).
+        late_entropy: At the cleanest traced level in nats, (query,).
+        of_class: Posterior of the class asked for, (query,); 1 where no class was.
+        top: Posterior of the most probable source, (query,).
+        agreement: Share of sources that another tracer names as well, (query,).
+    """
+    distinct = distinct_rows(train.flatten(1))
+    found = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
+    return Evidence(
+        ratio=distance_ratio(found),
+        calibrated=calibrated_distance(found),
+        distance=found.distances[:, 0] / distinct.shape[1] ** 0.5,
+        patches=patch_share(images, distinct.view(-1, *train.shape[1:])),
+        sources=entropy.double().exp(),
+        late_entropy=late_entropy,
+        of_class=of_class,
+        top=top,
+        agreement=agreement,
+    )
+
+
+def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
+    """Judge every image; the first rule that applies holds."""
+    return [_verdict(evidence, limits, query) for query in range(len(evidence))]
+
+
+def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
+    ratio, calibrated, distance, patches, sources, of_class, agreement = (
+        float(getattr(evidence, name)[query])
+        for name in ("ratio", "calibrated", "distance", "patches", "sources", "of_class", "agreement")
+    )
+    if ratio < MEMORIZED:
+        return Verdict("copy", f"nearest training image at {ratio:.2f} of the distance of the second")
+    parts = "" if isnan(patches) else f", {patches:.0%} of its parts from one image"
+    if calibrated < limits.calibrated:
+        return Verdict(
+            "near copy",
+            f"calibrated distance {calibrated:.2f}, of held-out images {limits.calibrated:.2f}{parts}",
+        )
+    if distance > limits.distance:
+        return Verdict(
+            "unsupported",
+            f"no training image within {distance:.2f}, of held-out images {limits.distance:.2f}",
+        )
+    if sources > limits.sources:
+        return Verdict(
+            "unsupported", f"spread over {sources:.0f} sources, held-out images over {limits.sources:.0f}"
+        )
+    if of_class < limits.of_class:
+        return Verdict("unsupported", f"its sources are of the class asked for with {of_class:.0%} only")
+    reason = f"{sources:.1f} sources{parts}, {agreement:.0%} of the strongest are the closed form's too"
+    return Verdict("blend of few" if sources <= FEW else "novel", reason)

@@ -1,0 +1,210 @@
+"""One picture of samples with their sources: what a trace looks like at a glance."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import ceil
+from typing import Any
+
+import torch
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from provgen.data.dataset import ImageSet
+from provgen.data.images import read_image, to_pil
+from provgen.data.manifest import Manifest
+from provgen.errors import InputError
+from provgen.run import RunFolder
+from provgen.tracing.records import group_traces
+
+# Lengths in pixels.
+_LEAST_TILE = 56
+_FONT_SIZE = 13
+_LINE = 16
+_SPACE = 8
+_MARGIN = 16
+_INK, _FAINT, _OUTLINE = "#222222", "#666666", "#cccccc"
+
+# More samples than this take two columns.
+_ONE_COLUMN = 16
+
+
+def sample_grid(
+    samples: Sequence[Image.Image],
+    sources: Sequence[Sequence[Image.Image]],
+    captions: Sequence[Sequence[str]],
+    sample_captions: Sequence[str],
+) -> Image.Image:
+    """Draw one row per sample: the sample, a gap, then its sources; more than 16 rows take two columns.
+
+    Small images are enlarged by a whole factor without smoothing, so that their pixels stay what they are.
+
+    Args:
+        samples: One generated image per row.
+        sources: Training images of each sample, strongest first; rows may differ in length.
+        captions: The text under each source, such as its weight; a newline breaks it.
+        sample_captions: The text under each sample, such as its class.
+
+    Raises:
+        InputError: There are no samples.
+    """
+    if not samples:
+        raise InputError("cannot draw a grid of 0 samples; generate at least 1")
+    tiles = [_enlarged(image) for image in samples]
+    source_tiles = [[_enlarged(image) for image in images] for images in sources]
+    sample_cell = _fitting_cell(tiles, sample_captions)
+    source_cell = _fitting_cell(list(chain(tiles, *source_tiles)), list(chain(*captions)))
+    rows = [
+        _beside([_captioned(sample_cell, tile, title), _strip(source_cell, images, texts)], gap=_MARGIN)
+        for tile, title, images, texts in zip(tiles, sample_captions, source_tiles, captions, strict=True)
+    ]
+    per_column = len(rows) if len(rows) <= _ONE_COLUMN else ceil(len(rows) / 2)
+    columns = [
+        _below([_headings(sample_cell), *rows[start : start + per_column]])
+        for start in range(0, len(rows), per_column)
+    ]
+    return _with_margin(_beside(columns, gap=3 * _MARGIN))
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What the cells of the samples, or those of the sources, have in common; lengths in pixels."""
+
+    width: int
+    tile_height: int
+    caption_height: int
+    font: ImageFont.FreeTypeFont
+
+
+def _fitting_cell(tiles: Sequence[Image.Image], texts: Sequence[str]) -> _Cell:
+    """Fit the cell to the largest tile and the longest caption, but no wider than twice the tile."""
+    # The font of the figures; it comes with matplotlib.
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", _FONT_SIZE)
+    tile_width = max(tile.width for tile in tiles) + 2
+    text_width = max((ceil(font.getlength(line)) for text in texts for line in text.split("\n")), default=0)
+    return _Cell(
+        width=max(tile_width, min(text_width, 2 * tile_width)),
+        tile_height=max(tile.height for tile in tiles) + 2,
+        caption_height=_LINE * max((len(text.split("\n")) for text in texts), default=0) + _SPACE,
+        font=font,
+    )
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """Enlarge by a whole factor until the shorter side has the least tile's length."""
+    factor = ceil(_LEAST_TILE / min(image.size))
+    size = (image.width * factor, image.height * factor)
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def _strip(cell: _Cell, tiles: Sequence[Image.Image], texts: Sequence[str]) -> Image.Image:
+    """Draw the sources of one sample side by side; without any, nothing."""
+    cells = [_captioned(cell, tile, text) for tile, text in zip(tiles, texts, strict=True)]
+    return _beside(cells, gap=_SPACE) if cells else Image.new("RGB", (0, 0))
+
+
+def _captioned(cell: _Cell, tile: Image.Image, text: str) -> Image.Image:
+    """Draw a tile with a thin outline and its caption below, both centred in a cell."""
+    picture = Image.new("RGB", (cell.width, cell.tile_height + cell.caption_height), "white")
+    draw = ImageDraw.Draw(picture)
+    left = (cell.width - tile.width) // 2
+    draw.rectangle((left - 1, 0, left + tile.width, tile.height + 1), outline=_OUTLINE)
+    picture.paste(tile, (left, 1))
+    lines = "\n".join(_shortened(line, cell) for line in text.split("\n"))
+    place = (cell.width / 2, tile.height + 4)
+    draw.multiline_text(place, lines, _INK, cell.font, anchor="ma", align="center", spacing=1)
+    return picture
+
+
+def _shortened(line: str, cell: _Cell) -> str:
+    """Cut a line that is wider than its cell, and say so with an ellipsis."""
+    if cell.font.getlength(line) <= cell.width:
+        return line
+    ends = range(len(line))
+    fitting = bisect_right(ends, cell.width, key=lambda end: ceil(cell.font.getlength(f"{line[:end]}…")))
+    return f"{line[: max(0, fitting - 1)]}…"
+
+
+def _headings(cell: _Cell) -> Image.Image:
+    sources = "sources, strongest first"
+    left = cell.width + _MARGIN
+    picture = Image.new("RGB", (left + ceil(cell.font.getlength(sources)), _LINE + _SPACE // 2), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((0, 0), _shortened("sample", cell), _FAINT, cell.font)
+    draw.text((left, 0), sources, _FAINT, cell.font)
+    return picture
+
+
+def _beside(pictures: Sequence[Image.Image], *, gap: int) -> Image.Image:
+    """Join pictures from left to right, aligned at their tops."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    page = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        page.paste(picture, (left, 0))
+        left += picture.width + gap
+    return page
+
+
+def _below(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Join pictures from top to bottom, aligned at their left edges."""
+    size = (max(picture.width for picture in pictures), sum(picture.height for picture in pictures))
+    page = Image.new("RGB", size, "white")
+    top = 0
+    for picture in pictures:
+        page.paste(picture, (0, top))
+        top += picture.height
+    return page
+
+
+def _with_margin(picture: Image.Image) -> Image.Image:
+    page = Image.new("RGB", (picture.width + 2 * _MARGIN, picture.height + 2 * _MARGIN), "white")
+    page.paste(picture, (_MARGIN, _MARGIN))
+    return page
+
+
+def draw_samples(
+    folder: RunFolder,
+    samples: Sequence[Mapping[str, Any]],
+    traces: Sequence[Mapping[str, Any]],
+    train: ImageSet,
+    captions: Sequence[str] | None = None,
+) -> Image.Image:
+    """Draw samples with their sources, each source with its class and weight.
+
+    Args:
+        folder: Where the PNGs lie.
+        samples: Rows of `samples/`.
+        traces: Rows of `traces/`, sorted by sample and rank.
+        train: The training images.
+        captions: What stands under each sample; its class without them.
+    """
+    groups = group_traces(traces)
+    rows = [groups[sample["sample"]] for sample in samples]
+    return sample_grid(
+        [Image.open(folder.root / sample["path"]) for sample in samples],
+        [[to_pil(train.images[source["example_index"]]) for source in row] for row in rows],
+        [[_source_caption(source, train) for source in row] for row in rows],
+        captions or [_class_name(sample["class_label"], train) for sample in samples],
+    )
+
+
+def load_pixels(folder: RunFolder, samples: Sequence[Mapping[str, Any]], manifest: Manifest) -> Tensor:
+    """Read the PNGs of samples as uint8 (sample, channel, height, width)."""
+    paths = [folder.root / sample["path"] for sample in samples]
+    images = [read_image(path, image_size=manifest.image_size, channels=manifest.channels) for path in paths]
+    return torch.stack(images)
+
+
+def _source_caption(source: Mapping[str, Any], train: ImageSet) -> str:
+    name = _class_name(int(train.labels[source["example_index"]]), train)
+    percent = f"{100 * source['weight']:.0f} %"
+    return f"{name}\n{percent}" if name else percent
+
+
+def _class_name(label: int | None, train: ImageSet) -> str:
+    return "" if label is None or label >= train.num_classes else train.class_names[label]

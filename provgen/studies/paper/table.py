@@ -1,0 +1,177 @@
+"""The table of variants: rows of runs to Markdown, mean and interval over seeds, and to Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from provgen.metrics.statistics import mean_over_seeds
+
+SCHEMA_VERSION = "1"
+
+Row = Mapping[str, Any]
+
+SHARE, NATS, LOSS, COUNT, SMALL = ".3f", ".3f", ".5f", ",.0f", ".2f"
+
+
+@dataclass(frozen=True)
+class MetricLook:
+    """How a metric is called and written."""
+
+    title: str
+    unit: str
+    format: str
+    stem: str | None = None
+    """What the endings of `BOUNDS` are attached to; None for its own name."""
+    null: str = "guessing"
+    """What its null is."""
+
+
+METRICS = {
+    "index_top1": MetricLook("index top-1", "share of training images", SHARE),
+    "index_top5": MetricLook("index top-5", "share of training images", SHARE),
+    "cross_entropy": MetricLook("cross-entropy of the index", "nats", NATS),
+    "kl_gap": MetricLook("KL gap, no label given", "nats", NATS),
+    "kl_gap_labelled": MetricLook("KL gap, label given", "nats", NATS),
+    "beam_recall10": MetricLook("beam recall@10", "share of the exhaustive answer", SHARE),
+    "steps_to_gap_half": MetricLook("steps to a gap of 0.5 nats", "optimiser steps", COUNT),
+    "consistency_top1": MetricLook("class consistency top-1", "share of held-out images", SHARE),
+    "consistency_top5": MetricLook("class consistency top-5", "share of held-out images", SHARE),
+    "share_top5": MetricLook("first five sources of the class", "share of sources", SHARE),
+    "exemplar_accuracy": MetricLook("class read off the exemplars", "accuracy, held-out images", SHARE),
+    "class_accuracy": MetricLook("class head", "accuracy, held-out images", SHARE),
+    "holdout_loss": MetricLook("generator's loss, held-out", "loss", LOSS),
+    "train_loss": MetricLook("generator's loss, training", "loss", LOSS),
+    "share_memorized": MetricLook("share memorized", "share of samples", SHARE, null="held-out images"),
+    "nearest_distance": MetricLook(
+        "distance to nearest training image", "Euclidean, pixels in [-1, 1]", SMALL, null="held-out images"
+    ),
+    "confidence_realism": MetricLook(
+        "confidence with realism", "Spearman's correlation", SMALL, null="held-out images"
+    ),
+    "linear_probe_accuracy": MetricLook(
+        "linear probe, generator's features", "accuracy, held-out images", SHARE, "linear_probe"
+    ),
+    "linear_probe_own_accuracy": MetricLook(
+        "linear probe, index features", "accuracy, held-out images", SHARE, "linear_probe"
+    ),
+    "generator_parameters": MetricLook("generator", "parameters", COUNT),
+    "provenance_parameters": MetricLook("provenance network", "parameters", COUNT),
+    "index_head_parameters": MetricLook("index head", "parameters", COUNT),
+    "training_megabytes": MetricLook("memory of a training step", "MB", ".1f"),
+    "step_ms": MetricLook("training step", "ms", ".1f"),
+    "step_ratio": MetricLook("step time, with / without provenance", "ratio", SMALL),
+    "coverage": MetricLook("coverage", "share of training images", SHARE),
+}
+"""Metrics that experiments may show; docs/metrics.md says what they are."""
+
+BOUNDS = {
+    "_ceiling": "best possible",
+    "_closed_form": "closed form",
+    "_null": "guessing",
+    "_alone": "generator alone",
+}
+"""What stands beside a metric: ending of its name, and how it is called."""
+
+
+def with_ratios(row: Row) -> dict[str, Any]:
+    """Add the ratio of step times; both were measured in turn, so it drifts less than either."""
+    together, alone = row.get("step_ms"), row.get("step_ms_alone")
+    return {**row, "step_ratio": together / alone if together and alone else None}
+
+
+def bounds_of(metric: str) -> dict[str, str]:
+    """Give what may stand beside a metric: column to what it is called."""
+    look = METRICS[metric]
+    titles = BOUNDS | {"_null": look.null}
+    return {f"{look.stem or metric}{ending}": title for ending, title in titles.items()}
+
+
+def group_by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Collect the seeds of each variant, in the order in which variants first appear."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
+    return groups
+
+
+def numbers_of(rows: Sequence[Row], column: str) -> list[float]:
+    """Take the values of a column that are there."""
+    return [float(row[column]) for row in rows if row.get(column) is not None]
+
+
+def markdown_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """Lay out one line per variant: every metric beside its bounds, mean and t interval over seeds.
+
+    Args:
+        rows: One per run, with `variant`, `seed` and metrics.
+        metrics: Which to show, in this order; those that no row has are left out, bounds too.
+    """
+    known = [metric for metric in metrics if numbers_of(rows, metric)]
+    columns = [column for metric in known for column in _columns(metric) if numbers_of(rows, column[0])]
+    lines = [["variant", "seeds", *(title for _, title, _ in columns)]]
+    lines.append(["---", *["---:"] * (len(columns) + 1)])
+    for variant, group in group_by_variant(rows).items():
+        cells = [_cell(numbers_of(group, name), len(group), form) for name, _, form in columns]
+        lines.append([variant, str(len(group)), *cells])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    note = "± is half the 95 % t interval over seeds; (k of n) counts the seeds that have the number at all."
+    return f"{text}\n\n{note}\n"
+
+
+def _columns(metric: str) -> list[tuple[str, str, str]]:
+    """List name, title and format of a metric and of what stands beside it."""
+    look = METRICS[metric]
+    named = {metric: look.title} | bounds_of(metric)
+    return [(name, title, look.format) for name, title in named.items()]
+
+
+def _cell(values: Sequence[float], seeds: int, form: str) -> str:
+    if not values:
+        return "-"
+    found = mean_over_seeds(values)
+    text = f"{found.value:{form}}"
+    # Parameters are the same for every seed; an interval would only be noise to the eye.
+    if max(values) - min(values) > 1e-9 * abs(found.value):
+        text += f" ± {found.high - found.value:{form}}"
+    return text if len(values) == seeds else f"{text} ({len(values)} of {seeds})"
+
+
+def positions(values: Sequence[Any]) -> dict[Any, float]:
+    """Place values on an axis: numbers where they are, anything else in the order of first appearance."""
+    different = list(dict.fromkeys(values))
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in different):
+        return {value: float(value) for value in sorted(different)}
+    return {value: float(place) for place, value in enumerate(different)}
+
+
+def short_key(key: str) -> str:
+    """Give the last part of a dotted key, as a reader would say it."""
+    return key.rpartition(".")[2].replace("_", " ")
+
+
+def text_of(value: Any) -> str:
+    """Write a value of a setting; null is the default that takes all there is."""
+    return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    """Write one row per run: every column that any row has, numbers of a column in one type."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    table = pa.table(columns).replace_schema_metadata({"schema_version": SCHEMA_VERSION})
+    pq.write_table(table, path)
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    there = [value for value in values if value is not None]
+    if any(isinstance(value, str) for value in there):
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
+    if there and all(isinstance(value, int) for value in there):
+        return pa.array(values)
+    return pa.array([None if value is None else float(value) for value in values], pa.float64())

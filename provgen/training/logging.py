@@ -1,0 +1,164 @@
+"""What is said of a training run: `metrics.jsonl`, a progress bar, and tables of index metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+# accelerate's registry of trackers wants a subclass; the method names are its own.
+from accelerate.tracking import GeneralTracker, on_main_process
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from provgen.errors import InputError
+from provgen.run import atomic_path
+from provgen.training.checkpoint import list_checkpoints
+
+
+class JsonLinesTracker(GeneralTracker):
+    """Appends scalars, and lists of row dicts, to a JSON-lines file."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path, *, start_step: int) -> None:
+        """Open `path` for appending; lines of later steps than `start_step`, left by a kill, are dropped."""
+        super().__init__()
+        self.path = path
+        self.start_step = start_step
+
+    @property
+    def tracker(self) -> Path:
+        """The file itself."""
+        return self.path
+
+    @on_main_process
+    def start(self) -> None:
+        """Drop what a killed run logged after its last checkpoint."""
+        kept = [row for row in read_metrics(self.path) if row["step"] <= self.start_step]
+        with atomic_path(self.path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Do nothing: the settings are in `config.yaml`."""
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics file; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # A complete file ends in a newline, so what follows the last one is a torn line.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+SHORT_NAMES = {
+    "denoising_loss": "denoise",
+    "reconstruction_loss": "reconstruct",
+    "latent_divergence": "divergence",
+    "index_loss": "index",
+    "class_loss": "class",
+}
+
+
+class TrainingProgress:
+    """Progress bar on a terminal; elsewhere a line for every twentieth of the run."""
+
+    def __init__(self, step: int, max_steps: int, *, is_shown: bool) -> None:
+        self.console = Console(quiet=not is_shown, width=None if is_shown and Console().is_terminal else 120)
+        self.max_steps = max_steps
+        self._next_line = 0
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not is_shown or not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=max_steps, completed=step, losses="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, losses: Mapping[str, float]) -> None:
+        """Show the losses at `step`."""
+        text = "  ".join(
+            f"{SHORT_NAMES[name]} {loss:.4f}" for name, loss in losses.items() if name in SHORT_NAMES
+        )
+        self._progress.update(self._task, completed=step, losses=text)
+        if not self.console.is_terminal and step >= self._next_line:
+            self._next_line = step + max(1, self.max_steps // 20)
+            self.say(f"step {step}/{self.max_steps}  {text}")
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """Print a table above the bar."""
+        self.console.print(table)
+
+
+def quality_table(rows: Sequence[Mapping[str, Any]], step: int) -> Table:
+    """Lay out index metrics as network/closed-form ceiling, labelled and null rows in columns of their own."""
+    kinds = sorted({str(row["rows"]) for row in rows})
+    title = f"index metrics at step {step}: network/closed-form ceiling; cross-entropy and gap in nats"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
+    table.add_column("a_t", justify="right")
+    for kind in kinds:
+        for heading in ("cross-entropy", "gap", "top-1", "top-5"):
+            table.add_column(f"{kind}\n{heading}", justify="right", no_wrap=True)
+    for signal in sorted({float(row["signal"]) for row in rows}):
+        level = {str(row["rows"]): row for row in rows if row["signal"] == signal}
+        table.add_row(f"{signal:.2f}", *[cell for kind in kinds for cell in _quality_cells(level[kind])])
+    return table
+
+
+def _quality_cells(row: Mapping[str, Any]) -> list[str]:
+    pairs = [f"{row[name]:.2f}/{row[f'{name}_ceiling']:.2f}" for name in ("cross_entropy", "top1", "top5")]
+    return [pairs[0], f"{row['kl_gap']:.3f}", *pairs[1:]]
+
+
+def check_finite(losses: Mapping[str, float], step: int, checkpoints: Path) -> None:
+    """Stop a run whose loss is lost, before anything of it is saved.
+
+    Raises:
+        InputError: A loss, or a gradient norm, is NaN or infinite.
+    """
+    bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
+    if bad:
+        saved = list_checkpoints(checkpoints)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+        raise InputError(
+            f"{bad[0]} is {losses[bad[0]]} at step {step}; {last}; lower training.learning_rate in a new output_dir"
+        )

@@ -1,0 +1,56 @@
+"""Kept predictions say of every subset what the scores say, to the last tie."""
+
+import pytest
+import torch
+
+from provgen.metrics.datamodeling import datamodeling_scores, predicted_outputs
+from provgen.studies.faithfulness.attributor import Cost
+from provgen.studies.faithfulness.comparison import Predictions, predict, trace_of
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    masks = torch.rand(9, 30, generator=torch.Generator().manual_seed(1)) < 0.5
+    masks[4] = masks[3]  # a tie
+    scores = rand(5, 30)
+    cost = Cost(fit_seconds=1.5, seconds_per_query=0.25, stored_bytes=7)
+    rows = [
+        predict(scores, masks, method="a", queries="holdout", setting="s", cost=cost),
+        predict(-scores, masks, method="b", queries="generated", setting="", cost=None),
+    ]
+    before = Predictions(rows=rows, calibration_subsets=4)
+    before.save(tmp_path / "predictions.parquet")
+    return scores, masks, before, Predictions.load(tmp_path / "predictions.parquet")
+
+
+def test_what_is_kept_is_what_was_said(kept):
+    _, _, before, after = kept
+    assert after.calibration_subsets == 4
+    for old, new in zip(before.rows, after.rows, strict=True):
+        assert torch.equal(old.ranks, new.ranks)
+        assert (old.method, old.queries, old.setting, old.cost) == (
+            new.method,
+            new.queries,
+            new.setting,
+            new.cost,
+        )
+    assert torch.equal(after.rows[0].ranks[:, 3], after.rows[0].ranks[:, 4])
+
+
+def test_ranks_give_the_correlation_of_the_scores_on_any_of_the_subsets(kept):
+    scores, masks, _, after = kept
+    some, outputs = torch.tensor([0, 3, 4, 6, 8]), rand(5, 5, seed=2)
+    expected = datamodeling_scores(predicted_outputs(scores, masks[some]), outputs)
+    found = datamodeling_scores(after.rows[0].ranks[:, some], outputs)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_trace_is_the_best_there_is():
+    names = dict.fromkeys(["random", "provenance network, noised"])
+    assert trace_of(names) == "provenance network, noised"
+    names |= dict.fromkeys(["provenance network, trajectory", "calibrated trace, noised"])
+    assert trace_of(names) == "calibrated trace, noised"

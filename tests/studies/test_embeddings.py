@@ -1,0 +1,52 @@
+"""Cosines of a denoiser's features: by hand, and without a batch that matters."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from provgen.data.images import to_unit_range
+from provgen.data.random import seeded_generator
+from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler, record_stages
+from provgen.studies.faithfulness.attributor import Queries
+from provgen.studies.faithfulness.baselines import EmbeddingCosine
+from provgen.tracing.diffusion_tracer import DiffusionTracer
+from provgen.tracing.noisy_queries import NoisyQueries
+
+
+@pytest.fixture(scope="module")
+def train(random_images):
+    return random_images(9, num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def denoiser(train, tiny_networks):
+    return tiny_networks(train)[0]
+
+
+def queries_of(images):
+    none = NoisyQueries(
+        images=images[None], timesteps=torch.zeros(1, dtype=torch.int64), signal=torch.ones(1)
+    )
+    return Queries(images=images, class_labels=torch.zeros(len(images), dtype=torch.int64), noisy=none)
+
+
+@torch.no_grad()
+def test_by_hand(train, denoiser):
+    scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
+    method = EmbeddingCosine(DiffusionTracer(denoiser, None, scheduler), torch.device("cpu"))
+    method.fit(train)
+    pixels = to_unit_range(train.images)
+    found = method.attribute(queries_of(pixels[[4, 1]])).of("")
+    timestep = (scheduler.alphas_cumprod - 0.9).abs().argmin()
+    level = scheduler.alphas_cumprod[timestep]
+    noise = torch.randn(1, 8, 8, generator=seeded_generator(0, 4, int(timestep)))
+    features = []
+    for image in pixels:
+        noisy = level.sqrt() * image + (1 - level).sqrt() * noise
+        with record_stages(denoiser) as stages:
+            denoiser(noisy[None], timestep, class_labels=torch.tensor([3]))
+        features.append(stages[-1].flatten())
+    expected = [[F.cosine_similarity(features[q], f, dim=0) for f in features] for q in (4, 1)]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    assert found.argmax(dim=1).tolist() == [4, 1]
+    assert method.kept().num_bytes == 4 * 9 * len(features[0])

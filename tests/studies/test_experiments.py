@@ -1,0 +1,261 @@
+"""Experiment files to runs: every combination once, names that make folders, mistakes in one line."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from provgen.run import RunFolder
+from provgen.settings_file import load_settings
+from provgen.studies.jobs import Part
+from provgen.studies.paper.experiments import Experiment, load_experiment
+from provgen.studies.paper.measurement import is_trained, read_measured, write_measured
+
+SMALL = """
+title: A title
+question: A question?
+config: digits
+settings:
+  generator.kind: none
+  training.max_steps: 600
+vary:
+  provenance.label_mixing: [0, 0.5]
+  provenance.shared_stages: [1, null]
+seeds: 2
+x: provenance.label_mixing
+lines: provenance.shared_stages
+figure: [index_top1]
+table: [index_top1, kl_gap]
+claims:
+  - {text: It falls., metric: index_top1, along: provenance.label_mixing, expected: falls, tolerance: 0.01}
+quick:
+  seeds: 1
+  settings: {training.max_steps: 9, training.warmup_steps: 2}
+  vary: {provenance.label_mixing: [0, 1], provenance.shared_stages: [null]}
+"""
+
+NAMED = """
+title: A title
+question: A question?
+config: digits
+variants:
+  none: {provenance.index_head: none}
+  stop-0.1: {provenance.gradient: stop, provenance.loss_weight: 1e-1}
+seeds: 1
+figure: [holdout_loss]
+table: [holdout_loss]
+"""
+
+
+@pytest.fixture
+def load_text(tmp_path, repository):
+    """Load an experiment from the text of its file."""
+
+    def load(text: str, **more) -> Experiment:
+        path = tmp_path / "given.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_experiment(path, repository / "recipes", **more)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def shipped(repository):
+    """Every shipped experiment, full and quick."""
+    files = sorted((repository / "recipes" / "paper").glob("*.yaml"))
+    assert len(files) == 10
+    return [
+        load_experiment(path, repository / "recipes", quick=quick)
+        for path in files
+        for quick in (False, True)
+    ]
+
+
+def test_every_combination_is_a_variant_and_every_seed_a_run(load_text, tmp_path):
+    runs = load_text(SMALL).runs()
+    assert [run.name for run in runs] == [
+        "given/label_mixing=0,shared_stages=1-seed0",
+        "given/label_mixing=0,shared_stages=all-seed0",
+        "given/label_mixing=0.5,shared_stages=1-seed0",
+        "given/label_mixing=0.5,shared_stages=all-seed0",
+        "given/label_mixing=0,shared_stages=1-seed1",
+        "given/label_mixing=0,shared_stages=all-seed1",
+        "given/label_mixing=0.5,shared_stages=1-seed1",
+        "given/label_mixing=0.5,shared_stages=all-seed1",
+    ]
+    assert runs[5].overrides(tmp_path) == [
+        "generator.kind=none",
+        "training.max_steps=600",
+        "provenance.label_mixing=0",
+        "provenance.shared_stages=null",
+        "training.seed=1",
+        f"output_dir={tmp_path}/given/label_mixing=0,shared_stages=all-seed1",
+    ]
+    assert runs[5].variant.values == {"provenance.label_mixing": 0.0, "provenance.shared_stages": None}
+
+
+def test_a_variant_that_leaves_a_varied_key_out_has_the_value_of_the_settings(load_text):
+    none, stop = load_text(NAMED).variants
+    assert none.values == {
+        "provenance.index_head": "none",
+        "provenance.gradient": "joint",
+        "provenance.loss_weight": 0.01,
+    }
+    assert list(stop.values.values()) == ["class_independent", "stop", 0.1]
+
+
+def test_named_variants_are_combined_with_varied_values(load_text):
+    both = load_text(f"{NAMED}vary: {{provenance.targets: [posterior, one_hot]}}\n")
+    names = [variant.name for variant in both.variants]
+    assert names == [f"{name},targets={t}" for name in ("none", "stop-0.1") for t in ("posterior", "one_hot")]
+    assert both.variants[3].settings.provenance.targets == "one_hot"
+    assert both.variants[3].settings.provenance.gradient == "stop"
+
+
+def test_quick_replaces_settings_one_by_one_and_the_rest_as_a_whole(load_text):
+    quick = load_text(SMALL, quick=True)
+    assert [run.name for run in quick.runs()] == [
+        "given/label_mixing=0,shared_stages=all-seed0",
+        "given/label_mixing=1,shared_stages=all-seed0",
+    ]
+    settings = quick.variants[0].settings
+    assert settings.generator.kind == "none"
+    assert (settings.training.max_steps, settings.training.warmup_steps) == (9, 2)
+    assert load_text(SMALL).variants[0].settings.training.max_steps == 600
+
+
+def test_settings_of_a_run_are_those_its_arguments_make(load_text, tmp_path):
+    for run in load_text(SMALL, overrides=["training.batch_size=7"]).runs()[1::3]:
+        assert run.settings(tmp_path) == load_settings(run.experiment.config, run.overrides(tmp_path))
+        assert run.settings(tmp_path).training.batch_size == 7
+
+
+def test_a_row_holds_what_the_run_is_and_its_metrics(load_text):
+    row = load_text(SMALL).runs()[4].row({"index_top1": 0.5})
+    assert row == {
+        "experiment": "given",
+        "variant": "label_mixing=0,shared_stages=1",
+        "seed": 1,
+        "provenance.label_mixing": 0.0,
+        "provenance.shared_stages": 1,
+        "index_top1": 0.5,
+    }
+
+
+def test_every_shipped_run_has_a_folder_of_its_own_with_a_safe_name(shipped):
+    for quick in (0, 1):
+        names = [run.name for chosen in shipped[quick::2] for run in chosen.runs()]
+        assert len({name.casefold() for name in names}) == len(names)
+        assert all(re.fullmatch(r"\w+/[\w.,=+-]{1,100}-seed\d", name, flags=re.ASCII) for name in names)
+
+
+def test_shipped_variants_differ_in_their_settings(shipped):
+    for chosen in shipped:
+        settings = [variant.settings for variant in chosen.variants]
+        assert len(set(settings)) == len(settings), chosen.name
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
+def test_parts_cover_every_run_exactly_once(count, shipped):
+    runs = [run for chosen in shipped[::2] for run in chosen.runs()]
+    parts = [Part(number, count).share(runs) for number in range(1, count + 1)]
+    names = [run.name for part in parts for run in part]
+    assert sorted(names) == sorted(run.name for run in runs)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_part_is_read_as_number_of_count(message_of):
+    assert Part.parse("2/3") == Part(2, 3)
+    for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2", ""):
+        assert text in message_of(Part.parse, text)
+
+
+MISTAKES = {
+    "unknown key": ("seeds: 2", "seed: 2", "did you mean seeds?"),
+    "missing key": ("title: A title\n", "", "title is missing"),
+    "unknown quick key": ("  seeds: 1\n", "  steps: 1\n", "quick.steps"),
+    "unknown setting": ("generator.kind: none", "generator.kid: none", "did you mean generator.kind?"),
+    "impossible setting": ("[0, 0.5]", "[0, 1.5]", "provenance.label_mixing must be in [0, 1]"),
+    "setting of the wrong type": ("[0, 0.5]", "[0, much]", "provenance.label_mixing"),
+    "values that are no list": ("[0, 0.5]", "0.5", "vary.provenance.label_mixing must be a list"),
+    "no values": ("[0, 0.5]", "[]", "vary.provenance.label_mixing must be a list"),
+    "the same value twice": ("[0, 0.5]", "[0.5, 0.5]", "two variants are named"),
+    "no seeds": ("seeds: 2", "seeds: 0", "seeds must be"),
+    "half a seed": ("seeds: 2", "seeds: 0.5", "seeds must be"),
+    "no such settings": ("config: digits", "config: digit", "digit.yaml"),
+    "unknown metric": ("[index_top1, kl_gap]", "[index_top1, kl_gaps]", "did you mean kl_gap?"),
+    "x that does not vary": ("x: provenance.label_mixing", "x: provenance.width", "provenance.width does not vary"),
+    "lines that mix": ("lines: provenance.shared_stages\n", "", "neither x nor in lines"),
+    "unknown claim key": ("expected: falls", "expects: falls", "did you mean expected?"),
+    "unknown direction": ("expected: falls", "expected: sinks", "rises, falls, flat"),
+    "negative tolerance": ("tolerance: 0.01", "tolerance: -1", "tolerance must be"),
+    "claim along what does not vary": ("along: provenance.label_mixing", "along: provenance.width", "does not vary"),
+    "claim about no variant": ("expected: falls", "where: {provenance.shared_stages: 3}, expected: falls", "where"),
+    "a section": ("generator.kind: none", "generator: {kind: none}", "settings.generator must be a single value"),
+    "a list as a value": ("[0, 0.5]", "[[0, 0.5]]", "vary.provenance.label_mixing must be a single value"),
+    "a setting of the driver": ("training.max_steps: 600", "training.seed: 600", "training.seed"),
+    "interpolation": ("generator.kind: none", "generator.kind: ${config}", "${config} is not allowed"),
+    "not YAML": ("vary:", "vary: [", "not valid YAML"),
+    "text instead of a number": ("title: A title", "title: [1]", "title must be text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_file(mistake, load_text, message_of):
+    old, new, expected = MISTAKES[mistake]
+    assert SMALL.count(old) >= 1
+    message = message_of(load_text, SMALL.replace(old, new, 1))
+    assert expected in message
+    assert "given.yaml" in message or expected == "digit.yaml"
+
+
+def test_names_of_variants_are_names_of_folders(load_text, message_of):
+    assert "'a/b'" in message_of(load_text, NAMED.replace("none:", "a/b:"))
+
+
+@pytest.mark.parametrize("override", ["provenance.label_mixing=1", "training.seed=3", "output_dir=x"])
+def test_what_differs_between_runs_cannot_be_set_for_all(override, load_text, message_of):
+    assert override.split("=")[0] in message_of(load_text, SMALL, overrides=[override])
+
+
+def test_a_missing_file_lists_those_that_there_are(repository, message_of):
+    folder = repository / "recipes" / "paper"
+    message = message_of(load_experiment, folder / "beta.yaml", repository / "recipes")
+    assert "beta.yaml" in message
+    assert "alpha, " in message
+
+
+def test_measured_numbers_are_read_back_and_infinite_ones_are_null(tmp_path, tiny_settings):
+    settings = tiny_settings()
+    assert read_measured(tmp_path, settings) is None
+    write_measured(tmp_path, settings, {"a": 0.1, "b": None, "c": 3, "d": math.nan, "e": -math.inf})
+    assert read_measured(tmp_path, settings) == {"a": 0.1, "b": None, "c": 3, "d": None, "e": None}
+    moved = replace(settings, output_dir="elsewhere", data=replace(settings.data, path="elsewhere"))
+    assert read_measured(tmp_path, moved) is not None
+    images = tiny_settings("data.source=folder", "data.path=elsewhere")
+    write_measured(tmp_path / "images", images, {"a": 1})
+    assert read_measured(tmp_path / "images", images) == {"a": 1}
+
+
+def test_what_another_version_or_other_settings_measured_does_not_count(tmp_path, tiny_settings):
+    write_measured(tmp_path, tiny_settings(), {"a": 0.1})
+    assert read_measured(tmp_path, tiny_settings("training.max_steps=21")) is None
+    content = json.loads((tmp_path / "measured.json").read_text())
+    (tmp_path / "measured.json").write_text(json.dumps(content | {"schema_version": 0}))
+    assert read_measured(tmp_path, tiny_settings()) is None
+    (tmp_path / "measured.json").write_text("[1")
+    assert read_measured(tmp_path, tiny_settings()) is None
+
+
+def test_a_run_is_trained_at_its_last_step_with_its_settings(trained_root, tmp_path, tiny_settings):
+    root = tmp_path / "run"
+    root.mkdir()
+    shutil.copy(trained_root / "config.yaml", root)
+    assert is_trained(RunFolder(root), tiny_settings(), 20)
+    assert not is_trained(RunFolder(root), tiny_settings(), 10)
+    assert not is_trained(RunFolder(root), tiny_settings("training.max_steps=30"), 30)
+    assert not is_trained(RunFolder(root), tiny_settings("provenance.width=8"), 20)
+    assert not is_trained(RunFolder(tmp_path), tiny_settings(), 20)

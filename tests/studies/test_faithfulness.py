@@ -1,0 +1,194 @@
+"""Methods side by side: tuned on one part and reported on the other, with every method there is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from provgen.studies.faithfulness import retraining
+from provgen.studies.faithfulness.attributor import AttributionScores
+from provgen.studies.faithfulness.methods import make_methods, trace_queries, tuned_scores
+from provgen.studies.faithfulness.tuning import Split, Tuned, tune
+
+TRACE = "class told, probabilities, 0.05 < a_t < 0.9, temperature 1"
+"""What an uncalibrated trace says."""
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_split_takes_the_first_subsets_and_a_quarter_of_the_queries():
+    split = Split.first(torch.arange(64), 100, calibration=16)
+    assert split.subsets.nonzero().flatten().tolist() == list(range(16))
+    assert int(split.queries.sum()) == 25
+    more = Split.first(torch.arange(128), 100, calibration=16)
+    assert torch.equal(more.subsets[:64], split.subsets)
+    assert torch.equal(more.queries, split.queries), "subset models that come later are not calibrated on"
+    assert int(Split.first(torch.arange(40), 3, calibration=2).queries.sum()) == 1
+    assert Split.first(torch.arange(16), 8, calibration=16, left=0).subsets.all()
+
+
+@pytest.mark.parametrize("calibration", [1, 7, 8])
+def test_a_split_leaves_something_to_report(calibration, message_of):
+    assert "--calibration-subsets" in message_of(Split.first, torch.arange(8), 10, calibration=calibration)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """Subset models that are linear in their examples."""
+    masks = torch.rand(30, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    effects = rand(12, 40)
+    return masks, effects, effects @ masks.double().T
+
+
+def test_tuning_finds_the_setting_that_is_true(linear):
+    masks, effects, outputs = linear
+    scores = AttributionScores(
+        values=torch.stack([rand(12, 40, seed=5), effects, -effects]),
+        settings=("a", "b", "c"),
+        steps_from_usual=(0, 0, 0),
+    )
+    split = Split.first(torch.arange(30), 12, calibration=10)
+    assert tune({"a kind": scores}, masks, {"a kind": outputs}, split) == "b"
+
+
+def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
+    masks, effects, outputs = linear
+    half = effects + rand(12, 40, seed=7)
+    kinds = {
+        "first": AttributionScores(
+            values=torch.stack([effects, half, -effects]),
+            settings=("a", "b", "c"),
+            steps_from_usual=(0, 0, 0),
+        ),
+        "second": AttributionScores(
+            values=torch.stack([-effects, half, effects]),
+            settings=("a", "b", "c"),
+            steps_from_usual=(0, 0, 0),
+        ),
+    }
+    split = Split.first(torch.arange(30), 12, calibration=10)
+    assert tune(kinds, masks, dict.fromkeys(kinds, outputs), split) == "b"
+
+
+def test_tuning_looks_at_nothing_that_is_reported(linear):
+    """Turn everything that is reported around: the choice stays."""
+    masks, effects, outputs = linear
+    scores = AttributionScores(
+        values=torch.stack([effects, -effects]), settings=("a", "b"), steps_from_usual=(0, 0)
+    )
+    split = Split.first(torch.arange(30), 12, calibration=10)
+    changed = -outputs
+    changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]
+    assert tune({"a kind": scores}, masks, {"a kind": changed}, split) == "a"
+
+
+def test_of_settings_that_may_be_the_best_the_usual_one_is_taken(linear):
+    masks, effects, outputs = linear
+    split = Split.first(torch.arange(30), 12, calibration=16)
+    # Two that are as noisy as one another: either may be a little better by luck.
+    noisy = [effects + rand(12, 40, seed=seed) for seed in (3, 4)]
+    values = {"a": noisy[0], "b": noisy[1], "wrong": rand(12, 40, seed=5), "true": effects}
+
+    def tuned(**unusual):
+        scores = AttributionScores(
+            values=torch.stack([values[name] for name in unusual]),
+            settings=tuple(unusual),
+            steps_from_usual=tuple(unusual.values()),
+        )
+        return tune({"a kind": scores}, masks, {"a kind": outputs}, split)
+
+    by_luck = tuned(a=0, b=0, wrong=0)
+    assert by_luck in ("a", "b")
+    assert tuned(a=0, b=1, wrong=2) == "a"
+    assert tuned(a=1, b=0, wrong=2) == "b"
+    assert tuned(a=1, b=1, wrong=0) == by_luck
+    assert (tuned(a=1, b=2, wrong=0), tuned(a=2, b=1, wrong=0)) == ("a", "b"), "the nearest, not the best"
+    assert tuned(a=0, b=0, wrong=0, true=3) == "true"
+
+
+def test_a_missing_calibration_model_is_noticed(message_of):
+    subsets = torch.tensor([0, 1, 3, 4, 5])
+    assert "the first 3" in message_of(Split.first, subsets, 10, calibration=3)
+    assert Split.first(subsets, 10, calibration=2).subsets.tolist() == [True, True, False, False, False]
+
+
+@pytest.fixture(scope="module")
+def scored(trained_of, tmp_path_factory):
+    """Every method on a tiny run, the first setting of each."""
+    trained = trained_of("diffusion")
+    queries = trace_queries(trained, retraining.make_queries(trained, 4))
+    folder = tmp_path_factory.mktemp("gradients")
+    found = {}
+    for name, method in make_methods(trained, folder, num_timesteps=(2,)).items():
+        wanted = TRACE if name == "provenance network, trajectory" else None
+        found[name] = tuned_scores(
+            method, trained.data.train, queries, lambda _, some, wanted=wanted: wanted or some.settings[0]
+        )
+    return trained, queries, found
+
+
+def test_every_method_scores_every_example_for_every_query(scored):
+    trained, queries, found = scored
+    assert len(found) == 24
+    for name, tuned in found.items():
+        for kind in queries:
+            assert tuned.scores[kind].shape == (4, len(trained.data.train)), name
+            assert tuned.scores[kind].isfinite().all(), name
+        assert (tuned.cost.stored_bytes == 0) == (name == "random")
+        assert tuned.cost.seconds_per_query > 0
+    pixels, weights = (
+        found[f"{name}, noised"].cost.stored_bytes for name in ("closed form", "provenance network")
+    )
+    assert pixels == trained.data.train.images.numel() == 40 * 64
+    assert weights == 4 * sum(p.numel() for p in trained.pipeline.provenance.parameters())
+
+
+def test_queries_are_those_of_the_subset_models(scored):
+    trained, queries, _ = scored
+    images = retraining.make_queries(trained, 4)
+    assert queries["holdout"].trajectory is None
+    generated = queries["generated"]
+    expected = images["generated"].images.float() / 127.5 - 1
+    torch.testing.assert_close(generated.images, expected)
+    assert generated.class_labels.tolist() == [0, 1, 2, 3]
+    # The last step of the trajectory is nearly the image: the same seeds were sampled again.
+    last = generated.trajectory.images[-1]
+    assert float(generated.trajectory.signal[-1]) > 0.99
+    assert (last - generated.images).abs().mean() < 0.2
+
+
+def test_a_run_that_generates_other_images_is_refused(trained_of, message_of):
+    trained = trained_of("diffusion")
+    queries = retraining.make_queries(trained, 2)
+    other = {"generated": replace(queries["generated"], images=255 - queries["generated"].images)}
+    assert "provgen retrain" in message_of(trace_queries, trained, other)
+
+
+def test_the_posterior_along_the_trajectory_is_the_trace(scored):
+    trained, _, found = scored
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    output = trained.pipeline([0, 1, 2, 3], generator=generators, top_k=3)
+    scores = found["provenance network, trajectory"].scores["generated"]
+    torch.testing.assert_close(
+        scores.gather(1, output.attribution.example_index), output.attribution.posterior, atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("steps", [0, 3, 2000])
+def test_timesteps_divide_the_noise_levels(steps, trained_of, tmp_path, message_of):
+    trained = trained_of("diffusion")
+    assert "--timesteps" in message_of(make_methods, trained, tmp_path, num_timesteps=(10, steps))
+
+
+def test_another_kind_of_generator_is_refused(trained_of, message_of):
+    assert "generator.kind=diffusion" in message_of(retraining.make_queries, trained_of("vae"), 3)
+
+
+def test_what_was_tuned_is_read_back(tmp_path, message_of):
+    tuned = Tuned(calibration_queries=[3, 1], timesteps=[10], settings={"pixel kernel": "s=1 apart"})
+    tuned.save(tmp_path / "tuned.json")
+    assert Tuned.load(tmp_path / "tuned.json") == tuned
+    assert "pixel kernel" in message_of(tuned.require, ["tarot"])
+    assert "provgen faithfulness" in message_of(Tuned.load, tmp_path / "other.json")

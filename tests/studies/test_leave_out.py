@@ -1,0 +1,94 @@
+"""Effects of leaving out sources: distances by hand, paired differences, queries that are not complete."""
+
+import pytest
+import torch
+
+from provgen.studies.faithfulness.leave_out import (
+    LOSS,
+    MOVED,
+    NOTHING,
+    OF_CLASS,
+    LeaveOutFolder,
+    LeftOut,
+    Outcome,
+    distance_moved,
+    effect_table,
+    leave_out_effects,
+    paired_effect,
+    plan,
+    strongest_first,
+)
+
+
+def test_the_strongest_go_first_and_of_ties_the_nearest():
+    scores = torch.tensor([[0.1, 0.0, 0.5, 0.0, 0.9, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+    distances = torch.tensor([[9.0, 3, 9, 1, 9, 2], [6.0, 5, 4, 3, 2, 1]])
+    assert strongest_first(scores, distances).tolist() == [[4, 2, 0, 3, 5, 1], [1, 5, 4, 3, 2, 0]]
+
+
+def test_a_ranking_is_kept_for_the_setting_it_was_made_with(tmp_path):
+    folder, ranking = LeaveOutFolder(tmp_path), torch.tensor([[2, 0, 1], [0, 1, 2]])
+    assert folder.load_ranking("D-TRAK, 10 timesteps", "lambda=0.1") is None
+    folder.save_ranking("D-TRAK, 10 timesteps", "lambda=0.1", ranking)
+    assert torch.equal(folder.load_ranking("D-TRAK, 10 timesteps", "lambda=0.1"), ranking)
+    assert folder.load_ranking("D-TRAK, 10 timesteps", "lambda=1") is None
+
+
+def test_a_distance_by_hand():
+    before = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    after = before.clone()
+    after[1, 0, 0] = torch.tensor([255, 0], dtype=torch.uint8)
+    after[1, 0, 1, 1] = 255
+    assert distance_moved(before, after).tolist() == pytest.approx([0, 2 * 2**0.5])
+
+
+def test_paired_effects_by_hand():
+    effects = {"a": torch.tensor([[1.0, 3.0, 8.0], [3.0, 5.0, 8.0]]), "b": torch.ones(2, 3)}
+    assert paired_effect(effects, "a", None).value == pytest.approx((2 + 4 + 8) / 3)
+    difference = paired_effect(effects, "a", "b")
+    assert difference.value == pytest.approx((1 + 3 + 7) / 3)
+    assert 1 <= difference.low < difference.value < difference.high <= 7
+    assert difference.n == 3
+    assert paired_effect(effects, "b", "b").high == 0
+
+
+@pytest.fixture
+def outcomes():
+    """Two methods, two seeds, three queries; query 4 lacks a model. With nothing left out images are at 51."""
+    made = {}
+    for model in [*plan(["near", "random"], [0.1], [0, 2, 4], 2), *plan([NOTHING], [0.0], [0, 2, 4], 2)]:
+        level = {"near": 0, "random": 51, NOTHING: 51}[model.method]
+        made[model] = Outcome(
+            left_out=torch.tensor([3, 1] if model.method == "near" else [0]),
+            image=torch.full((1, 2, 2), level, dtype=torch.uint8),
+            loss=0.001 + 0.002 * (model.seed + 1) * (model.method == "near"),
+        )
+    del made[LeftOut(seed=1, share=0.1, query=4, method="random")]
+    return made
+
+
+def test_effects_are_against_the_same_seed_and_of_queries_that_have_every_model(outcomes):
+    labels = {"train_labels": torch.tensor([0, 1, 2, 2, 2]), "query_labels": torch.tensor([2, 9, 1, 9, 0])}
+    effects = leave_out_effects(outcomes, ["near", "random"], **labels)
+    assert effects[MOVED]["near"].shape == (2, 2)  # seed, query
+    assert effects[MOVED]["near"].flatten().tolist() == pytest.approx([0.8] * 4)  # 0.4 in each of 4 pixels
+    assert effects[MOVED]["random"].max() == 0
+    assert effects[LOSS]["near"].flatten().tolist() == pytest.approx([2, 2, 4, 4])
+    assert effects[OF_CLASS]["near"][0].tolist() == pytest.approx([1 / 3, 1])
+    table = effect_table(effects[MOVED], ["random"])
+    assert table.splitlines()[2] == "| near | 2 | 0.80 [0.80, 0.80] | 0.80 [0.80, 0.80] |"
+    some = {model: outcome for model, outcome in outcomes.items() if model.seed == 0}
+    assert leave_out_effects(some, ["near", "other"], **labels) == {}
+
+
+def test_files_give_back_what_was_saved_and_know_what_was_left_out(tmp_path, outcomes):
+    folder = LeaveOutFolder(tmp_path)
+    for model, outcome in outcomes.items():
+        assert not folder.has(model, outcome.left_out)
+        folder.save(model, outcome)
+    for model, outcome in outcomes.items():
+        assert folder.has(model, outcome.left_out)
+        assert not folder.has(model, torch.tensor([4]))
+        found = folder.load(model)
+        assert torch.equal(found.image, outcome.image)
+        assert found.loss == outcome.loss

@@ -1,0 +1,154 @@
+"""Posteriors as attributions: the default is what traces say, and every average is worked by hand."""
+
+import pytest
+import torch
+
+from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
+from provgen.studies.faithfulness.attributor import Queries
+from provgen.studies.faithfulness.posteriors import (
+    AVERAGES,
+    Average,
+    PosteriorAttributor,
+    closed_form_steps,
+    network_steps,
+)
+from provgen.tracing.diffusion_tracer import DiffusionTracer
+from provgen.tracing.tracer import Request
+
+NULL = 3
+DEFAULT = "probabilities, 0.05 < a_t < 0.9, temperature 1"
+LABELS = torch.tensor([0, 2, NULL])
+
+
+@pytest.fixture(scope="module")
+def images(random_images):
+    return random_images(12, num_classes=NULL)
+
+
+@pytest.fixture(scope="module")
+def tracer(images, tiny_networks):
+    scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
+    denoiser, provenance = tiny_networks(images)
+    return DiffusionTracer(denoiser, provenance, scheduler)
+
+
+def request(closed_form=None) -> Request:
+    return Request(
+        class_labels=LABELS,
+        null_label=NULL,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
+        num_inference_steps=20,
+        trace_every=1,
+        guidance_scale=1.0,
+        is_traced=True,
+        closed_form=closed_form,
+        progress_bar=lambda steps: steps,
+    )
+
+
+@pytest.fixture(scope="module")
+def queries(tracer):
+    with torch.no_grad():
+        clean, trajectory = tracer.sampled(request())
+        noisy = tracer.noised(clean, num_inference_steps=20, seed=5)
+    return Queries(images=clean, class_labels=LABELS, noisy=noisy, trajectory=trajectory)
+
+
+@pytest.fixture(scope="module")
+def posteriors(tracer, images, closed_form_of):
+    oracle = closed_form_of(images, torch.float32)
+    return {
+        "network": lambda _: network_steps(tracer.unet, tracer.provenance),
+        "closed form": lambda _: closed_form_steps(oracle),
+    }
+
+
+def attributed(make_posterior, images, queries, along):
+    method = PosteriorAttributor(make_posterior, along=along, num_bytes=5)
+    method.fit(images)
+    return method.attribute(queries)
+
+
+@torch.no_grad()
+def test_what_is_recorded_is_what_is_generated(tracer, queries):
+    made = tracer.generate(request())
+    assert torch.equal(queries.images, made.images)
+    assert len(queries.trajectory.images) == len(queries.noisy.images) == len(queries.trajectory.signal)
+    assert (queries.trajectory.signal.diff() > 0).all()
+    level = queries.noisy.signal[:, None, None, None, None]
+    noise = (queries.noisy.images - level.sqrt() * queries.images) / (1 - level).sqrt()
+    torch.testing.assert_close(
+        noise[:, :1].expand_as(noise), noise, atol=1e-4, rtol=0
+    )  # the same for every query
+    assert noise[:, 0].std() == pytest.approx(1, abs=0.1)
+
+
+@torch.no_grad()
+def test_along_the_trajectory_the_default_is_the_trace(tracer, images, queries, posteriors, closed_form_of):
+    made = tracer.generate(request(closed_form_of(images, torch.float32)))
+    for name, trace in (("network", made.trace), ("closed form", made.closed_trace)):
+        scores = attributed(posteriors[name], images, queries, "trajectory")
+        torch.testing.assert_close(
+            scores.of(f"class told, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4
+        )
+
+
+@torch.no_grad()
+def test_noised_again_the_default_is_the_trace_of_an_outside_image(
+    tracer, images, queries, posteriors, closed_form_of
+):
+    asked = {"num_inference_steps": 20, "trace_every": 1, "seed": 5}
+    oracle = closed_form_of(images, torch.float32)
+    for name, closed_form in (("network", None), ("closed form", oracle)):
+        trace = tracer.trace(queries.images, LABELS, closed_form=closed_form, **asked)
+        scores = attributed(posteriors[name], images, queries, "noised")
+        torch.testing.assert_close(
+            scores.of(f"class told, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_class_excludes_others_unless_it_is_not_told(images, queries, posteriors):
+    scores = attributed(posteriors["network"], images, queries, "trajectory")
+    told, untold = scores.of(f"class told, {DEFAULT}"), scores.of(f"no class told, {DEFAULT}")
+    assert told[0, images.labels != 0].max() < 1e-12
+    assert untold[0, images.labels != 0].max() > 1e-6
+    torch.testing.assert_close(told[2], untold[2])
+
+
+def test_images_from_outside_are_noised_whatever_is_asked(images, queries, posteriors):
+    outside = Queries(images=queries.images, class_labels=LABELS, noisy=queries.noisy)
+    one, other = (
+        attributed(posteriors["closed form"], images, outside, along) for along in ("trajectory", "noised")
+    )
+    assert torch.equal(one.values, other.values)
+
+
+def test_averages_by_hand():
+    """Two levels inside, one outside the window; two examples with odds 3 and 1/9 against each other."""
+    odds = torch.tensor([3.0, 1 / 9, 5.0])
+    log_probs = torch.stack([odds.log(), torch.zeros(3)], dim=1).log_softmax(dim=1)[:, None]
+
+    def found(of, high, temperature):
+        scores = Average(is_told=False, of=of, low=0.05, high=high, temperature=temperature)(
+            log_probs, torch.tensor([0.3, 0.4, 0.95])
+        )
+        assert float(scores.sum()) == pytest.approx(1)
+        return float(scores[0, 0])
+
+    assert found("probabilities", 0.5, 1) == pytest.approx((3 / 4 + 1 / 10) / 2)
+    mean_odds = (3 / 9) ** 0.5
+    assert found("logarithms", 0.5, 1) == pytest.approx(mean_odds / (1 + mean_odds))
+    assert found("logarithms", 0.5, 2) == pytest.approx(mean_odds**0.5 / (1 + mean_odds**0.5))
+    assert found("probabilities", 0.99, 1) == pytest.approx((3 / 4 + 1 / 10 + 5 / 6) / 3)
+
+
+@pytest.mark.parametrize("along", ["trajectory", "noised"])
+def test_one_setting_alone_is_the_same_one(images, queries, posteriors, along):
+    method = PosteriorAttributor(posteriors["network"], along=along, num_bytes=5)
+    method.fit(images)
+    everything = method.attribute(queries)
+    assert len(everything.settings) == len(set(everything.settings)) == len(AVERAGES) == 180
+    for name in everything.settings[::37]:
+        alone = method.attribute(queries, name)
+        assert alone.settings == (name,)
+        torch.testing.assert_close(alone.of(name), everything.of(name))

@@ -1,0 +1,104 @@
+"""Samples drawn again: only those with too few sources, from their own generators, and not for ever."""
+
+import pytest
+import torch
+
+from provgen.studies.faithfulness.credit import VarianceCredit
+from provgen.studies.faithfulness.methods import credit_coordinates
+from provgen.tracing.gaussian_process import EVERYTHING, Kernel, Process
+from provgen.tracing.trace import WINDOW
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+LABELS = [0, 1, 2, 0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def pipe(trained):
+    trained.pipeline.set_progress_bar_config(disable=True)
+
+    def call(labels, generators, **more):
+        return trained.pipeline(
+            labels, generator=generators, top_k=3, num_inference_steps=12, output_type="pt", **more
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def plain(pipe):
+    return pipe(LABELS, seeds(*range(6)))
+
+
+def late(attribution):
+    inside = attribution.signal < WINDOW[1]
+    return attribution.step_entropy[:, inside][:, -1]
+
+
+@pytest.fixture(scope="module")
+def below(plain):
+    """Half of the samples are below it."""
+    return float(late(plain.attribution).sort().values[2:4].mean())
+
+
+def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe, plain, below):
+    found = pipe(LABELS, seeds(*range(6)), redraw_below=below, max_redraws=1)
+    collapsed = late(plain.attribution) < below
+    assert collapsed.sum() == 3
+    assert torch.equal(found.redraws > 0, collapsed)
+    assert torch.equal(found.images[~collapsed], plain.images[~collapsed])
+    for row in range(6):
+        generator = seeds(row)
+        alone = pipe([LABELS[row]], generator)
+        if collapsed[row]:
+            alone = pipe([LABELS[row]], generator)  # the generator goes on
+        assert (found.images[row].int() - alone.images[0].int()).abs().max() <= 1, "rounding in another batch"
+        assert found.attribution.example_index[row, 0] == alone.attribution.example_index[0, 0]
+        for name in ("step_entropy", "posterior"):
+            drawn, expected = getattr(found.attribution, name)[row], getattr(alone.attribution, name)[0]
+            torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-3)
+        assert found.attribution.commitment_step[row] == alone.attribution.commitment_step[0]
+
+
+def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, below):
+    """Coordinates and gradients are put into the rows that were drawn again."""
+    pipeline = trained.pipeline
+    coordinates = credit_coordinates(pipeline, "noised")
+    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
+    method.fit(trained.data.train)
+    kernel = Kernel(1.0, 0.5, (0.5, 0.5), gradient_share=0.25)
+    pipeline.register_modules(credit=method.credit_head(Process(kernel, ridge=3.0)))
+    try:
+        found = pipe(LABELS, seeds(*range(6)), redraw_below=below, max_redraws=1)
+        for row, times in enumerate(found.redraws.tolist()):
+            generator = seeds(row)
+            for _ in range(times + 1):
+                alone = pipe([LABELS[row]], generator)
+            expected = alone.attribution.weight[0]
+            torch.testing.assert_close(found.attribution.weight[row], expected, atol=1e-4, rtol=1e-3)
+    finally:
+        pipeline.register_modules(credit=None)
+    assert found.redraws.sum() == 3
+
+
+def test_what_can_not_be_helped_is_kept_after_so_many_draws(pipe):
+    found = pipe(LABELS, seeds(*range(6)), redraw_below=100.0, max_redraws=3)
+    assert found.redraws.tolist() == [3] * 6
+
+
+def test_nothing_is_drawn_again_unless_asked_for(plain):
+    assert plain.redraws.tolist() == [0] * 6
+
+
+@pytest.mark.parametrize(
+    "options", [{"redraw_below": 0.0}, {"redraw_below": -1.0}, {"redraw_below": 0.5, "max_redraws": 0}]
+)
+def test_impossible_bounds_are_refused(options, pipe, message_of):
+    assert "redraw_below must be positive" in message_of(pipe, LABELS, seeds(*range(6)), **options)
+
+
+def test_redraws_need_traces(trained, message_of):
+    assert "give top_k as well" in message_of(trained.pipeline, [0], top_k=None, redraw_below=0.5)
