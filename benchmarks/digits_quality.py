@@ -68,13 +68,11 @@ def holdout_losses(run: RunFolder) -> Tensor:
 def report_index(run: RunFolder, seed: int) -> None:
     """Print the index metrics of the last evaluation."""
     last: dict[str, Any] = [row for row in read_metrics(run.metrics) if "index_quality" in row][-1]
-    for rows in ("labelled", "null"):
-        level = min(
-            (q for q in last["index_quality"] if q["rows"] == rows), key=lambda q: abs(q["signal"] - 0.9)
-        )
+    for rows in ("conditional", "unconditional"):
+        level = min((q for q in last["index_quality"] if q["rows"] == rows), key=lambda q: abs(q["alpha_bar"] - 0.9))
         print(
             f"seed {seed}, step {last['step']}, {rows} rows: mean KL gap {last[f'kl_gap_{rows}']:.3f} nats; top-1 at "
-            f"a_t={level['signal']:.2f} {level['top1']:.3f} of ceiling {level['top1_ceiling']:.3f}"
+            f"alpha_bar={level['alpha_bar']:.2f} {level['top1']:.3f} of ceiling {level['top1_ceiling']:.3f}"
         )
 
 
@@ -85,9 +83,7 @@ def report_pairs(joint: list[float], alone: list[float]) -> None:
     half = error * float(stats.t.ppf(0.975, len(relative) - 1))
     print("held-out denoising loss, with: " + ", ".join(f"{loss:.5f}" for loss in joint))
     print("held-out denoising loss, without: " + ", ".join(f"{loss:.5f}" for loss in alone))
-    print(
-        f"paired difference {mean:+.2%} [{mean - half:+.2%}, {mean + half:+.2%}] over {len(relative)} seeds"
-    )
+    print(f"paired difference {mean:+.2%} [{mean - half:+.2%}, {mean + half:+.2%}] over {len(relative)} seeds")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ def main(
     before, start = peak_gigabytes(), time.perf_counter()
     found = set_measures(*sets)
     seconds = time.perf_counter() - start
-    print(
-        f"{len(found)} measures of {generated} images against {train} of {features} features: {seconds:.0f} s"
-    )
+    print(f"{len(found)} measures of {generated} images against {train} of {features} features: {seconds:.0f} s")
     print(f"peak memory {peak_gigabytes():.2f} GB, {before:.2f} GB of it before")
 
 

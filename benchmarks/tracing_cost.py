@@ -23,7 +23,7 @@ from provgen import build, cli, evaluation
 from provgen.models.credit import CreditHead
 from provgen.models.diffusion import make_training_scheduler
 from provgen.studies.faithfulness.gradients import GradientFeatures, LossGradients
-from provgen.studies.faithfulness.methods import SKETCH_SIZE, credit_coordinates
+from provgen.studies.faithfulness.methods import PROJ_DIM, credit_coordinates
 from provgen.tracing.diffusion_tracer import DiffusionTracer
 from provgen.tracing.gaussian_process import MAX_LANDMARKS
 from provgen.tracing.sampling_step import SamplingStep
@@ -41,9 +41,7 @@ def main(
         bool,
         typer.Option("--calibrated", help="Give a run without a calibration a credit head first."),
     ] = False,
-    gradients: Annotated[
-        bool, typer.Option("--gradients", help="Give it one that wants gradients instead.")
-    ] = False,
+    gradients: Annotated[bool, typer.Option("--gradients", help="Give it one that wants gradients instead.")] = False,
 ) -> None:
     """Print milliseconds per image, and ratios."""
     torch.set_num_threads(1)
@@ -55,9 +53,7 @@ def main(
         variants = {
             "a trace along the trajectory": along(trained, images, trace_every),
             "a trace of an outside image": outside(trained, images, trace_every),
-            f"a D-TRAK query, {timesteps} timesteps": gradient_query(
-                trained, queries, timesteps, Path(folder)
-            ),
+            f"a D-TRAK query, {timesteps} timesteps": gradient_query(trained, queries, timesteps, Path(folder)),
         }
         for variant in variants.values():
             variant()
@@ -131,9 +127,7 @@ def outside(trained: build.TrainedRun, images: int, trace_every: int) -> Callabl
     return turn
 
 
-def gradient_query(
-    trained: build.TrainedRun, queries: int, timesteps: int, folder: Path
-) -> Callable[[], float]:
+def gradient_query(trained: build.TrainedRun, queries: int, timesteps: int, folder: Path) -> Callable[[], float]:
     """Make a function that asks D-TRAK and gives seconds a query: gradient, projection, products.
 
     What the products are taken with does not matter for the time, so the training features are random numbers.
@@ -141,8 +135,8 @@ def gradient_query(
     unet, train = trained.pipeline.unet, trained.data.train
     scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
     gradients = LossGradients(unet, scheduler, target="zero", num_timesteps=timesteps, seed=0)
-    features = GradientFeatures(gradients, folder, sketch_size=min(SKETCH_SIZE, gradients.size))
-    stored = torch.randn(len(train), min(SKETCH_SIZE, gradients.size))
+    features = GradientFeatures(gradients, folder, proj_dim=min(PROJ_DIM, gradients.size))
+    stored = torch.randn(len(train), min(PROJ_DIM, gradients.size))
     sampled = evaluation.sample(trained.pipeline, trained.settings, trained.data, count=queries).images
     clean = sampled.float() / 127.5 - 1
     labels = torch.arange(queries) % max(1, train.num_classes)

@@ -15,6 +15,7 @@ from accelerate.tracking import TensorBoardTracker
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
+from provgen.data.batches import BatchStream
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.manifest import Manifest
@@ -27,7 +28,7 @@ from provgen.data.splits import (
     stratified_subset,
 )
 from provgen.errors import InputError
-from provgen.generators.closed_form import ClosedFormPosterior, Oracle
+from provgen.generators.closed_form import ClosedFormPosterior, Posterior
 from provgen.generators.kinds import make_kind
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
 from provgen.models.provenance import ProvenanceNetwork
@@ -36,7 +37,6 @@ from provgen.run import RunFolder, atomic_path, require_run
 from provgen.settings import ProvenanceSettings, Settings, flat_settings
 from provgen.settings_file import load_settings, save_settings
 from provgen.tracing.coverage_entropy import posterior_entropies
-from provgen.training.batches import BatchStream
 from provgen.training.logging import JsonLinesTracker
 from provgen.training.targets import (
     ClassMixing,
@@ -44,9 +44,9 @@ from provgen.training.targets import (
     Mixing,
     NeighborMixing,
     OneHotTargets,
-    Posterior,
+    PeriodicPosterior,
     PosteriorTargets,
-    RefreshedPosterior,
+    SoftTarget,
     Targets,
     nearest_neighbors,
 )
@@ -86,12 +86,10 @@ class TrainedRun:
     data: RunData
     pipeline: ProvenancePipeline
 
-    def closed_form(self, dtype: torch.dtype = torch.float32) -> Oracle:
+    def closed_form(self, dtype: torch.dtype = torch.float32) -> Posterior:
         """Make the closed-form posterior over all of this run's training images, on the pipeline's device."""
         kind = make_kind(self.settings, self.data.train)
-        return kind.closed_form(
-            self.pipeline.network, self.data.train, dtype=dtype, device=self.pipeline.device
-        )
+        return kind.closed_form(self.pipeline.network, self.data.train, dtype=dtype, device=self.pipeline.device)
 
 
 def open_data(settings: Settings, folder: RunFolder) -> RunData:
@@ -153,9 +151,7 @@ def open_trained_run(root: Path, device: torch.device) -> TrainedRun:
     if settings.provenance.index_head == "none":
         raise InputError(f"{root} was trained without a provenance network; there is nothing to trace with")
     if not (folder.pipeline / "model_index.json").is_file():
-        raise InputError(
-            f"{root} has no pipeline yet; finish training with `provgen train --config {folder.config}`"
-        )
+        raise InputError(f"{root} has no pipeline yet; finish training with `provgen train --config {folder.config}`")
     data = open_data(settings, folder)
     disable_progress_bar()  # three files load in no time
     pipeline = ProvenancePipeline.from_pretrained(folder.pipeline).with_manifest(data.manifest)
@@ -235,9 +231,7 @@ def make_accelerator(settings: Settings | None = None) -> Accelerator:
     return accelerator
 
 
-def make_trainer(
-    settings: Settings, data: RunData, accelerator: Accelerator, *, is_shared: bool = True
-) -> CoTrainer:
+def make_trainer(settings: Settings, data: RunData, accelerator: Accelerator, *, is_shared: bool = True) -> CoTrainer:
     """Build both networks, seeded apart so that the denoiser does not depend on the provenance network."""
     kind, training, chosen = make_kind(settings, data.train), settings.training, settings.provenance
     if settings.generator.kind == "none":
@@ -334,9 +328,7 @@ def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
     covered = data.covered.nonzero().flatten()
     head = _head_arguments(settings, train.labels[covered], train.num_classes)
     # A classifier has a class head itself; others learn the class of what they are told nothing of.
-    has_class_head = (
-        chosen.class_loss_weight > 0 and settings.generator.kind != "none" and kind.label_dropout > 0
-    )
+    has_class_head = chosen.class_loss_weight > 0 and settings.generator.kind != "none" and kind.label_dropout > 0
     network: ProvenanceNetwork = _seeded(
         settings.training.seed + 1,
         lambda: ProvenanceNetwork(
@@ -384,9 +376,7 @@ def _num_cells(chosen: ProvenanceSettings, labels: Tensor) -> int:
     return cells
 
 
-def _make_objective(
-    settings: Settings, data: RunData, network: Any, device: torch.device
-) -> ProvenanceObjective:
+def _make_objective(settings: Settings, data: RunData, network: Any, device: torch.device) -> ProvenanceObjective:
     chosen, train = settings.provenance, data.train
     targets: Targets = OneHotTargets(len(train))
     if chosen.targets == "posterior":
@@ -404,18 +394,18 @@ def _make_objective(
     )
 
 
-def _target_posterior(settings: Settings, data: RunData, network: Any, device: torch.device) -> Posterior:
+def _target_posterior(settings: Settings, data: RunData, network: Any, device: torch.device) -> SoftTarget:
     """Make the posterior that is trained towards; that of an autoencoder moves with its encoder."""
     kind = make_kind(settings, data.train)
     covered = None if data.covered.all() else data.covered
 
-    def make() -> Oracle:
+    def make() -> Posterior:
         dtype = torch.get_default_dtype()
         return kind.closed_form(network, data.train, dtype=dtype, device=device, covered=covered)
 
     if settings.generator.kind != "vae":
         return make()
-    return RefreshedPosterior(make, checkpoint_every=settings.training.checkpoint_every)
+    return PeriodicPosterior(make, checkpoint_every=settings.training.checkpoint_every)
 
 
 def _seeded(seed: int, make: Callable[[], T]) -> T:

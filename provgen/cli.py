@@ -135,9 +135,7 @@ def load_recipe(name: str) -> Callable[..., None]:
     return main
 
 
-def run(
-    recipe: Callable[..., None], *, prog_name: str | None = None, arguments: list[str] | None = None
-) -> None:
+def run(recipe: Callable[..., None], *, prog_name: str | None = None, arguments: list[str] | None = None) -> None:
     """Run a recipe's `main` with command-line arguments, by default those of this process.
 
     A user's mistake ends in one line and status 2, Ctrl-C in one line and status 130. Set PROVGEN_TRACEBACK=1

@@ -11,10 +11,11 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
 from provgen.build import RunData, TrainedRun, make_mixing
+from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
-from provgen.generators.closed_form import ClosedFormPosterior, Oracle
+from provgen.generators.closed_form import ClosedFormPosterior, Posterior
 from provgen.generators.kinds import DiffusionKind, make_kind
 from provgen.generators.losses import denoiser_divergence, generator_losses
 from provgen.metrics.agreement import shared_sources
@@ -28,7 +29,6 @@ from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
 from provgen.tracing.network import NetworkPosterior
 from provgen.tracing.trace import late_level
-from provgen.training.batches import Batch, fixed_batches
 from provgen.training.trainer import CoTrainer
 
 COMPARED = 10
@@ -41,7 +41,7 @@ RECALLED = 10
 """Sources of the exhaustive answer that a beam should find."""
 
 CLASS_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Signal levels at which class metrics are measured."""
+"""alpha_bars at which class metrics are measured."""
 
 
 def averaged_networks(trainer: CoTrainer) -> dict[str, Any]:
@@ -110,26 +110,24 @@ def sample(
     data: RunData,
     *,
     count: int,
-    redraw_below: float | None = None,
+    resample_below: float | None = None,
 ) -> ProvenancePipelineOutput:
     """Generate images of all classes in turn with seeds 0, 1, ...; traced if there is a provenance network.
 
-    The closed form traces them as well, but for those that are drawn again with too little late entropy.
+    The closed form traces them as well, but for those that are resampled with too little late entropy.
     """
     pipeline.set_progress_bar_config(disable=True)
-    classes: list[int | None] = [*range(data.train.num_classes if pipeline.is_told_classes else 0)] or [None]
+    classes: list[int | None] = [*range(data.train.num_classes if pipeline.is_class_conditional else 0)] or [None]
     closed_form = None
-    if pipeline.provenance is not None and redraw_below is None:
+    if pipeline.provenance is not None and resample_below is None:
         kind = make_kind(settings, data.train)
-        closed_form = kind.closed_form(
-            pipeline.network, data.train, dtype=torch.float32, device=pipeline.device
-        )
+        closed_form = kind.closed_form(pipeline.network, data.train, dtype=torch.float32, device=pipeline.device)
     return pipeline(
         [classes[number % len(classes)] for number in range(count)],
         generator=[torch.Generator().manual_seed(number) for number in range(count)],
         top_k=None if pipeline.provenance is None else 1,
         closed_form=closed_form,
-        redraw_below=redraw_below,
+        resample_below=resample_below,
         output_type="pt",
     )
 
@@ -159,9 +157,7 @@ def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence
     )
 
 
-def _traced_evidence(
-    trained: TrainedRun, closed_form: Oracle, images: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
+def _traced_evidence(trained: TrainedRun, closed_form: Posterior, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Take the evidence of few images from whole posteriors, whatever a calibration ranks first."""
     pipeline, num_covered = trained.pipeline, int(trained.data.covered.sum())
     traced = pipeline.attribute(images, top_k=num_covered)
@@ -171,16 +167,14 @@ def _traced_evidence(
     of_class = (traced.posterior * is_own).sum(dim=1) / traced.posterior.sum(dim=1)
     return {
         "entropy": traced.entropy,
-        "late_entropy": traced.step_entropy[:, late_level(traced.signal.tolist())],
+        "late_entropy": traced.step_entropy[:, late_level(traced.alpha_bar.tolist())],
         "of_class": torch.where(labels < trained.data.train.num_classes, of_class, 1.0),
         "top": believed.values[:, 0],
         "agreement": shared_sources(traced.example_index.gather(1, believed.indices), others.example_index),
     }
 
 
-def divergence_by_step(
-    unet: UNet2DModel, settings: Settings, train: ImageSet, images: ImageSet
-) -> dict[int, Tensor]:
+def divergence_by_step(unet: UNet2DModel, settings: Settings, train: ImageSet, images: ImageSet) -> dict[int, Tensor]:
     """Measure how far a denoiser is from the one that has learned `train` by heart: nats (query,) by timestep.
 
     Args:
@@ -212,12 +206,12 @@ def make_probe(settings: Settings, data: RunData, num_queries: int = 256) -> Ind
     return IndexProbe(
         fixed_batches(data.train, rows, kind.timesteps(LEVELS), noise_shape=kind.noise_shape(), seed=seed),
         null_label=data.train.num_classes,
-        told=isinstance(kind, DiffusionKind),
+        is_conditional=isinstance(kind, DiffusionKind),
         mixing=make_mixing(settings.provenance, data, torch.device("cpu")),
     )
 
 
-def make_ceiling(settings: Settings, data: RunData, network: Any) -> Oracle:
+def make_ceiling(settings: Settings, data: RunData, network: Any) -> Posterior:
     """Make the closed form over the covered examples, exactly: in float64 on the CPU."""
     kind, cpu = make_kind(settings, data.train), torch.device("cpu")
     covered = None if data.covered.all() else data.covered
@@ -236,7 +230,7 @@ def class_qualities(
         images: The queries: held-out images, or training images, which may name themselves.
 
     Returns:
-        One result for each signal level of `CLASS_LEVELS`; a generator without noise levels has one level.
+        One result for each alpha_bar of `CLASS_LEVELS`; a generator without noise levels has one level.
     """
     kind = make_kind(settings, train)
     cpu = torch.device("cpu")
@@ -252,20 +246,20 @@ def class_qualities(
 
 
 def _class_quality(
-    network: NetworkPosterior, closed_form: Oracle, train: ImageSet, batch: Batch
+    network: NetworkPosterior, closed_form: Posterior, train: ImageSet, batch: Batch
 ) -> tuple[float, ClassQuality]:
     told_nothing = replace(batch, labels=torch.full_like(batch.labels, train.num_classes))
     observation, output = network.observe(told_nothing)
-    signal = observation.signal.cpu()
+    alpha_bar = observation.alpha_bar.cpu()
     quality = class_quality(
         output.index_logits.cpu().double().log_softmax(dim=1),
-        closed_form.logits(observation.query.cpu(), signal, told_nothing.labels),
+        closed_form.logits(observation.query.cpu(), alpha_bar, told_nothing.labels),
         train_labels=train.labels,
         query_labels=batch.clean_labels,
         class_logits=None if output.class_logits is None else output.class_logits.cpu(),
         num_classes=train.num_classes,
     )
-    return float(signal[0]), quality
+    return float(alpha_bar[0]), quality
 
 
 def evaluate(probe: IndexProbe, trainer: CoTrainer, settings: Settings, data: RunData) -> dict[str, Any]:

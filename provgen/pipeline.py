@@ -18,7 +18,7 @@ from torch import Tensor
 from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
-from provgen.generators.closed_form import Oracle
+from provgen.generators.closed_form import Posterior
 from provgen.models.classifier import ImageClassifier
 from provgen.models.credit import CreditHead
 from provgen.models.provenance import ProvenanceNetwork
@@ -26,7 +26,7 @@ from provgen.models.vae import ImageVae
 from provgen.tracing.attribution import Attribution, check_top_k
 from provgen.tracing.classifier_tracer import ClassifierTracer, no_generator
 from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.resample import generate_redrawing
+from provgen.tracing.resample import generate_resampling
 from provgen.tracing.trace import TrajectoryTrace
 from provgen.tracing.tracer import Request, Tracer
 from provgen.tracing.vae_tracer import VaeTracer
@@ -55,19 +55,20 @@ def check_trace_every(trace_every: int) -> None:
         raise InputError(f"trace_every must be at least 1, got {trace_every}")
 
 
-def check_redraws(redraw_below: float | None, max_redraws: int, *, is_traced: bool) -> None:
+def check_resampling(resample_below: float | None, max_resamplings: int, *, is_traced: bool) -> None:
     """Refuse redraws that could never end, or that have no trace to go by.
 
     Raises:
         InputError: No positive bound, no redraw at all, or no trace.
     """
-    if redraw_below is None:
+    if resample_below is None:
         return
     if not is_traced:
-        raise InputError("redraw_below looks at traces; give top_k as well, or leave it out")
-    if redraw_below <= 0 or max_redraws < 1:
+        raise InputError("resample_below looks at traces; give top_k as well, or leave it out")
+    if resample_below <= 0 or max_resamplings < 1:
         raise InputError(
-            f"redraw_below must be positive and max_redraws at least 1, got {redraw_below} and {max_redraws}"
+            f"resample_below must be positive and max_resamplings at least 1, got {resample_below} and "
+            f"{max_resamplings}"
         )
 
 
@@ -101,15 +102,11 @@ def read_labels(class_labels: Sequence[int | None] | Tensor | None, count: int, 
         return torch.full((count,), null_label)
     given = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
     if len(given) != count:
-        raise InputError(
-            f"give one class label per image, None for no class: {count} images, {len(given)} labels"
-        )
+        raise InputError(f"give one class label per image, None for no class: {count} images, {len(given)} labels")
     labels = [null_label if label is None else label for label in given]
     allowed = range(null_label + 1)
     if bad := [label for label in labels if not isinstance(label, int) or label not in allowed]:
-        classes = (
-            f"0 to {null_label - 1}, or None for no class" if null_label else "None, there are no classes"
-        )
+        classes = f"0 to {null_label - 1}, or None for no class" if null_label else "None, there are no classes"
         raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
     return torch.tensor(labels)
 
@@ -149,8 +146,8 @@ class ProvenancePipelineOutput(BaseOutput):
     """`Attribution` by the provenance network; None with `top_k=None`."""
     closed_form: Any = None
     """`Attribution` of the same trajectories by the closed form; None when none was given."""
-    redraws: Any = None
-    """How often every image was drawn again, int64 (query,)."""
+    resamplings: Any = None
+    """How often every image was resampled, int64 (query,)."""
 
 
 class ProvenancePipeline(DiffusionPipeline):
@@ -192,7 +189,7 @@ class ProvenancePipeline(DiffusionPipeline):
         return self.unet or self.vae or self.classifier
 
     @property
-    def is_told_classes(self) -> bool:
+    def is_class_conditional(self) -> bool:
         """Whether this generator can be asked for a class."""
         return self.unet is not None
 
@@ -283,9 +280,9 @@ class ProvenancePipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         top_k: int | None = 8,
         trace_every: int = 1,
-        redraw_below: float | None = None,
-        max_redraws: int = 4,
-        closed_form: Oracle | None = None,
+        resample_below: float | None = None,
+        max_resamplings: int = 4,
+        closed_form: Posterior | None = None,
         output_type: str = "pil",
     ) -> ProvenancePipelineOutput:
         """Generate images and trace each along its own trajectory.
@@ -299,9 +296,9 @@ class ProvenancePipeline(DiffusionPipeline):
             top_k: Sources per image, at most the number of training images; None generates without traces.
             trace_every: Sampling steps from one that is traced to the next: 4 costs a quarter, and knows the commitment
                 step to four steps. Calibrated weights are the same, as they are of the last steps.
-            redraw_below: Draw a sample again where the entropy of its sources, shortly before it is finished, is below
-                this, in nats, such as 0.001; such samples are often copies. None keeps all.
-            max_redraws: Times that a sample may be drawn again.
+            resample_below: Draw a sample again where the entropy of its sources, shortly before it is finished, is
+                below this, in nats, such as 0.001; such samples are often copies. None keeps all.
+            max_resamplings: Times that a sample may be resampled.
             closed_form: Also trace by the closed form (needs the training images).
             output_type: `pil` or `pt`.
 
@@ -311,7 +308,7 @@ class ProvenancePipeline(DiffusionPipeline):
         if top_k is not None:
             self._check_traceable(top_k)
         check_options(guidance_scale, output_type, trace_every)
-        check_redraws(redraw_below, max_redraws, is_traced=top_k is not None)
+        check_resampling(resample_below, max_resamplings, is_traced=top_k is not None)
         count = read_count(class_labels, batch_size, generator)
         labels = read_labels(class_labels, count, self.null_label).to(self._execution_device)
         request = Request(
@@ -325,10 +322,13 @@ class ProvenancePipeline(DiffusionPipeline):
             closed_form=closed_form,
             progress_bar=self.progress_bar,
         )
-        made, redraws = generate_redrawing(
-            self.tracer, request, below=redraw_below or 0.0, most=0 if redraw_below is None else max_redraws
+        made, resamplings = generate_resampling(
+            self.tracer,
+            request,
+            below=resample_below or 0.0,
+            most=0 if resample_below is None else max_resamplings,
         )
-        output = ProvenancePipelineOutput(_finished(made.images, output_type), None, redraws=redraws)
+        output = ProvenancePipelineOutput(_finished(made.images, output_type), None, resamplings=resamplings)
         if top_k is not None:
             summarise = partial(
                 TrajectoryTrace.attribution,
@@ -347,7 +347,7 @@ class ProvenancePipeline(DiffusionPipeline):
         *,
         top_k: int = 8,
         class_labels: Sequence[int | None] | Tensor | None = None,
-        closed_form: Oracle | None = None,
+        closed_form: Posterior | None = None,
         num_inference_steps: int = 50,
         trace_every: int = 1,
         seed: int = 0,
@@ -385,9 +385,7 @@ class ProvenancePipeline(DiffusionPipeline):
                 seed=seed,
             )
             credit = self._credit(trace, given) if closed_form is None else None
-            return trace.attribution(
-                top_k, is_trajectory=False, reachable=self.manifest.reachable, credit=credit
-            )
+            return trace.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable, credit=credit)
 
         parts = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
         return Attribution.concatenate([traced(some, given) for some, given in parts])

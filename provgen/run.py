@@ -116,21 +116,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
-def claim_folder(root: Path, made_of: Mapping[str, Any]) -> None:
+def claim_folder(root: Path, fingerprint: Mapping[str, Any]) -> None:
     """Start a folder of results that is filled piece by piece, or go on with it.
 
     Raises:
         InputError: There are results of something else in it.
     """
-    path = root / "made_of.json"
-    wanted = json.dumps({"schema_version": 1, **made_of}, indent=1, sort_keys=True) + "\n"
+    path = root / "fingerprint.json"
+    wanted = json.dumps({"schema_version": 1, **fingerprint}, indent=1, sort_keys=True) + "\n"
     if not path.is_file():
         with atomic_path(path) as partial:
             partial.write_text(wanted, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != wanted:
-        raise InputError(
-            f"{root} holds results of another run or of other options; remove the folder to start again"
-        )
+        raise InputError(f"{root} holds results of another run or of other options; remove the folder to start again")
 
 
 def replace_path(new: Path, path: Path) -> None:

@@ -31,9 +31,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 4, "data.image_size", self.image_size, "at least 4 pixels")
-        _require(
-            0 <= self.holdout_fraction <= 0.9, "data.holdout_fraction", self.holdout_fraction, "in [0, 0.9]"
-        )
+        _require(0 <= self.holdout_fraction <= 0.9, "data.holdout_fraction", self.holdout_fraction, "in [0, 0.9]")
         _require(
             self.max_train_images is None or self.max_train_images >= 2,
             "data.max_train_images",
@@ -82,7 +80,7 @@ class ProvenanceSettings:
     beam: int | None = 4
     """Two-stage head: cells looked into while tracing, at least 1; null looks into all."""
     shared_stages: int | None = None
-    """Stages of the generator's encoder that are shared (stem, down blocks, middle): 0 to all; null shares all."""
+    """Encoder stages of the generator that are shared (stem, down blocks, middle): 0 to all; null shares all."""
     width: int = 64
     """Embedding channels, at least 1; index logits are inner products of this length."""
     start: Literal["images", "random"] = "images"
@@ -171,11 +169,7 @@ def flat_settings(settings: Settings) -> dict[str, Any]:
     """Give every setting by its dotted key."""
     flat: dict[str, Any] = {}
     for name, value in asdict(settings).items():
-        flat |= (
-            {f"{name}.{key}": inner for key, inner in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 

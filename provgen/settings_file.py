@@ -60,17 +60,13 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 def _read_override(override: str) -> list[tuple[str, Any]]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise InputError(
-            f"cannot read the override {override!r}; write key=value, such as training.max_steps=500"
-        )
+        raise InputError(f"cannot read the override {override!r}; write key=value, such as training.max_steps=500")
     if key in TEXT_KEYS and text != "null":
         return list(_leaves({key: text}))
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise InputError(
-            f"cannot read the override {override!r}: {_first_line(error)}; quote the value"
-        ) from error
+        raise InputError(f"cannot read the override {override!r}: {_first_line(error)}; quote the value") from error
     assert isinstance(content, dict)
     return list(_leaves(content))
 
@@ -83,9 +79,7 @@ def _leaves(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{name}.")
             continue
         if isinstance(value, str) and ("${" in value or value == "???"):
-            raise InputError(
-                f"{name}: {value} is not allowed, nor are other interpolations; write the value itself"
-            )
+            raise InputError(f"{name}: {value} is not allowed, nor are other interpolations; write the value itself")
         yield name, value
 
 

@@ -53,16 +53,12 @@ def main(
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     logged = logged_rows(folder)
     parts = []
-    samples = (
-        [] if trained.settings.generator.kind == "none" else records.read_parts(folder.samples, ["sample"])
-    )
+    samples = [] if trained.settings.generator.kind == "none" else records.read_parts(folder.samples, ["sample"])
     if samples:
         parts += sample_parts(trained, samples, features)
     evaluations = [row for row in logged if "index_quality" in row]
     if evaluations:
-        parts.append(
-            sections.index_section(evaluations[-1], int(trained.data.covered.sum()), train.num_classes)
-        )
+        parts.append(sections.index_section(evaluations[-1], int(trained.data.covered.sum()), train.num_classes))
     labelled = holdout.select((holdout.labels < train.num_classes).nonzero().flatten())
     if len(labelled):
         network = evaluation.posterior_of(trained)
@@ -82,9 +78,7 @@ def main(
         "steps trained": str(logged[-1]["step"]) if logged else "not kept",
         "data fingerprint": trained.data.manifest.fingerprint[:16],
     }
-    page = render_report(
-        title=f"provgen: {run.name}", facts=facts, sections=[section for section, _ in parts]
-    )
+    page = render_report(title=f"provgen: {run.name}", facts=facts, sections=[section for section, _ in parts])
     with atomic_path(folder.report_html) as partial:
         partial.write_text(page, encoding="utf-8")
     write_report_json(folder.report_json, run.name, [metric for _, metrics in parts for metric in metrics])
@@ -110,21 +104,17 @@ def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 def has_loss(settings: Settings, num_classes: int) -> bool:
     """Whether the generator has a loss of its own; a classifier without a class to learn has none."""
-    return settings.generator.kind != "none" or (
-        num_classes > 0 and settings.provenance.class_loss_weight > 0
-    )
+    return settings.generator.kind != "none" or (num_classes > 0 and settings.provenance.class_loss_weight > 0)
 
 
-def sample_parts(
-    trained: build.TrainedRun, samples: list[dict[str, Any]], features: str
-) -> list[sections.Part]:
+def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], features: str) -> list[sections.Part]:
     """Make the sections about generated samples."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     traces = records.read_parts(folder.traces, ["sample", "rank"])
     grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
     generated = load_pixels(folder, samples, trained.data.manifest)
     copies = some_of(train, len(generated)).images
-    is_trajectory = len(samples[0]["step_signal"]) > 1
+    is_trajectory = len(samples[0]["step_alpha_bar"]) > 1
     sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
     credit = trained.pipeline.credit
     parts: list[sections.Part] = [
@@ -163,9 +153,7 @@ def generalization_part(trained: build.TrainedRun) -> sections.Part:
     """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
     settings, train, pipeline = trained.settings, trained.data.train, trained.pipeline
     seen, unseen = (
-        evaluation.losses_by_draw(
-            pipeline.network, settings, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS
-        )
+        evaluation.losses_by_draw(pipeline.network, settings, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS)
         for images in (train, trained.data.holdout)
     )
     divergence = None
@@ -181,13 +169,13 @@ def verdict_part(
     train, holdout = trained.data.train, trained.data.holdout
     null = train.num_classes
     asked = [null if sample["class_label"] is None else sample["class_label"] for sample in samples]
-    is_told = any(label != null for label in asked)
+    is_conditional = any(label != null for label in asked)
     held, copies = some_of(holdout, MAX_IMAGES), some_of(train, len(generated))
     evidence = {
         "generated": evaluation.evidence_of(trained, generated, torch.tensor(asked)),
         **{
             name: evaluation.evidence_of(
-                trained, some.images, some.labels if is_told else torch.full_like(some.labels, null)
+                trained, some.images, some.labels if is_conditional else torch.full_like(some.labels, null)
             )
             for name, some in (("held-out", held), ("copies", copies))
         },

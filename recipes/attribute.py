@@ -52,9 +52,7 @@ def main(
     ]
     if as_json:
         method = "closed form" if closed_form else "provenance network"
-        print(
-            json.dumps({"schema_version": 1, "run": str(run), "method": method, "images": results}, indent=2)
-        )
+        print(json.dumps({"schema_version": 1, "run": str(run), "method": method, "images": results}, indent=2))
         return
     for result in results:
         Console().print(source_table(result))

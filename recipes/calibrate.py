@@ -46,16 +46,12 @@ def main(
         {kind: queries[kind] for kind in KINDS},
         partial(tune, masks=retrained.masks, outputs=outputs, split=split),
         calibration_subsets=calibration_subsets,
-        progress_bar=partial(
-            track, description="fitting processes", console=Console(stderr=True), transient=True
-        ),
+        progress_bar=partial(track, description="fitting processes", console=Console(stderr=True), transient=True),
     )
     pipeline.register_modules(credit=head.to(pipeline.device))
     with atomic_path(trained.folder.pipeline) as path:
         pipeline.save_pretrained(path)
-    print(
-        f"calibrated on {calibration_subsets} subset models: {head.setting}; saved in {trained.folder.pipeline}"
-    )
+    print(f"calibrated on {calibration_subsets} subset models: {head.setting}; saved in {trained.folder.pipeline}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from provgen.studies.faithfulness.attributor import AttributionScores, Attributo
 from provgen.studies.faithfulness.leave_out import read_moved
 from provgen.studies.faithfulness.methods import TunedScores, make_methods, trace_queries, tuned_scores
 from provgen.studies.faithfulness.retraining import KINDS, Retrained, RetrainedFolder
-from provgen.studies.faithfulness.tuning import Split, Tuned, fit_mixture, tune
+from provgen.studies.faithfulness.tuning import Split, Tuned, fit_ensemble, tune
 
 
 def main(
@@ -54,9 +54,7 @@ def main(
     methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
     predictions = [
-        row
-        for kind in KINDS
-        for row in predictions_of(kind, tuned, masks, mixtures_of(kind, tuned, retrained, split))
+        row for kind in KINDS for row in predictions_of(kind, tuned, masks, ensembles_of(kind, tuned, retrained, split))
     ]
     chosen = Tuned(
         calibration_queries=split.queries.nonzero().flatten().tolist(),
@@ -125,7 +123,7 @@ def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> 
         )
 
 
-def mixtures_of(
+def ensembles_of(
     kind: str, tuned: Mapping[str, TunedScores], retrained: Retrained, split: Split
 ) -> dict[str, tuple[Tensor, str]]:
     """Mix the evidence of all methods, and of all but the provenance network, as calibration says.
@@ -137,21 +135,21 @@ def mixtures_of(
     scores = {name: some.scores[kind] for name, some in tuned.items() if kind in some.scores}
     everything = [name for name in scores if name not in ("random", "same class")]
     rivals = [name for name in everything if "provenance" not in name and "calibrated" not in name]
-    mixed = {}
-    for title, names in (("mixture", everything), ("mixture without the provenance network", rivals)):
+    combined = {}
+    for title, names in (("ensemble", everything), ("ensemble without the provenance network", rivals)):
         evidence = {name: scores[name] for name in names}
         seen = {name: some[split.queries] for name, some in evidence.items()}
-        mixture = fit_mixture(seen, retrained.masks[split.subsets], outputs[split.queries][:, split.subsets])
-        ranked = sorted(mixture.weights.items(), key=lambda item: -item[1])
+        ensemble = fit_ensemble(seen, retrained.masks[split.subsets], outputs[split.queries][:, split.subsets])
+        ranked = sorted(ensemble.weights.items(), key=lambda item: -item[1])
         words = "; ".join(f"{weight:.2f} {name}" for name, weight in ranked if weight >= 0.005)
-        mixed[title] = (mixture(evidence), words)
-    return mixed
+        combined[title] = (ensemble(evidence), words)
+    return combined
 
 
 def predictions_of(
-    kind: str, tuned: Mapping[str, TunedScores], masks: Tensor, mixed: Mapping[str, tuple[Tensor, str]]
+    kind: str, tuned: Mapping[str, TunedScores], masks: Tensor, combined: Mapping[str, tuple[Tensor, str]]
 ) -> list[comparison.Prediction]:
-    """Give what every method and mixture predicts of all subsets for one kind of query."""
+    """Give what every method and ensemble predicts of all subsets for one kind of query."""
     methods = [
         comparison.predict(
             some.scores[kind], masks, method=name, queries=kind, setting=some.settings[kind], cost=some.cost
@@ -161,7 +159,7 @@ def predictions_of(
     ]
     return methods + [
         comparison.predict(scores, masks, method=name, queries=kind, setting=words, cost=None)
-        for name, (scores, words) in mixed.items()
+        for name, (scores, words) in combined.items()
     ]
 
 

@@ -32,16 +32,14 @@ def main(
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     class_name: Annotated[str | None, typer.Option(help="Only this class; all in turn without it.")] = None,
     trace_every: Annotated[int, typer.Option(min=1, help="Trace every so many sampling steps.")] = 1,
-    redraw_below: Annotated[
+    resample_below: Annotated[
         float | None,
         typer.Option(
             help="Draw samples again, up to four times, whose sources have less entropy (nats), such as 0.001."
         ),
     ] = None,
     closed_form: Annotated[bool, typer.Option(help="Also trace by the closed form.")] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**31, help="Seed of the first image; each has its own.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the first image; each has its own.")] = 0,
 ) -> None:
     """Generate images and trace each along its own sampling trajectory."""
     accelerator = build.make_accelerator()
@@ -52,8 +50,8 @@ def main(
     is_silent = None if accelerator.is_main_process else True
     pipeline.set_progress_bar_config(disable=is_silent, leave=False, desc="sampling")
     check_top_k(top_k, int(trained.data.covered.sum()))
-    labels = class_labels(train, class_name, num_images, told=pipeline.is_told_classes)
-    oracle = trained.closed_form() if closed_form else None
+    labels = class_labels(train, class_name, num_images, is_conditional=pipeline.is_class_conditional)
+    exact = trained.closed_form() if closed_form else None
     if accelerator.is_main_process:
         start_staging(folder)
     accelerator.wait_for_everyone()
@@ -69,8 +67,8 @@ def main(
             guidance_scale=guidance_scale,
             top_k=top_k,
             trace_every=trace_every,
-            redraw_below=redraw_below,
-            closed_form=oracle,
+            resample_below=resample_below,
+            closed_form=exact,
             output_type="pt",
         )
         writer.add(
@@ -80,18 +78,18 @@ def main(
             samples=numbers,
             seeds=seeds,
             class_labels=given,
-            redraws=output.redraws.tolist(),
+            resamplings=output.resamplings.tolist(),
         )
     writer.close()
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        publish_samples(writer, folder, train, tells_redraws=redraw_below is not None)
+        publish_samples(writer, folder, train, tells_resamplings=resample_below is not None)
         print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()
 
 
-def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *, tells_redraws: bool) -> None:
+def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *, tells_resamplings: bool) -> None:
     """Draw the grid, put everything in the place of earlier samples, and say so."""
     samples = records.read_parts(writer.staged.samples, ["sample"])
     traces = records.read_parts(writer.staged.traces, ["sample", "rank"])
@@ -99,14 +97,14 @@ def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *,
     grid.save(writer.staged.samples / "grid.png")
     publish(folder)
     print(f"{len(samples)} samples in {folder.samples}, their sources in {folder.traces}")
-    if tells_redraws:
-        print(f"{sum(sample['redraws'] > 0 for sample in samples)} of them were drawn again")
+    if tells_resamplings:
+        print(f"{sum(sample['resamplings'] > 0 for sample in samples)} of them were resampled")
 
 
-def class_labels(train: ImageSet, class_name: str | None, count: int, *, told: bool) -> list[int | None]:
+def class_labels(train: ImageSet, class_name: str | None, count: int, *, is_conditional: bool) -> list[int | None]:
     """Choose the class of each image: the one asked for, or all in turn; None where there is no choice."""
     if class_name is None:
-        classes: list[int | None] = [*range(train.num_classes if told else 0)] or [None]
+        classes: list[int | None] = [*range(train.num_classes if is_conditional else 0)] or [None]
         return [classes[number % len(classes)] for number in range(count)]
     return [train.class_index(class_name)] * count
 

@@ -41,7 +41,7 @@ from provgen.studies.faithfulness.leave_out import (
 from provgen.studies.faithfulness.methods import make_methods, trace_queries
 from provgen.studies.faithfulness.retraining import QueryImages, RetrainedFolder
 from provgen.studies.faithfulness.tuning import Tuned
-from provgen.studies.jobs import Part, missing_models
+from provgen.studies.jobs import Shard, missing_models
 
 METHODS = [
     "random",
@@ -65,7 +65,7 @@ def main(
     part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
 ) -> None:
     """Train without what a method names; report how far the sample moves, and its loss."""
-    portion, names, shares = Part.parse(part), method or METHODS, share or [0.05, 0.2]
+    portion, names, shares = Shard.parse(part), method or METHODS, share or [0.05, 0.2]
     if bad := [some for some in shares if not 0 < some <= 0.9]:
         raise InputError(f"--share must be above 0 and at most 0.9, got {bad[0]}")
     accelerator = build.make_accelerator(load_settings(require_run(run).config, []))
@@ -76,7 +76,7 @@ def main(
     samples = RetrainedFolder(run / "retrained").load().queries["generated"]
     folder = LeaveOutFolder(run / "leave_out")
     if accelerator.is_main_process:
-        claim_folder(folder.root, retraining.made_of(trained.settings))
+        claim_folder(folder.root, retraining.fingerprint(trained.settings))
     accelerator.wait_for_everyone()
 
     # Samples that no method was tuned on.
@@ -84,9 +84,7 @@ def main(
     planned = plan(names, shares, others, seeds)
     nothing = plan([NOTHING], [0.0], others, seeds)
     rankings = ranked_sources(trained, tuned, names, samples, folder)
-    left_out = {
-        m: rankings[m.method][m.query][: max(1, round(m.share * len(trained.data.train)))] for m in planned
-    }
+    left_out = {m: rankings[m.method][m.query][: max(1, round(m.share * len(trained.data.train)))] for m in planned}
     left_out |= {model: torch.empty(0, dtype=torch.int64) for model in nothing}
     # Nothing is left out once for all samples.
     samples_of = {model: [m for m in nothing if m.seed == model.seed] for model in nothing}
@@ -209,9 +207,7 @@ def effects_by_share(
     for some in shares:
         found = {model: end for model, end in there.items() if model.share in (0, some)}
         if any(model.share for model in found):
-            effects[some] = leave_out_effects(
-                found, names, train_labels=train_labels, query_labels=query_labels
-            )
+            effects[some] = leave_out_effects(found, names, train_labels=train_labels, query_labels=query_labels)
     return effects
 
 

@@ -21,7 +21,7 @@ from provgen.run import RunFolder, claim_folder
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
 from provgen.studies.faithfulness import retraining
-from provgen.studies.jobs import Part, missing_models
+from provgen.studies.jobs import Shard, missing_models
 from provgen.studies.memorization import sweep
 from provgen.studies.memorization.report import write_sweep_report
 
@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Train on more and more images; report what is copied, and what traces say of it."""
     settings = load_settings(cli.find_config(config), overrides or [])
-    accelerator, share = build.make_accelerator(settings), Part.parse(part)
+    accelerator, share = build.make_accelerator(settings), Shard.parse(part)
     root = Path(settings.output_dir)
     data = build.open_data(settings, RunFolder(root))
     require_sweepable(settings, data)
@@ -53,10 +53,10 @@ def main(
     steps = sorted({max(1, round(part * settings.training.max_steps)) for part in SHARES_OF_STEPS})
     folder = sweep.SweepFolder(root)
     if accelerator.is_main_process:
-        made_of = retraining.made_of(
-            settings, num_images=num_images, steps=steps, redrawn_below=list(sweep.BOUNDS)
+        fingerprint = retraining.fingerprint(
+            settings, num_images=num_images, steps=steps, resampled_below=list(sweep.BOUNDS)
         )
-        claim_folder(root, made_of)
+        claim_folder(root, fingerprint)
     accelerator.wait_for_everyone()
     for model in missing_models(
         models,
@@ -104,7 +104,7 @@ def train_and_measure(
         if step + 1 in steps:
             measured = sweep.measure(trainer, own, images, num_images=num_images)
             if step + 1 == steps[-1]:
-                measured |= sweep.measure_redrawn(trainer, own, images, num_images=num_images)
+                measured |= sweep.measure_resampled(trainer, own, images, num_images=num_images)
             folder.save(model, step + 1, measured)
     accelerator.free_memory()
 

@@ -6,7 +6,7 @@ provgen paper --experiment fashion_alpha data.path=FOLDER
 
 On two cores two processes of one thread each are faster than one of two:
 
-OMP_NUM_THREADS=1 provgen paper --part 1/2 & OMP_NUM_THREADS=1 provgen paper --part 2/2; wait
+OMP_NUM_THREADS=1 provgen paper --shard 1/2 & OMP_NUM_THREADS=1 provgen paper --shard 2/2; wait
 
 The same command goes on where it was stopped; a run that was stopped starts again from its last checkpoint.
 """
@@ -24,7 +24,7 @@ import typer
 from provgen import cli
 from provgen.errors import InputError
 from provgen.run import RunFolder
-from provgen.studies.jobs import Part
+from provgen.studies.jobs import Shard
 from provgen.studies.paper import measurement
 from provgen.studies.paper.experiments import Experiment, VariantRun, load_experiment, read_description
 from provgen.studies.paper.figure import plot_variants
@@ -38,9 +38,7 @@ EMBEDDED = "digits"
 
 
 def main(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings of all variants as key=value.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings of all variants as key=value.")] = None,
     experiment: Annotated[
         list[str] | None, typer.Option(help="Shipped name or YAML file; repeatable. Default: all on digits.")
     ] = None,
@@ -49,11 +47,9 @@ def main(
     part: Annotated[str, typer.Option(help="Which share of the runs: 1/2 takes every other one.")] = "1/1",
 ) -> None:
     """Train and measure every variant that is not measured yet; write tables, figures and findings."""
-    share, root = Part.parse(part), output / "quick" if quick else output
+    share, root = Shard.parse(part), output / "quick" if quick else output
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "paper runs in one process; start it without accelerate launch, once for each --part"
-        )
+        raise InputError("paper runs in one process; start it without accelerate launch, once for each --shard")
     experiments = [
         load_experiment(path, cli.recipes_folder(), quick=quick, overrides=overrides or [])
         for path in experiment_files(experiment or [])
@@ -84,9 +80,7 @@ def experiment_files(names: Sequence[str]) -> list[Path]:
     if not names:
         files = sorted(shipped.glob("*.yaml"))
         return [path for path in files if read_description(path, quick=False).config == EMBEDDED]
-    paths = [
-        Path(name) if Path(name).is_file() else shipped / f"{name}.yaml" for name in dict.fromkeys(names)
-    ]
+    paths = [Path(name) if Path(name).is_file() else shipped / f"{name}.yaml" for name in dict.fromkeys(names)]
     stems = [path.stem for path in paths]
     for stem in stems:
         if stems.count(stem) > 1:

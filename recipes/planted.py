@@ -36,11 +36,11 @@ from provgen.studies.faithfulness.posteriors import closed_form_steps, network_s
 from provgen.tracing.diffusion_tracer import DiffusionTracer
 from provgen.tracing.trace import WINDOW, late_level
 
-SETTING = f"probabilities, {WINDOW[0]} < a_t < {WINDOW[1]}, temperature 1"
+SETTING = f"probabilities, {WINDOW[0]} < alpha_bar < {WINDOW[1]}, temperature 1"
 """The trace as it is made without calibration, but for the class."""
 
 LEVELS = (0.5, 0.8, 0.95)
-"""Signal levels a that give the bandwidths sqrt((1 - a) / a) of the kernel density."""
+"""alpha_bars a that give the bandwidths sqrt((1 - a) / a) of the kernel density."""
 
 MARK = "-marked"
 
@@ -75,30 +75,26 @@ def kernel_density(
     """Draw images around training images, and trace them as images from outside; and by their own level alone."""
     levels = trained.pipeline.scheduler.alphas_cumprod
     timestep = (levels - level).abs().argmin()
-    signal = levels[timestep]
-    planted = plant(pixels, num_queries, bandwidth=float(((1 - signal) / signal).sqrt()), seed=0)
+    alpha_bar = levels[timestep]
+    planted = plant(pixels, num_queries, bandwidth=float(((1 - alpha_bar) / alpha_bar).sqrt()), seed=0)
     hits = [bayes_hits(planted, pixels, groups, k)[0] for k in RANKS]
     noisy = tracer_of(trained).noised(planted.images, num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
     labels = no_class(trained, num_queries)
     scores = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
     ask = network_steps(trained.pipeline.unet, trained.pipeline.provenance)
-    logits = ask(signal.sqrt() * planted.images, timestep, signal, labels)
+    logits = ask(alpha_bar.sqrt() * planted.images, timestep, alpha_bar, labels)
     scores = {"provenance network, that level alone": logits.softmax(dim=1), **scores}
     return [
-        f"## Kernel density of bandwidth {planted.bandwidth:.2f} (a = {signal:.3f})\n",
-        precision_table(
-            scores, planted.parents, groups, [proportion(int(some.sum()), num_queries) for some in hits]
-        ),
+        f"## Kernel density of bandwidth {planted.bandwidth:.2f} (a = {alpha_bar:.3f})\n",
+        precision_table(scores, planted.parents, groups, [proportion(int(some.sum()), num_queries) for some in hits]),
         reliability_table(beliefs_of(scores), planted.parents, groups),
     ]
 
 
 def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, labels: Tensor) -> list[str]:
     """Sample with the closed-form denoiser asked for classes, and trace the samples along their trajectories."""
-    num_queries, is_told = len(labels), bool((labels != trained.pipeline.null_label).all())
-    closed_form = ClosedFormPosterior(
-        pixels, trained.data.train.labels, null_label=trained.data.train.num_classes
-    )
+    num_queries, is_conditional = len(labels), bool((labels != trained.pipeline.null_label).all())
+    closed_form = ClosedFormPosterior(pixels, trained.data.train.labels, null_label=trained.data.train.num_classes)
     noise = torch.randn((num_queries, *pixels.shape[1:]), generator=torch.Generator().manual_seed(0))
     images, trajectory = ideal_samples(
         closed_form,
@@ -110,16 +106,16 @@ def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, la
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
     # The cleanest level of the window by itself.
-    place = late_level(trajectory.signal.tolist())
-    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.signal[place], labels)
+    place = late_level(trajectory.alpha_bar.tolist())
+    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.alpha_bar[place], labels)
     scores = {
         f"{name}, cleanest level": ask(*late).softmax(dim=1)
         for name, ask in (
             ("provenance network", network_steps(trained.pipeline.unet, trained.pipeline.provenance)),
             ("closed form", closed_form_steps(closed_form)),
         )
-    } | traced(trained, queries, is_told=is_told)
-    told = "asked for classes in turn" if is_told else "no class told"
+    } | traced(trained, queries, is_conditional=is_conditional)
+    told = "asked for classes in turn" if is_conditional else "unconditional"
     return [
         f"## Samples of the closed-form denoiser, along their trajectories, {told}\n",
         f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
@@ -141,9 +137,7 @@ def unsupported(trained: build.TrainedRun, num_queries: int) -> list[str]:
     if train.num_classes > 1:
         other = (labels + 1) % train.num_classes
         by_class, partner = labels.argsort(), torch.empty_like(rows)
-        partner[by_class] = by_class.roll(
-            len(rows) // 2
-        )  # of another class, unless one has half of the images
+        partner[by_class] = by_class.roll(len(rows) // 2)  # of another class, unless one has half of the images
         blended = ((images.int() + images[partner].int()) // 2).to(torch.uint8)
         planted |= {"mean of two classes": (blended, labels), "told another class": (images, other)}
     known = evaluation.evidence_of(trained, images, labels)
@@ -200,10 +194,10 @@ def marked_cluster(trained: build.TrainedRun, num_queries: int) -> list[str]:
     return [*lines[:2], "\n".join(lines[2:]) + "\n"]
 
 
-def traced(trained: build.TrainedRun, queries: Queries, *, is_told: bool = False) -> dict[str, Tensor]:
+def traced(trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False) -> dict[str, Tensor]:
     """Ask every tracer: scores (query, train)."""
     methods = make_methods(trained, trained.folder.root, num_timesteps=())
-    setting = f"{'class told' if is_told else 'no class told'}, {SETTING}"
+    setting = f"{'conditional' if is_conditional else 'unconditional'}, {SETTING}"
     asked = {
         "provenance network": ("provenance network, trajectory", setting),
         "closed form": ("closed form, trajectory", setting),

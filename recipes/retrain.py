@@ -4,7 +4,7 @@
     accelerate launch --config_file accelerate_config.yaml recipes/retrain.py --run runs/digits
 
 Every process trains models of its own. The same command goes on where it was stopped, model by model; several may run
-side by side with --part 1/2 and --part 2/2. Writes masks.npz, queries.npz and losses/ into RUN/retrained.
+side by side with --shard 1/2 and --shard 2/2. Writes masks.npz, queries.npz and losses/ into RUN/retrained.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from provgen.run import require_run
 from provgen.settings_file import load_settings
 from provgen.studies.faithfulness import retraining
 from provgen.studies.faithfulness.retraining import RetrainedFolder
-from provgen.studies.jobs import Part, missing_models
+from provgen.studies.jobs import Shard, missing_models
 
 SEED = 1000
 """Training seed of the first model of a subset; runs that are explained have small ones."""
@@ -37,7 +37,7 @@ def main(
     part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
 ) -> None:
     """Train subset models and measure their losses on generated and held-out queries; the same command resumes."""
-    share, accelerator = Part.parse(part), build.make_accelerator(load_settings(require_run(run).config, []))
+    share, accelerator = Shard.parse(part), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = build.open_trained_run(run, accelerator.device)
     train = trained.data.train
     folder = RetrainedFolder(run / ("retrained_epochs" if keep_epochs else "retrained"))
@@ -45,7 +45,7 @@ def main(
     if accelerator.is_main_process:
         queries = folder.queries() or retraining.make_queries(trained, num_queries)
         options = {"fraction": fraction, "keep_epochs": keep_epochs, "num_queries": num_queries}
-        folder.start(masks, queries, retraining.made_of(trained.settings, **options))
+        folder.start(masks, queries, retraining.fingerprint(trained.settings, **options))
     accelerator.wait_for_everyone()
     queries = folder.queries() or {}
 

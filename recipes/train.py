@@ -41,9 +41,7 @@ def main(
     probe = evaluation.make_probe(settings, data) if accelerator.is_main_process and has_provenance else None
 
     with TrainingProgress(step, training.max_steps, is_shown=accelerator.is_main_process) as progress:
-        progress.say(
-            f"{len(data.train)} training and {len(data.holdout)} held-out images from {settings.data.source}"
-        )
+        progress.say(f"{len(data.train)} training and {len(data.holdout)} held-out images from {settings.data.source}")
         progress.say(f"resumed {folder.root} from step {step}" if step else f"new run in {folder.root}")
         while step < training.max_steps:
             batch = batches.batch(step).share(accelerator.process_index, accelerator.num_processes)

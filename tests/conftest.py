@@ -128,7 +128,7 @@ def closed_form_of():
 def tiny_networks():
     """Make a denoiser and a provenance network for a set of images, every weight random.
 
-    `head` gives the kind of index head and its own arguments; `shared_stages` None shares all stages.
+    `head` gives the kind of index head and its own arguments; `shared_stages` None shares all feature maps.
     """
 
     def make(images: ImageSet, *, seed=0, head=None, shared_stages=None, covered=None, **more) -> tuple:
@@ -137,9 +137,7 @@ def tiny_networks():
         covered = torch.arange(len(images)) if covered is None else covered
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            denoiser = make_denoiser(
-                "tiny", image_size=size, image_channels=channels, num_classes=images.num_classes
-            )
+            denoiser = make_denoiser("tiny", image_size=size, image_channels=channels, num_classes=images.num_classes)
             provenance = ProvenanceNetwork(
                 stages=[list(shape) for shape in shapes],
                 shared_stages=len(shapes) - 1 if shared_stages is None else shared_stages,

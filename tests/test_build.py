@@ -25,7 +25,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(accelerator, monk
 @pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
 def test_both_networks_depend_on_the_seed_and_on_nothing_global(kind, accelerator, tiny_settings, tiny_data):
     def weights(seed):
-        # Two own stages, so that some weights of either network are random.
+        # Two own feature maps, so that some weights of either network are random.
         chosen = (f"generator.kind={kind}", "provenance.shared_stages=2", f"training.seed={seed}")
         settings = tiny_settings(*chosen)
         trainer = build.make_trainer(settings, tiny_data, accelerator)
@@ -44,9 +44,7 @@ def test_both_networks_depend_on_the_seed_and_on_nothing_global(kind, accelerato
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
-def test_the_generator_starts_the_same_whatever_its_provenance_network_is(
-    kind, accelerator, tiny_settings, tiny_data
-):
+def test_the_generator_starts_the_same_whatever_its_provenance_network_is(kind, accelerator, tiny_settings, tiny_data):
     alone, *others = (
         build.make_trainer(tiny_settings(f"generator.kind={kind}", override), tiny_data, accelerator)
         for override in (
@@ -125,9 +123,7 @@ def test_coverage_below_one_of_every_class_is_refused(tiny_settings, tmp_path, m
 
 
 def test_an_unknown_head_is_refused_with_those_there_are(accelerator, tiny_settings, tiny_data, message_of):
-    message = message_of(
-        build.make_trainer, tiny_settings("provenance.index_head=three_stage"), tiny_data, accelerator
-    )
+    message = message_of(build.make_trainer, tiny_settings("provenance.index_head=three_stage"), tiny_data, accelerator)
     assert "provenance.index_head must be" in message
     assert all(name in message for name in [*build.HEADS, "none", "three_stage"])
 
@@ -232,9 +228,7 @@ def test_a_run_keeps_its_manifest_and_its_settings(tiny_settings, tiny_data, tmp
     reopened = build.open_data(settings, folder)
     assert reopened.train.paths == tiny_data.train.paths
 
-    longer = replace(
-        settings, training=replace(settings.training, max_steps=99, log_every=1, checkpoint_every=7)
-    )
+    longer = replace(settings, training=replace(settings.training, max_steps=99, log_every=1, checkpoint_every=7))
     build.start_run(longer, tiny_data, writes=True)
     assert load_settings(folder.config, []) == longer
     assert folder.manifest.read_bytes() == manifest
@@ -257,9 +251,7 @@ def test_a_generator_without_provenance_network_has_nothing_to_trace_with(
 
 def test_a_run_without_a_pipeline_says_how_to_finish_it(tiny_settings, tiny_data, tmp_path, message_of):
     build.start_run(replace(tiny_settings(), output_dir=str(tmp_path / "run")), tiny_data, writes=True)
-    assert "provgen train --config" in message_of(
-        build.open_trained_run, tmp_path / "run", torch.device("cpu")
-    )
+    assert "provgen train --config" in message_of(build.open_trained_run, tmp_path / "run", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["none", "config.yaml"])

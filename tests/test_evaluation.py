@@ -57,7 +57,7 @@ def test_the_probe_asks_covered_examples_alone_at_the_levels_of_the_kind(kind, t
         assert torch.equal(batch.indices, other.indices)
     few = evaluation.make_probe(settings, data, num_queries=5)
     assert torch.equal(few.batches[0].indices, probe.batches[0].indices[:5])
-    assert probe.told == (kind == "diffusion")
+    assert probe.is_conditional == (kind == "diffusion")
 
 
 @pytest.fixture
@@ -75,12 +75,12 @@ def test_index_metrics_stay_below_their_ceilings_for_every_kind(kind, coverage, 
     ceiling = evaluation.make_ceiling(settings, data, network.network)
     qualities = evaluation.make_probe(settings, data).measure(network, ceiling)
     assert {quality.rows for quality in qualities} == (
-        {"labelled", "null"} if kind == "diffusion" else {"null"}
+        {"conditional", "unconditional"} if kind == "diffusion" else {"unconditional"}
     )
     for quality in qualities:
         assert 0 <= quality.kl_gap.value < 100
         assert quality.top1.value <= quality.top1_ceiling + 1e-9
-        assert quality.kl_gap.n == (40 if coverage == 1 else 12) or quality.rows == "labelled"
+        assert quality.kl_gap.n == (40 if coverage == 1 else 12) or quality.rows == "conditional"
     if kind == "none":
         assert qualities[0].top1_ceiling == pytest.approx(1)
         assert qualities[0].cross_entropy_ceiling == pytest.approx(0, abs=1e-6)
@@ -114,7 +114,7 @@ def test_class_metrics_are_measured_for_every_kind(kind, trained_of):
         assert row["n"] == len(holdout)
         assert all(0 <= value <= 1 for name, value in row.items() if name != "n")
         assert quality.class_accuracy is not None
-        assert quality.consistency_top1_null == pytest.approx(0.1, abs=0.02), "ten classes, evenly"
+        assert quality.consistency_top1_baseline == pytest.approx(0.1, abs=0.02), "ten classes, evenly"
 
 
 def test_a_training_image_names_itself_in_the_closed_form_of_a_classifier(trained_of):
@@ -122,7 +122,7 @@ def test_a_training_image_names_itself_in_the_closed_form_of_a_classifier(traine
     network, train = evaluation.posterior_of(trained), trained.data.train
     (quality,) = evaluation.class_qualities(network, trained.settings, train, train).values()
     assert quality.consistency_top1_closed_form == 1
-    assert quality.exemplar_accuracy_closed_form == 1
+    assert quality.knn_accuracy_closed_form == 1
     with torch.no_grad():
         logits = trained.pipeline.classifier(train.images.float() / 127.5 - 1).class_logits
     expected = float((logits.argmax(1) == train.labels).double().mean())
@@ -152,9 +152,7 @@ def test_losses_of_the_generator_are_those_of_every_image(kind, trained_of, monk
         torch.testing.assert_close(losses, expected)
 
 
-@pytest.mark.parametrize(
-    ("kind", "head"), [("diffusion", "none"), ("vae", "none"), ("vae", "class_independent")]
-)
+@pytest.mark.parametrize(("kind", "head"), [("diffusion", "none"), ("vae", "none"), ("vae", "class_independent")])
 def test_samples_are_those_of_the_pipeline(kind, head, trainer_of):
     trainer, settings, data = trainer_of(f"generator.kind={kind}", f"provenance.index_head={head}")
     sampled = evaluation.sample(evaluation.make_pipeline(trainer, settings, data), settings, data, count=3)
@@ -183,7 +181,7 @@ def test_an_evaluation_holds_every_level_the_gaps_and_the_recall_of_a_beam(head,
     network = evaluation.averaged_posterior(trainer)
     qualities = probe.measure(network, evaluation.make_ceiling(settings, data, network.network))
     assert measured["index_quality"] == [quality.as_row() for quality in qualities]
-    for rows in ("labelled", "null"):
+    for rows in ("conditional", "unconditional"):
         assert measured[f"kl_gap_{rows}"] == mean_kl_gap(qualities, rows).value
         assert measured[f"kl_gap_{rows}_low"] <= measured[f"kl_gap_{rows}"] <= measured[f"kl_gap_{rows}_high"]
     assert ("beam_recall10" in measured) == (head == "two_stage")
@@ -201,15 +199,12 @@ def test_evidence_is_taken_from_whole_posteriors(trained):
     closed = trained.closed_form()
     for row in range(len(images)):
         traces = [
-            pipeline.attribute(images[row : row + 1], top_k=len(train), closed_form=some)
-            for some in (None, closed)
+            pipeline.attribute(images[row : row + 1], top_k=len(train), closed_form=some) for some in (None, closed)
         ]
         dense = [torch.zeros(len(train)).scatter(0, t.example_index[0], t.posterior[0]) for t in traces]
         first, second = (set(some.topk(10).indices.tolist()) for some in dense)
         assert found.top[row] == pytest.approx(float(dense[0].max()), rel=1e-4)
-        assert found.of_class[row] == pytest.approx(
-            float(dense[0][train.labels == labels[row]].sum()), rel=1e-4
-        )
+        assert found.of_class[row] == pytest.approx(float(dense[0][train.labels == labels[row]].sum()), rel=1e-4)
         assert found.agreement[row] == len(first & second) / 10
         entropy = float(torch.special.entr(dense[0].double()).sum().exp())
         assert found.sources[row] == pytest.approx(entropy, rel=1e-3)

@@ -8,9 +8,9 @@ import torch
 
 from provgen.data.images import to_pil
 from provgen.data.manifest import Manifest
-from provgen.models.classifier import CLEAN_SIGNAL
+from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.pipeline import ProvenancePipeline
-from provgen.tracing.trace import LEAST_SIGNAL
+from provgen.tracing.trace import LEAST_ALPHA_BAR
 
 FAST = {"num_inference_steps": 10, "output_type": "pt"}
 LABELS = [3, 1, None]
@@ -92,10 +92,10 @@ def test_a_trace_is_complete(three, trained):
         shown = attribution.posterior.sum(1)
         torch.testing.assert_close(shown + attribution.mass_not_shown, torch.ones(3), rtol=0, atol=1e-5)
         assert (attribution.posterior.diff(dim=1) <= 0).all()
-        assert attribution.step_entropy.shape == (3, len(attribution.signal))
-        assert (attribution.signal.diff() > 0).all()
+        assert attribution.step_entropy.shape == (3, len(attribution.alpha_bar))
+        assert (attribution.alpha_bar.diff() > 0).all()
         levels = trained.pipeline.scheduler.alphas_cumprod[trained.pipeline.scheduler.timesteps]
-        torch.testing.assert_close(attribution.signal, levels[levels >= LEAST_SIGNAL])
+        torch.testing.assert_close(attribution.alpha_bar, levels[levels >= LEAST_ALPHA_BAR])
         labels = trained.data.train.labels
         for row, label in enumerate(LABELS[:2]):
             named = labels[attribution.example_index[row][attribution.posterior[row] > 0]]
@@ -158,9 +158,7 @@ def test_the_wrong_number_of_generators_is_refused(count, pipe, message_of):
 @pytest.mark.parametrize("steps", [0, 9, 1001])
 def test_an_impossible_number_of_steps_is_refused(steps, pipe, message_of):
     assert f"got {steps}" in message_of(pipe, [1], num_inference_steps=steps)
-    assert f"got {steps}" in message_of(
-        pipe.attribute, torch.zeros(1, 1, 8, 8).byte(), num_inference_steps=steps
-    )
+    assert f"got {steps}" in message_of(pipe.attribute, torch.zeros(1, 1, 8, 8).byte(), num_inference_steps=steps)
 
 
 def test_tracing_every_zeroth_step_is_refused(pipe, message_of):
@@ -228,7 +226,7 @@ def test_the_network_is_asked_unless_a_closed_form_is_given(pipe, trained):
     network = pipe.attribute(images, top_k=3)
     exact = pipe.attribute(images, top_k=3, closed_form=trained.closed_form())
     assert not torch.allclose(network.posterior, exact.posterior, atol=1e-2)
-    torch.testing.assert_close(network.signal, exact.signal)
+    torch.testing.assert_close(network.alpha_bar, exact.alpha_bar)
 
 
 def test_attributing_does_not_depend_on_the_rest_of_the_batch(pipe, trained):
@@ -266,8 +264,8 @@ def test_a_label_restricts_what_an_outside_image_is_traced_to(pipe, trained):
 
 def test_attributing_uses_levels_inside_the_window_alone(pipe, trained):
     found = pipe.attribute(trained.data.train.images[:1], num_inference_steps=20)
-    assert ((found.signal > 0.05) & (found.signal < 0.9)).all()
-    assert len(found.signal) == found.step_entropy.shape[1] > 3
+    assert ((found.alpha_bar > 0.05) & (found.alpha_bar < 0.9)).all()
+    assert len(found.alpha_bar) == found.step_entropy.shape[1] > 3
 
 
 @pytest.fixture(scope="module")
@@ -280,14 +278,14 @@ def decoded(trained_of):
 
 def test_an_autoencoder_generates_and_traces(trained_of, decoded):
     pipe = trained_of("vae").pipeline
-    assert not pipe.is_told_classes
+    assert not pipe.is_class_conditional
     assert decoded.images.shape == (3, 1, 8, 8)
     assert decoded.images.dtype == torch.uint8
     for attribution in (decoded.attribution, decoded.closed_form):
         assert attribution.example_index.shape == (3, 5)
         shown = attribution.posterior.sum(1) + attribution.mass_not_shown
         torch.testing.assert_close(shown, torch.ones(3), rtol=0, atol=1e-5)
-        assert attribution.signal.tolist() == pytest.approx([CLEAN_SIGNAL])
+        assert attribution.alpha_bar.tolist() == pytest.approx([CLEAN_ALPHA_BAR])
         torch.testing.assert_close(attribution.step_entropy[:, 0], attribution.entropy)
         assert attribution.commitment_step.tolist() == [-1] * 3
     assert not torch.equal(decoded.attribution.posterior, decoded.closed_form.posterior)
@@ -335,8 +333,8 @@ def test_outside_images_are_traced_by_every_kind_whatever_is_in_the_batch(kind, 
     assert_close(part, whole, [4, 1], 1e-5)
     assert torch.equal(part.example_index, whole.example_index[[4, 1]])
     labels = [(int(label) + 1) % 10 for label in trained.data.train.labels[:6]]
-    told = trained.pipeline.attribute(images, top_k=1, class_labels=labels)
-    assert trained.data.train.labels[told.example_index[:, 0]].tolist() == labels
+    is_conditional = trained.pipeline.attribute(images, top_k=1, class_labels=labels)
+    assert trained.data.train.labels[is_conditional.example_index[:, 0]].tolist() == labels
     exact = trained.pipeline.attribute(images, top_k=4, closed_form=trained.closed_form())
     assert not torch.allclose(exact.entropy, whole.entropy, atol=1e-4)
 
@@ -356,7 +354,7 @@ def test_what_a_kind_cannot_do_is_refused(trained_of, message_of):
     for top_k in (None, 3):
         message = message_of(classifier, batch_size=2, top_k=top_k, **FAST)
         assert "cannot generate 2 images" in message
-    assert not classifier.is_told_classes
+    assert not classifier.is_class_conditional
 
 
 @pytest.fixture

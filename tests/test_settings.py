@@ -105,9 +105,7 @@ def test_a_value_of_the_wrong_type_is_refused(key, value, message_of, load_text)
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "-inf", "1e400"])
-@pytest.mark.parametrize(
-    "key", ["training.learning_rate", "provenance.loss_weight", "generator.label_dropout"]
-)
+@pytest.mark.parametrize("key", ["training.learning_rate", "provenance.loss_weight", "generator.label_dropout"])
 def test_numbers_that_are_not_finite_are_refused(key, value, message_of, load_text):
     assert key in message_of(load_settings, None, [f"{key}={value}"])
     section, name = key.split(".")

@@ -79,9 +79,7 @@ def _require_columns(names: Collection[str], csv_path: Path) -> None:
 def _parse(row: dict[str, str | None], csv_path: Path, line: int) -> tuple[str, ImageMetadata]:
     # DictReader files surplus cells under the key None.
     if None in row:
-        raise InputError(
-            f"{csv_path} line {line}: more cells than columns; put quotes around cells with commas"
-        )
+        raise InputError(f"{csv_path} line {line}: more cells than columns; put quotes around cells with commas")
     cells = {name: (cell or "").strip() or None for name, cell in row.items()}
     file_name = cells.pop("file_name")
     if file_name is None:
@@ -133,9 +131,7 @@ def _list_images(root: Path) -> list[str]:
         )
     _require_flat_classes(by_class)
     if not at_root and not with_images:
-        raise InputError(
-            f"no images in {root}; it needs {', '.join(_SUFFIXES)} files, or class folders with them"
-        )
+        raise InputError(f"no images in {root}; it needs {', '.join(_SUFFIXES)} files, or class folders with them")
     if with_images:
         _require_no_empty_class(by_class)
     found = [*at_root, *(image for images in by_class.values() for image in images)]

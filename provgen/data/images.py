@@ -117,9 +117,7 @@ def naming_image(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(f"no image at {path}; check the path") from error
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"cannot read the image {path}: not an image, or damaged; replace or remove it"
-        ) from error
+        raise InputError(f"cannot read the image {path}: not an image, or damaged; replace or remove it") from error
     except (OSError, *_DECODER_ERRORS) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise InputError(f"cannot read the image {path}: {reason}; replace or remove it") from error

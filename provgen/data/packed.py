@@ -73,9 +73,7 @@ def _only(found: list[Path], preferred: str, folder: Path) -> Path:
     chosen = [path for path in found if len(parents) == 1 or preferred in path.relative_to(folder).parts]
     if len({path.parent for path in chosen}) != 1:
         options = " or ".join(sorted(str(parent) for parent in parents))
-        raise InputError(
-            f"several copies of {found[0].name} in {folder}; set data.path to one of them: {options}"
-        )
+        raise InputError(f"several copies of {found[0].name} in {folder}; set data.path to one of them: {options}")
     return chosen[0]
 
 
@@ -92,9 +90,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     data = _read_bytes(path)
     start = 4 + 4 * dimensions
     if data[:4] != bytes([0, 0, _UNSIGNED_BYTE, dimensions]) or len(data) < start:
-        raise InputError(
-            f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions; {_DAMAGED}"
-        )
+        raise InputError(f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions; {_DAMAGED}")
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
     if len(data) - start != math.prod(shape):
         raise InputError(
@@ -105,9 +101,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
 
 def _require_pairs(images: Tensor, labels: Tensor, where: str) -> None:
     if len(images) != len(labels):
-        raise InputError(
-            f"{len(images)} images but {len(labels)} labels in {where}; take both from one release"
-        )
+        raise InputError(f"{len(images)} images but {len(labels)} labels in {where}; take both from one release")
     if images.numel() == 0:
         raise InputError(f"no images in {where}; {_DAMAGED}")
 

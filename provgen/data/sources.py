@@ -49,9 +49,7 @@ def load_images(source: str, path: str | Path | None, image_size: int) -> ImageS
         return load_image_folder(folder, image_size)
     if source == "digits":
         if folder is not None:
-            raise InputError(
-                f"data.source=digits is embedded and takes no data.path, got {path}; leave it out"
-            )
+            raise InputError(f"data.source=digits is embedded and takes no data.path, got {path}; leave it out")
         return _load_digits(image_size)
     if source not in _TORCHVISION_NAMES:
         known = ", ".join([*_CLASS_NAMES, "folder"])

@@ -14,18 +14,18 @@ MAX_CHUNK_BYTES = 256 * 2**20
 """Largest (query, train) matrix that is held at once by the chunked methods."""
 
 
-class Oracle(Protocol):
+class Posterior(Protocol):
     """The exact posterior of one kind of generator: the ceiling of every index metric."""
 
-    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
-        """Compute p(i | query, y), (query, train), for what the generator produced at signal levels (query,)."""
+    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
+        """Compute p(i | query, y), (query, train), for what the generator produced at values of alpha_bar (query,)."""
         ...
 
-    def logits(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def logits(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give log p up to a constant of each query, (query, train); it ranks where probabilities underflow."""
         ...
 
-    def chunks(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
+    def chunks(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
         """Yield `probs` in slices of queries that bound memory."""
         ...
 
@@ -55,40 +55,38 @@ class ClosedFormPosterior:
         self.null_label = null_label
         self.covered = covered
 
-    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Compute p(i | x_t, y).
 
         Args:
             queries: x_t, (query, channel, height, width), any floating dtype.
-            signal: a_t of each row, (query,), below 1.
+            alpha_bar: alpha_bar of each row, (query,), below 1.
             class_labels: int64 (query,).
 
         Returns:
             (query, train) in the dtype of the training images; rows sum to 1, ruled-out examples get 0.
         """
         # Never exp(log_softmax): exp is ten times slower than softmax where nearly everything underflows.
-        return self.logits(queries, signal, class_labels).softmax(dim=1)
+        return self.logits(queries, alpha_bar, class_labels).softmax(dim=1)
 
-    def logits(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def logits(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give log p up to a constant of each query; ruled-out examples get the lowest finite value."""
-        a = signal.to(self.rows)[:, None]
+        a = alpha_bar.to(self.rows)[:, None]
         # |x_t|^2 is the same for every example and drops out of the softmax.
         products = queries.flatten(1).to(self.rows) @ self.rows.T
         logits = (a.sqrt() * products - a * self.half_norms) / (1 - a)
         ruled_out = impossible(class_labels, self.labels, self.null_label, self.covered)
         return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
 
-    def chunks(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
+    def chunks(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
         """Yield `probs` in slices of queries that stay under MAX_CHUNK_BYTES each."""
         size = max(1, MAX_CHUNK_BYTES // (len(self.rows) * self.rows.element_size()))
-        parts = zip(queries.split(size), signal.split(size), class_labels.split(size), strict=True)
+        parts = zip(queries.split(size), alpha_bar.split(size), class_labels.split(size), strict=True)
         for some, levels, labels in parts:
             yield self.probs(some, levels, labels)
 
 
-def impossible(
-    class_labels: Tensor, example_labels: Tensor, null_label: int, covered: Tensor | None
-) -> Tensor:
+def impossible(class_labels: Tensor, example_labels: Tensor, null_label: int, covered: Tensor | None) -> Tensor:
     """Say which examples cannot be the parent: those of another class, or not covered; bool (query, train)."""
     is_given = class_labels != null_label
     ruled_out = is_given[:, None] & (class_labels[:, None] != example_labels[None, :])
@@ -159,9 +157,7 @@ class LatentPosterior:
             device: Where it shall be computed.
             covered: bool (train,), examples that may be the parent; None for all.
         """
-        parts = [
-            vae.encode(some.to(vae.device, vae.dtype)).latent_dist for some in images.split(ENCODED_AT_ONCE)
-        ]
+        parts = [vae.encode(some.to(vae.device, vae.dtype)).latent_dist for some in images.split(ENCODED_AT_ONCE)]
         return cls(
             torch.cat([part.mean for part in parts]).to(device, dtype),
             torch.cat([part.logvar for part in parts]).to(device, dtype),
@@ -170,29 +166,29 @@ class LatentPosterior:
             covered=None if covered is None else covered.to(device),
         )
 
-    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Compute p(i | z, y).
 
         Args:
             queries: Latents z, (query, feature...), any floating dtype.
-            signal: Ignored: a latent has one level of noise, its variance.
+            alpha_bar: Ignored: a latent has one level of noise, its variance.
             class_labels: int64 (query,).
 
         Returns:
             (query, train) in the dtype of the means; rows sum to 1, ruled-out examples get 0.
         """
-        return self.logits(queries, signal, class_labels).softmax(dim=1)
+        return self.logits(queries, alpha_bar, class_labels).softmax(dim=1)
 
-    def logits(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Oracle
+    def logits(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Posterior
         """Give log p up to a constant of all examples; ruled-out examples get the lowest finite value."""
         rows = queries.flatten(1).to(self.pulls)
         logits = rows @ self.pulls.T - (rows.square() @ self.precisions.T + self.offsets) / 2
         ruled_out = impossible(class_labels, self.labels, self.null_label, self.covered)
         return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
 
-    def chunks(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
+    def chunks(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
         """Yield `probs` in slices of queries that stay under MAX_CHUNK_BYTES each."""
         size = max(1, MAX_CHUNK_BYTES // (len(self.pulls) * self.pulls.element_size()))
-        parts = zip(queries.split(size), signal.split(size), class_labels.split(size), strict=True)
+        parts = zip(queries.split(size), alpha_bar.split(size), class_labels.split(size), strict=True)
         for some, levels, labels in parts:
             yield self.probs(some, levels, labels)

@@ -1,4 +1,4 @@
-"""What differs between the kinds of generators: network, forward pass, stages, and closed form."""
+"""What differs between the kinds of generators: network, forward pass, feature maps, and closed form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.generators.closed_form import ClosedFormPosterior, LatentPosterior, Oracle
+from provgen.generators.closed_form import ClosedFormPosterior, LatentPosterior, Posterior
 from provgen.generators.observers import ClassifierObserver, DiffusionObserver, Observer, VaeObserver
 from provgen.models.classifier import ImageClassifier
 from provgen.models.diffusion import encoder_shapes, make_denoiser, make_training_scheduler
@@ -49,7 +49,7 @@ class Kind(ABC):
         return (self.channels, self.image_size, self.image_size)
 
     def timesteps(self, levels: Sequence[float]) -> list[int]:  # noqa: ARG002 - see DiffusionKind
-        """Give the timesteps nearest to signal levels a_t; without noise levels there is one, 0."""
+        """Give the timesteps nearest to values of alpha_bar; without noise levels there is one, 0."""
         return [0]
 
     def closed_form(
@@ -60,7 +60,7 @@ class Kind(ABC):
         dtype: torch.dtype,
         device: torch.device,
         covered: Tensor | None = None,
-    ) -> Oracle:
+    ) -> Posterior:
         """Make the exact posterior over the training images, or over those that are `covered`, bool (train,)."""
         images = to_unit_range(train.images, dtype).to(device)
         labels = train.labels.to(device)
@@ -101,9 +101,9 @@ class DiffusionKind(Kind):
         return DiffusionObserver(self.noise_scheduler, device)
 
     def timesteps(self, levels: Sequence[float]) -> list[int]:
-        """Give the timesteps nearest to signal levels a_t."""
-        signal = self.noise_scheduler.alphas_cumprod
-        return [int((signal - level).abs().argmin()) for level in levels]
+        """Give the timesteps nearest to values of alpha_bar."""
+        alpha_bar = self.noise_scheduler.alphas_cumprod
+        return [int((alpha_bar - level).abs().argmin()) for level in levels]
 
 
 class VaeKind(Kind):
@@ -111,9 +111,7 @@ class VaeKind(Kind):
 
     def make_network(self) -> ImageVae:
         """Make the autoencoder."""
-        return make_vae(
-            self.settings.generator.size, image_size=self.image_size, image_channels=self.channels
-        )
+        return make_vae(self.settings.generator.size, image_size=self.image_size, image_channels=self.channels)
 
     def make_observer(self, device: torch.device) -> Observer:  # noqa: ARG002 - Kind
         """Make the forward pass on clean images."""
@@ -131,7 +129,7 @@ class VaeKind(Kind):
         dtype: torch.dtype,
         device: torch.device,
         covered: Tensor | None = None,
-    ) -> Oracle:
+    ) -> Posterior:
         """Make the posterior over training images given a latent, by the encoder as it stands."""
         assert isinstance(network, ImageVae)
         return LatentPosterior.of(
@@ -154,9 +152,7 @@ class ClassifierKind(Kind):
         # The two-branch head needs p(y) even where no class loss is wanted.
         has_classes = chosen.class_loss_weight > 0 or chosen.index_head == "class_conditional"
         shapes = [list(shape) for shape in self.shapes()]
-        classifier: ImageClassifier = ImageClassifier(
-            stages=shapes, num_classes=self.num_classes * has_classes
-        )
+        classifier: ImageClassifier = ImageClassifier(stages=shapes, num_classes=self.num_classes * has_classes)
         return classifier
 
     def make_observer(self, device: torch.device) -> Observer:  # noqa: ARG002 - Kind

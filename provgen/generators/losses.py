@@ -9,13 +9,13 @@ from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.generators.observers import Observer
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
-from provgen.training.batches import Batch, fixed_batches
 
 BATCH = 256
 """Images at a time."""
@@ -49,9 +49,7 @@ def generator_losses(
     generator = seeded_generator(seed, Stream.LOSS)
     losses = torch.zeros(len(images), draws)
     for draw in range(draws):
-        noise = randn_tensor(
-            (len(images), *noise_shape), generator=generator, dtype=torch.get_default_dtype()
-        )
+        noise = randn_tensor((len(images), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
         places = draw + torch.rand(len(images), generator=generator, dtype=torch.float64)
         batch = Batch(
             indices=torch.arange(len(images)),
@@ -63,7 +61,7 @@ def generator_losses(
         )
         for rows in torch.arange(len(images)).split(BATCH):
             part = batch.select(rows).to(network.device)
-            losses[rows, draw] = observer.observe(network, part, shows_stages=False).loss.cpu()
+            losses[rows, draw] = observer.observe(network, part, with_feature_maps=False).loss.cpu()
     return losses
 
 
@@ -101,10 +99,10 @@ def denoiser_divergence(
         batch = batch.to(unet.device)
         labels, steps = batch.clean_labels, batch.timesteps
         noisy = scheduler.add_noise(batch.clean_images, batch.noise, steps)
-        signal = scheduler.alphas_cumprod.to(unet.device)[steps]
-        asked = (given.to(closed_form.rows.device) for given in (noisy, signal, labels))
+        alpha_bar = scheduler.alphas_cumprod.to(unet.device)[steps]
+        asked = (given.to(closed_form.rows.device) for given in (noisy, alpha_bar, labels))
         ideal = (closed_form.probs(*asked) @ closed_form.rows).view(noisy.shape).to(noisy.device)
-        level = signal.view(-1, 1, 1, 1)
+        level = alpha_bar.view(-1, 1, 1, 1)
         ideal_noise = (noisy - level.sqrt() * ideal) / (1 - level).sqrt()
         predicted = unet(noisy, steps, class_labels=labels).sample
         found.append((predicted - ideal_noise).flatten(1).square().sum(dim=1).cpu() / 2)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from provgen.models.classifier import CLEAN_SIGNAL
-from provgen.models.diffusion import record_stages
-from provgen.training.batches import Batch
+from provgen.data.batches import Batch
+from provgen.models.classifier import CLEAN_ALPHA_BAR
+from provgen.models.diffusion import record_feature_maps
 from provgen.training.losses import denoising_loss, vae_loss
 
 
@@ -25,10 +25,10 @@ class Observation:
     """The generator's own loss of every row, (batch,)."""
     parts: dict[str, Tensor]
     """What that loss is made of, by the name it is logged under, (batch,) each."""
-    stages: list[Tensor]
+    feature_maps: list[Tensor]
     """The image and every encoder stage, (batch, channel, height, width) each."""
-    signal: Tensor
-    """a_t of every row, (batch,); `CLEAN_SIGNAL` where no noise was added."""
+    alpha_bar: Tensor
+    """alpha_bar of every row, (batch,); `CLEAN_ALPHA_BAR` where no noise was added."""
     class_labels: Tensor
     """What the generator was told, int64 (batch,); the null label for nothing."""
     query: Tensor
@@ -45,8 +45,8 @@ class Observer(Protocol):
     component: str
     """Of its network in a pipeline."""
 
-    def observe(self, network: nn.Module, batch: Batch, *, shows_stages: bool = True) -> Observation:
-        """Run `network`, wrapped by Accelerate or not, on a batch; stages that nobody reads need not be shown."""
+    def observe(self, network: nn.Module, batch: Batch, *, with_feature_maps: bool = True) -> Observation:
+        """Run `network`, wrapped by Accelerate or not, on a batch; feature maps that nobody reads need not be shown."""
         ...
 
 
@@ -58,22 +58,22 @@ class DiffusionObserver:
 
     def __init__(self, noise_scheduler: DDPMScheduler, device: torch.device) -> None:
         self.noise_scheduler = noise_scheduler
-        self.signal_levels = noise_scheduler.alphas_cumprod.to(device)
+        self.alpha_bars = noise_scheduler.alphas_cumprod.to(device)
 
-    def observe(self, network: nn.Module, batch: Batch, *, shows_stages: bool = True) -> Observation:
+    def observe(self, network: nn.Module, batch: Batch, *, with_feature_maps: bool = True) -> Observation:
         """Noise the images to the batch's timesteps and predict the noise."""
         noisy_images = self.noise_scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)
         recording: AbstractContextManager[list[Tensor]] = (
-            record_stages(network) if shows_stages else nullcontext([])
+            record_feature_maps(network) if with_feature_maps else nullcontext([])
         )
-        with recording as stages:
+        with recording as feature_maps:
             predicted = network(noisy_images, batch.timesteps, class_labels=batch.labels).sample
         loss = denoising_loss(predicted, batch.noise)
         return Observation(
             loss=loss,
             parts={"denoising_loss": loss},
-            stages=stages,
-            signal=self.signal_levels[batch.timesteps],
+            feature_maps=feature_maps,
+            alpha_bar=self.alpha_bars[batch.timesteps],
             class_labels=batch.labels,
             query=noisy_images,
         )
@@ -88,17 +88,17 @@ class VaeObserver:
     def __init__(self, kl_weight: float) -> None:
         self.kl_weight = kl_weight
 
-    def observe(self, network: nn.Module, batch: Batch, *, shows_stages: bool = True) -> Observation:
+    def observe(self, network: nn.Module, batch: Batch, *, with_feature_maps: bool = True) -> Observation:
         """Encode, sample the latent with the batch's noise, decode, and encode what was decoded."""
-        output = network(batch.clean_images, batch.noise, with_stages=shows_stages)
+        output = network(batch.clean_images, batch.noise, with_feature_maps=with_feature_maps)
         reconstruction, divergence = vae_loss(
             output.reconstruction, batch.clean_images, output.mean, output.log_variance
         )
         return Observation(
             loss=reconstruction + self.kl_weight * divergence,
             parts={"reconstruction_loss": reconstruction, "latent_divergence": divergence},
-            stages=output.stages,
-            signal=batch.clean_images.new_full((len(batch.indices),), CLEAN_SIGNAL),
+            feature_maps=output.feature_maps,
+            alpha_bar=batch.clean_images.new_full((len(batch.indices),), CLEAN_ALPHA_BAR),
             class_labels=batch.labels,
             query=output.latents,
         )
@@ -118,12 +118,12 @@ class ClassifierObserver:
         network: nn.Module,
         batch: Batch,
         *,
-        shows_stages: bool = True,  # noqa: ARG002 - they cost nothing here
+        with_feature_maps: bool = True,  # noqa: ARG002 - they cost nothing here
     ) -> Observation:
         """Predict the class of the clean images; images without a class have no loss."""
         output = network(batch.clean_images)
         # Zero, but of every weight: processes that train together wait for the gradient of each.
-        loss = 0 * output.stages[-1].flatten(1).sum(dim=1)
+        loss = 0 * output.feature_maps[-1].flatten(1).sum(dim=1)
         parts = {}
         if output.class_logits is not None:
             parts["class_loss"] = _class_losses(output.class_logits, batch.clean_labels)
@@ -131,8 +131,8 @@ class ClassifierObserver:
         return Observation(
             loss=loss,
             parts=parts,
-            stages=output.stages,
-            signal=batch.clean_images.new_full((len(batch.indices),), CLEAN_SIGNAL),
+            feature_maps=output.feature_maps,
+            alpha_bar=batch.clean_images.new_full((len(batch.indices),), CLEAN_ALPHA_BAR),
             class_labels=batch.labels,
             query=batch.clean_images,
             class_logits=output.class_logits,

@@ -32,27 +32,27 @@ class ClassQuality:
     consistency_top1: Estimate
     """Share of queries whose first source has their class."""
     consistency_top1_closed_form: float
-    consistency_top1_null: float
+    consistency_top1_baseline: float
     """The same for one training example drawn at random."""
     consistency_top5: Estimate
     """Share of queries with their class among the first five sources."""
     consistency_top5_closed_form: float
-    consistency_top5_null: float
+    consistency_top5_baseline: float
     """The same for five distinct training examples drawn at random (hypergeometric)."""
     share_top5: Estimate
     """Mean share of the first five sources that have the query's class."""
     share_top5_closed_form: float
-    share_top5_null: float
-    exemplar_accuracy: Estimate
+    share_top5_baseline: float
+    knn_accuracy: Estimate
     """Share of queries whose class has the largest posterior mass, summed over its examples (learned k-NN)."""
-    exemplar_accuracy_closed_form: float
-    exemplar_accuracy_null: float
+    knn_accuracy_closed_form: float
+    knn_accuracy_baseline: float
     """Share of the queries' most frequent class: no constant guess is better."""
     class_accuracy: Estimate | None
     """Share of queries for which the class head is right; None without one."""
     class_accuracy_closed_form: float
-    """Of the closed-form kernel classifier: its `exemplar_accuracy`."""
-    class_accuracy_null: float
+    """Of the closed-form kernel classifier: its `knn_accuracy`."""
+    class_accuracy_baseline: float
 
     def as_row(self) -> dict[str, Any]:
         """Give the metrics as a flat JSON-able dict; estimates become NAME, NAME_low and NAME_high."""
@@ -101,13 +101,13 @@ def class_quality(
         network["class_accuracy"] = _hits(class_logits[rows], _one_hot(labels, num_classes), 1)[0]
     exact = closed_form[rows]
     reference = _measure(exact, exact.softmax(dim=1), labels, train_labels, num_classes)
-    reference["class_accuracy"] = reference["exemplar_accuracy"]
+    reference["class_accuracy"] = reference["knn_accuracy"]
     guess = _retrieval(torch.zeros_like(log_probs), labels[:, None] == train_labels)
-    guess["exemplar_accuracy"] = guess["class_accuracy"] = (labels == labels.mode().values).double()
+    guess["knn_accuracy"] = guess["class_accuracy"] = (labels == labels.mode().values).double()
     metrics: dict[str, Any] = {"class_accuracy": None}
     metrics |= {name: _estimate(values) for name, values in network.items()}
     metrics |= {f"{name}_closed_form": float(values.mean()) for name, values in reference.items()}
-    metrics |= {f"{name}_null": float(values.mean()) for name, values in guess.items()}
+    metrics |= {f"{name}_baseline": float(values.mean()) for name, values in guess.items()}
     return ClassQuality(**metrics)
 
 
@@ -119,7 +119,7 @@ def _measure(
     members = F.one_hot(train_labels, num_classes + 1)[:, :num_classes]
     mass = probs @ members.to(probs.dtype)
     measured = _retrieval(scores, labels[:, None] == train_labels)
-    measured["exemplar_accuracy"] = _hits(mass, _one_hot(labels, num_classes), 1)[0]
+    measured["knn_accuracy"] = _hits(mass, _one_hot(labels, num_classes), 1)[0]
     return measured
 
 

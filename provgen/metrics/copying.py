@@ -150,9 +150,7 @@ def data_copying(generated: Placed, holdout: Placed, *, seed: int, resamples: in
 def counted_cells(generated: Placed, holdout: Placed) -> list[Sides]:
     """Give the distances of both in every cell that holds enough generated images and a held-out one."""
     sets = [(placed.distances.cpu().numpy(), placed.cells.cpu().numpy()) for placed in (generated, holdout)]
-    cells: list[Sides] = [
-        tuple(distances[of == cell] for distances, of in sets) for cell in np.unique(sets[1][1])
-    ]
+    cells: list[Sides] = [tuple(distances[of == cell] for distances, of in sets) for cell in np.unique(sets[1][1])]
     enough = [cell for cell in cells if len(cell[0]) >= FEWEST_GENERATED]
     return enough or [(sets[0][0], sets[1][0])]
 

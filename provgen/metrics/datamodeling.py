@@ -52,9 +52,7 @@ class LdsComparison:
     both are samples, and differences of methods are far better known than the methods are.
     """
 
-    def __init__(
-        self, predicted: Mapping[str, Tensor], outputs: Tensor, *, seed: int, resamples: int = 1000
-    ) -> None:
+    def __init__(self, predicted: Mapping[str, Tensor], outputs: Tensor, *, seed: int, resamples: int = 1000) -> None:
         """Resample.
 
         Args:

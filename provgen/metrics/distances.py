@@ -25,8 +25,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """
     means = [rows.double().mean(dim=0) for rows in (first, second)]
     roots = [
-        rows.double().sub(mean) / (len(rows) - 1) ** 0.5
-        for rows, mean in zip((first, second), means, strict=True)
+        rows.double().sub(mean) / (len(rows) - 1) ** 0.5 for rows, mean in zip((first, second), means, strict=True)
     ]
     # The trace of (C1 C2)^(1/2), with C = R^T R, is the sum of the singular values of R1 R2^T, the roots of the
     # eigenvalues of its product with itself; also where a set spans less than all features.
@@ -96,10 +95,7 @@ def with_interval(measure: Callable[..., float], *sets: Tensor, seed: int = 0) -
         raise InputError(f"an interval needs {2 * GROUPS} images of each kind, got {min(map(len, sets))}")
     generator = torch.Generator().manual_seed(seed)
     groups = [torch.randperm(len(rows), generator=generator).to(rows.device) % GROUPS for rows in sets]
-    left = [
-        measure(*(rows[of != group] for rows, of in zip(sets, groups, strict=True)))
-        for group in range(GROUPS)
-    ]
+    left = [measure(*(rows[of != group] for rows, of in zip(sets, groups, strict=True))) for group in range(GROUPS)]
     value = measure(*sets)
     margin = float(t.ppf(0.975, GROUPS - 1)) * _jackknife_error(left)
     return Estimate(value, value - margin, value + margin, min(len(rows) for rows in sets))

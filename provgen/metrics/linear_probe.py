@@ -28,7 +28,7 @@ class ProbeResult:
 
     accuracy: Estimate
     """Share of the test images whose class is predicted."""
-    null: float
+    baseline: float
     """Share of the test images' most frequent class: no constant guess is better."""
     inverse_regularisation: float
     """The C that was chosen."""
@@ -56,8 +56,7 @@ def linear_probe(
     labels, answers = train_labels.cpu().numpy(), test_labels.cpu().numpy()
     if (np.unique(labels, return_counts=True)[1] > 1).sum() < 2:
         raise InputError(
-            f"{len(labels)} training images are too few for a linear probe; "
-            "it needs two classes with two images each"
+            f"{len(labels)} training images are too few for a linear probe; it needs two classes with two images each"
         )
     if not len(answers):
         raise InputError("a linear probe has 0 test images; hold out at least 1 image with a class")
@@ -67,7 +66,7 @@ def linear_probe(
     _, counts = np.unique(answers, return_counts=True)
     return ProbeResult(
         accuracy=proportion(int(right.sum()), len(right)),
-        null=float(counts.max() / len(answers)),
+        baseline=float(counts.max() / len(answers)),
         inverse_regularisation=chosen,
     )
 
@@ -83,9 +82,7 @@ def _projected(
     transform = make_pipeline(StandardScaler())
     if train.shape[1] > MAX_DIMENSIONS:
         dimensions = min(MAX_DIMENSIONS, len(train))
-        transform = make_pipeline(
-            StandardScaler(), PCA(dimensions, svd_solver="randomized", random_state=seed)
-        )
+        transform = make_pipeline(StandardScaler(), PCA(dimensions, svd_solver="randomized", random_state=seed))
     return transform.fit_transform(train), transform.transform(test)
 
 

@@ -37,9 +37,7 @@ def nearest(queries: Tensor, train: Tensor, k: int, *, chunk_size: int = 1024) -
     assert 1 <= k <= len(train)
     assert queries.shape[1:] == train.shape[1:]
     chunks = [_nearest(rows, train, k, chunk_size) for rows in queries.split(chunk_size)]
-    return Neighbors(
-        torch.cat([chunk.distances for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
-    )
+    return Neighbors(torch.cat([chunk.distances for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks]))
 
 
 def distinct_rows(train: Tensor) -> Tensor:

@@ -47,9 +47,7 @@ class SetMeasure:
     """What a pure copier would score: training images."""
 
 
-def set_measures(
-    generated: Tensor, holdout: Tensor, train: Tensor, *, seed: int = 0
-) -> dict[str, SetMeasure]:
+def set_measures(generated: Tensor, holdout: Tensor, train: Tensor, *, seed: int = 0) -> dict[str, SetMeasure]:
     """Measure three sets of images in the same way.
 
     One half of the held-out images is the reference of all three columns, the other half the second column. Sets are

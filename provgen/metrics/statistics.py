@@ -93,8 +93,7 @@ def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = 1
     random = np.random.default_rng(seed)
     sides = [scores.detach().cpu().double().numpy() for scores in (positives, negatives)]
     draws = [
-        share_above(*(side[random.integers(len(side), size=len(side))] for side in sides))
-        for _ in range(resamples)
+        share_above(*(side[random.integers(len(side), size=len(side))] for side in sides)) for _ in range(resamples)
     ]
     low, high = percentile_interval(np.array(draws))
     return Estimate(share_above(*sides), low, high, min(map(len, sides)))
@@ -130,9 +129,7 @@ def stratified_auroc(
 def share_above(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
     """Give the share of pairs in which the positive is larger, ties counting half: Mann-Whitney U over its maximum."""
     ordered = np.sort(negatives)
-    below = np.searchsorted(ordered, positives, side="left") + np.searchsorted(
-        ordered, positives, side="right"
-    )
+    below = np.searchsorted(ordered, positives, side="left") + np.searchsorted(ordered, positives, side="right")
     return float(below.mean() / (2 * len(ordered)))
 
 
@@ -151,9 +148,7 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - margin, mean + margin, n)
 
 
-def _resampled_means(
-    sample: NDArray[np.float64], random: np.random.Generator, resamples: int
-) -> NDArray[np.float64]:
+def _resampled_means(sample: NDArray[np.float64], random: np.random.Generator, resamples: int) -> NDArray[np.float64]:
     """Draw bootstrap means of `sample` (observation,): (resample,)."""
     rows = max(1, _DRAWS_AT_ONCE // len(sample))
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]

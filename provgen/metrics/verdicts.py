@@ -208,9 +208,7 @@ def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
             f"no training image within {distance:.2f}, of held-out images {limits.distance:.2f}",
         )
     if sources > limits.sources:
-        return Verdict(
-            "unsupported", f"spread over {sources:.0f} sources, held-out images over {limits.sources:.0f}"
-        )
+        return Verdict("unsupported", f"spread over {sources:.0f} sources, held-out images over {limits.sources:.0f}")
     if of_class < limits.of_class:
         return Verdict("unsupported", f"its sources are of the class asked for with {of_class:.0%} only")
     reason = f"{sources:.1f} sources{parts}, {agreement:.0%} of the strongest are the closed form's too"

@@ -1,4 +1,4 @@
-"""The paper's own system: a convolutional classifier of clean images, whose stages a provenance network reads."""
+"""The paper's own system: a convolutional classifier of clean images, whose feature maps a provenance network reads."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from provgen.models.embedding import OwnStages
+from provgen.models.embedding import OwnEncoder
 
-CLEAN_SIGNAL = 0.9999
-"""Signal level that stands for "no noise": the closed form at this level names exact copies and nothing else."""
+CLEAN_ALPHA_BAR = 0.9999
+"""alpha_bar that stands for "no noise": the closed form at this level names exact copies and nothing else."""
 
 
 @dataclass
 class ClassifierOutput(BaseOutput):
-    """Stages and class of a batch of images."""
+    """Feature maps and class of a batch of images."""
 
-    stages: list[Tensor]
+    feature_maps: list[Tensor]
     """The image, then every stage, (batch, channel, height, width) each."""
     class_logits: Tensor | None = None
     """(batch, class); None without a class head."""
@@ -38,12 +38,12 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         """
         super().__init__()
         shapes = [(channels, size) for channels, size in stages]
-        self.encoder = OwnStages(shapes, shared=0, reads_level=False)
+        self.encoder = OwnEncoder(shapes, shared=0, reads_level=False)
         channels, size = shapes[-1]
         self.class_head = nn.Linear(channels * size**2, num_classes) if num_classes else None
 
     def forward(self, images: Tensor) -> ClassifierOutput:
         """Encode images (batch, channel, height, width) in [-1, 1]."""
-        stages = [images, *self.encoder([images], images.new_ones(len(images)))]
-        class_logits = None if self.class_head is None else self.class_head(stages[-1].flatten(1))
-        return ClassifierOutput(stages=stages, class_logits=class_logits)
+        feature_maps = [images, *self.encoder([images], images.new_ones(len(images)))]
+        class_logits = None if self.class_head is None else self.class_head(feature_maps[-1].flatten(1))
+        return ClassifierOutput(feature_maps=feature_maps, class_logits=class_logits)

@@ -42,7 +42,7 @@ class CreditHead(ModelMixin, ConfigMixin):
             across: Factor of the kernel between two classes.
             num_gradients: The last coordinates, of which products count instead of distances: directions of gradients.
             gradient_share: Of these products in the kernel.
-            level_power: Of a_t / (1 - a_t) in the weights of the noise levels that coordinates are means of.
+            level_power: Of alpha_bar / (1 - alpha_bar) in the weights of the noise levels.
             calibration_subsets: Subset models it was calibrated on.
             process: Kernel and ridge in words.
         """
@@ -91,9 +91,7 @@ def credit_shares(found: Tensor) -> Tensor:
     credit: Tensor = found.square()
     total: Tensor = credit.sum(dim=1, keepdim=True)
     # So far from everything that the kernel is 0 in these digits: nothing is more responsible than anything else.
-    return torch.where(
-        total > 0, credit / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / credit.shape[1]
-    )
+    return torch.where(total > 0, credit / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / credit.shape[1])
 
 
 def credit_kernel(
@@ -126,9 +124,7 @@ def credit_kernel(
         (first, second).
     """
     places = first.shape[1] - num_gradients
-    squares = torch.cdist(
-        first[:, :places], second[:, :places], compute_mode="use_mm_for_euclid_dist"
-    ).square()
+    squares = torch.cdist(first[:, :places], second[:, :places], compute_mode="use_mm_for_euclid_dist").square()
     is_same = _is_same_class(first_labels, second_labels, null_label)
     near: Tensor = (-squares / 2).exp() * torch.where(is_same, 1.0, across).to(squares)
     products = first[:, places:] @ second[:, places:].T

@@ -1,4 +1,4 @@
-"""The denoiser: small class-conditional UNets by size name, the stages others may read, and its last layer."""
+"""The denoiser: small class-conditional UNets by size name, the feature maps others may read, and its last layer."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def encoder_shapes(size: str, image_size: int, image_channels: int) -> list[tupl
 
 
 @contextmanager
-def record_stages(denoiser: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the noisy image and the encoder stages of one forward pass, in the order of `encoder_shapes`.
+def record_feature_maps(denoiser: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the noisy image and the encoder feature maps of one forward pass, in the order of `encoder_shapes`.
 
     Args:
         denoiser: A UNet2DModel, wrapped by Accelerate or not.
@@ -103,26 +103,26 @@ def record_stages(denoiser: nn.Module) -> Iterator[list[Tensor]]:
     """
     unet = extract_model_from_parallel(denoiser)
     assert isinstance(unet, UNet2DModel)
-    stages: list[Tensor] = []
+    feature_maps: list[Tensor] = []
     hooks = [
-        unet.conv_in.register_forward_pre_hook(lambda _m, inputs: stages.append(inputs[0])),
-        unet.conv_in.register_forward_hook(lambda _m, _i, output: stages.append(output)),
+        unet.conv_in.register_forward_pre_hook(lambda _m, inputs: feature_maps.append(inputs[0])),
+        unet.conv_in.register_forward_hook(lambda _m, _i, output: feature_maps.append(output)),
     ]
     for block in unet.down_blocks:
         # A down block returns (downsampled, all its residual outputs); the last residual layer is the stage.
         last = len(block.resnets) - 1
         hooks.append(
-            block.register_forward_hook(lambda _m, _i, output, last=last: stages.append(output[1][last]))
+            block.register_forward_hook(lambda _m, _i, output, last=last: feature_maps.append(output[1][last]))
         )
-    hooks.append(unet.mid_block.register_forward_hook(lambda _m, _i, output: stages.append(output)))
+    hooks.append(unet.mid_block.register_forward_hook(lambda _m, _i, output: feature_maps.append(output)))
     try:
-        yield stages
+        yield feature_maps
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def encoder_stages(unet: UNet2DModel, images: Tensor, timestep: Tensor, class_labels: Tensor) -> list[Tensor]:
+def encoder_feature_maps(unet: UNet2DModel, images: Tensor, timestep: Tensor, class_labels: Tensor) -> list[Tensor]:
     """Run the encoder without the decoder, which is more than half of a forward pass.
 
     Args:
@@ -132,7 +132,7 @@ def encoder_stages(unet: UNet2DModel, images: Tensor, timestep: Tensor, class_la
         class_labels: int64 (batch,).
 
     Returns:
-        What `record_stages` collects in a whole forward pass.
+        What `record_feature_maps` collects in a whole forward pass.
     """
 
     def stop(_module: nn.Module, _inputs: object) -> None:
@@ -140,11 +140,11 @@ def encoder_stages(unet: UNet2DModel, images: Tensor, timestep: Tensor, class_la
 
     hook = unet.up_blocks[0].register_forward_pre_hook(stop)
     try:
-        with record_stages(unet) as stages, suppress(_EncoderDone):
+        with record_feature_maps(unet) as feature_maps, suppress(_EncoderDone):
             unet(images, timestep, class_labels=class_labels)
     finally:
         hook.remove()
-    return stages
+    return feature_maps
 
 
 class _EncoderDone(Exception):  # noqa: N818 - a signal, not an error

@@ -1,4 +1,4 @@
-"""What index heads read: encoder stages, the network's own from some stage on, through one linear map."""
+"""What index heads read: encoder feature maps, the network's own from some stage on, through one linear map."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 MAX_GRID = 8
-"""Stages wider than this are average-pooled to it, so that heads do not grow with the image."""
+"""Feature maps wider than this are average-pooled to it, so that heads do not grow with the image."""
 
 
 class StageEmbedding(nn.Module):
-    """One linear map of all encoder stages, each pooled to at most MAX_GRID x MAX_GRID."""
+    """One linear map of all encoder feature maps, each pooled to at most MAX_GRID x MAX_GRID."""
 
-    def __init__(self, stages: list[tuple[int, int]], width: int) -> None:
+    def __init__(self, feature_maps: list[tuple[int, int]], width: int) -> None:
         super().__init__()
-        features = sum(channels * min(size, MAX_GRID) ** 2 for channels, size in stages)
+        features = sum(channels * min(size, MAX_GRID) ** 2 for channels, size in feature_maps)
         self.projection = nn.Linear(features, width)
 
-    def forward(self, stages: list[Tensor]) -> Tensor:
-        """Embed stages (batch, channel, height, width) into (batch, width)."""
-        pooled: Tensor = self.projection(torch.cat([_pool(stage).flatten(1) for stage in stages], dim=1))
+    def forward(self, feature_maps: list[Tensor]) -> Tensor:
+        """Embed feature maps (batch, channel, height, width) into (batch, width)."""
+        pooled: Tensor = self.projection(torch.cat([_pool(stage).flatten(1) for stage in feature_maps], dim=1))
         return pooled
 
 
@@ -52,10 +52,10 @@ LEVEL_CHANNELS = 32
 """Of the noise-level embedding."""
 
 
-class OwnStages(nn.Module):
-    """Stages `shared` + 1 to the last, each a convolution or a residual block on the stage before it.
+class OwnEncoder(nn.Module):
+    """Feature maps `shared` + 1 to the last, each a convolution or a residual block on the stage before it.
 
-    They have the shapes of the generator's stages, so that sharing more or less changes what is trained
+    They have the shapes of the generator's feature maps, so that sharing more or less changes what is trained
     together and not what the heads read. With `shared` = 0 they start from the image, and nothing is shared.
     """
 
@@ -64,7 +64,7 @@ class OwnStages(nn.Module):
 
         Args:
             shapes: `(channels, height)` of the image and of every stage.
-            shared: Stages taken from the generator, 0 to all.
+            shared: Feature maps taken from the generator, 0 to all.
             reads_level: Whether the blocks are told the noise level.
         """
         super().__init__()
@@ -79,24 +79,22 @@ class OwnStages(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1)
             if number == shared == 0
-            else ResnetBlock2D(
-                in_channels=before, out_channels=after, temb_channels=level_channels, groups=GROUPS
-            )
+            else ResnetBlock2D(in_channels=before, out_channels=after, temb_channels=level_channels, groups=GROUPS)
             for number, ((before, _), (after, _)) in enumerate(pairs, start=shared)
         )
 
-    def forward(self, stages: list[Tensor], signal: Tensor) -> list[Tensor]:
-        """Give all stages but the image.
+    def forward(self, feature_maps: list[Tensor], alpha_bar: Tensor) -> list[Tensor]:
+        """Give all feature maps but the image.
 
         Args:
-            stages: The image and the generator's stages, (batch, channel, height, width) each; those
+            feature_maps: The image and the generator's feature maps, (batch, channel, height, width) each; those
                 after the shared ones are ignored.
-            signal: a_t (batch,).
+            alpha_bar: alpha_bar (batch,).
         """
-        made = stages[: self.shared + 1]
+        made = feature_maps[: self.shared + 1]
         level = None
         if self.level_embedding is not None:
-            level = self.level_embedding(self.waves(1000 * signal).to(made[-1].dtype))
+            level = self.level_embedding(self.waves(1000 * alpha_bar).to(made[-1].dtype))
         for (_, height), block in zip(self.shapes[self.shared + 1 :], self.blocks, strict=True):
             before = made[-1] if made[-1].shape[-1] == height else F.adaptive_avg_pool2d(made[-1], height)
             made.append(block(before) if isinstance(block, nn.Conv2d) else block(before, level))

@@ -24,9 +24,7 @@ def log_softmax_within(logits: Tensor, groups: Tensor, num_groups: int) -> Tenso
     index = groups.expand(len(logits), -1)
     lowest = torch.finfo(logits.dtype).min
     # The largest of the group, not of the row: far groups would underflow.
-    largest = logits.new_full((len(logits), num_groups), lowest).scatter_reduce(
-        1, index, logits.detach(), "amax"
-    )
+    largest = logits.new_full((len(logits), num_groups), lowest).scatter_reduce(1, index, logits.detach(), "amax")
     shifted = logits - largest.index_select(1, groups)
     totals = logits.new_zeros(len(logits), num_groups).scatter_add(1, index, shifted.exp())
     # An empty group has no example that would read its total.
@@ -109,9 +107,9 @@ class AnchorMixture(nn.Module):
         self.anchors = Prototypes(num_groups * self.per_group, width)
         self.weights = nn.Parameter(torch.zeros(num_groups * self.per_group))
 
-    def forward(self, embedding: Tensor, signal: Tensor) -> Tensor:
-        """Give log probabilities (batch, group) from an embedding (batch, width) and a_t (batch,)."""
-        logits: Tensor = self.anchors(embedding, signal) + self.weights
+    def forward(self, embedding: Tensor, alpha_bar: Tensor) -> Tensor:
+        """Give log probabilities (batch, group) from an embedding (batch, width) and alpha_bar (batch,)."""
+        logits: Tensor = self.anchors(embedding, alpha_bar) + self.weights
         groups: Tensor = logits.unflatten(1, (self.num_groups, -1)).logsumexp(dim=2).log_softmax(dim=1)
         return groups
 

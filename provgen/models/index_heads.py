@@ -1,6 +1,6 @@
-"""Index heads: from encoder stages to logits over training examples.
+"""Index heads: from encoder feature maps to logits over training examples.
 
-Every head is called as `head(stages, signal, class_labels, class_logits)` and started by
+Every head is called as `head(feature maps, signal, class_labels, class_logits)` and started by
 `head.start(images, labels, at_images=...)`.
 """
 
@@ -31,20 +31,20 @@ class ClassIndependentHead(nn.Module):
     """One softmax over all training examples, each with a prototype."""
 
     def __init__(self, shapes: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
-        """Build the head; `shapes` lists `(channels, height)` of the stages read."""
+        """Build the head; `shapes` lists `(channels, height)` of the feature maps read."""
         super().__init__()
         self.embedding = silent_embedding(shapes, width)
         self.prototypes = Prototypes(num_examples, width)
 
     def forward(
         self,
-        stages: list[Tensor],
-        signal: Tensor,
+        feature_maps: list[Tensor],
+        alpha_bar: Tensor,
         class_labels: Tensor,  # noqa: ARG002 - the call that all heads share
         class_logits: Tensor | None,  # noqa: ARG002
     ) -> Tensor:
-        """Give index logits (batch, train) from stages and the signal level a_t in (0, 1], (batch,)."""
-        logits: Tensor = self.prototypes(self.embedding(stages), signal)
+        """Give index logits (batch, train) from feature maps and the alpha_bar in (0, 1], (batch,)."""
+        logits: Tensor = self.prototypes(self.embedding(feature_maps), alpha_bar)
         return logits
 
     def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:  # noqa: ARG002 - as all heads
@@ -86,7 +86,7 @@ class ClassConditionalHead(nn.Module):
         """Build the head.
 
         Args:
-            shapes: `(channels, height)` of the stages read.
+            shapes: `(channels, height)` of the feature maps read.
             num_examples: N.
             width: Embedding channels.
             num_classes: Classes without the null label.
@@ -117,25 +117,25 @@ class ClassConditionalHead(nn.Module):
 
     def forward(
         self,
-        stages: list[Tensor],
-        signal: Tensor,
+        feature_maps: list[Tensor],
+        alpha_bar: Tensor,
         class_labels: Tensor,  # noqa: ARG002 - the call that all heads share
         class_logits: Tensor | None,
     ) -> Tensor:
         """Give index logits (batch, train), normalised if every class has examples.
 
         Args:
-            stages: (batch, channel, height, width) each.
-            signal: a_t in (0, 1], (batch,).
+            feature_maps: (batch, channel, height, width) each.
+            alpha_bar: alpha_bar in (0, 1], (batch,).
             class_labels: int64 (batch,).
             class_logits: (batch, class); not read by a head that predicts the class itself.
         """
-        embedding = self.embedding(stages)
+        embedding = self.embedding(feature_maps)
         views = torch.einsum("bw,crw->bcr", embedding, self.maps)
-        similarity = F.linear(views, self.slots).to(signal.dtype).flatten(1).index_select(1, self._places())
-        logits = sharpen(similarity, self.bias, signal, self.log_cap)
+        similarity = F.linear(views, self.slots).to(alpha_bar.dtype).flatten(1).index_select(1, self._places())
+        logits = sharpen(similarity, self.bias, alpha_bar, self.log_cap)
         within = cell_rules.log_softmax_within(logits, self.example_groups, self.num_groups)
-        groups = self._log_groups(embedding, signal, class_logits)
+        groups = self._log_groups(embedding, alpha_bar, class_logits)
         return within + groups.index_select(1, self.example_groups)
 
     @torch.no_grad()
@@ -177,17 +177,17 @@ class ClassConditionalHead(nn.Module):
     def _places(self) -> Tensor:
         return self.example_groups * len(self.slots) + self.example_slots
 
-    def _log_groups(self, embedding: Tensor, signal: Tensor, class_logits: Tensor | None) -> Tensor:
+    def _log_groups(self, embedding: Tensor, alpha_bar: Tensor, class_logits: Tensor | None) -> Tensor:
         """Log probabilities of the classes, and of having none last: (batch, group)."""
         if self.class_branch is not None:
-            groups: Tensor = self.class_branch(embedding, signal)
+            groups: Tensor = self.class_branch(embedding, alpha_bar)
             return groups
         assert class_logits is not None, "who has no class branch is told"
-        classes = class_logits.to(signal.dtype).log_softmax(dim=1)
+        classes = class_logits.to(alpha_bar.dtype).log_softmax(dim=1)
         if self.unlabelled is None:
             return classes
         # A class head is never shown what no class looks like, so its logits cannot say.
-        odds = self.unlabelled(embedding).to(signal.dtype)
+        odds = self.unlabelled(embedding).to(alpha_bar.dtype)
         return torch.cat([classes + F.logsigmoid(-odds), F.logsigmoid(odds)], dim=1)
 
 
@@ -211,7 +211,7 @@ class TwoStageHead(nn.Module):
         """Build the head.
 
         Args:
-            shapes: `(channels, height)` of the stages read.
+            shapes: `(channels, height)` of the feature maps read.
             num_examples: N.
             width: Embedding channels.
             num_cells: Cells; with `cells` = "classes" as many as there are different labels.
@@ -230,8 +230,8 @@ class TwoStageHead(nn.Module):
 
     def forward(
         self,
-        stages: list[Tensor],
-        signal: Tensor,
+        feature_maps: list[Tensor],
+        alpha_bar: Tensor,
         class_labels: Tensor,
         class_logits: Tensor | None,  # noqa: ARG002 - the call that all heads share
         beam: int | None = None,
@@ -239,18 +239,18 @@ class TwoStageHead(nn.Module):
         """Give index logits (batch, train), normalised if every cell has examples.
 
         Args:
-            stages: (batch, channel, height, width) each.
-            signal: a_t in (0, 1], (batch,).
+            feature_maps: (batch, channel, height, width) each.
+            alpha_bar: alpha_bar in (0, 1], (batch,).
             class_labels: int64 (batch,); only a search reads them.
             class_logits: Not used.
             beam: Score only the examples of this many cells of each row, the most probable ones that hold
                 examples of the row's class; others get the lowest finite value. None scores all.
         """
-        embedding = self.embedding(stages)
-        log_cells: Tensor = self.log_cells(embedding, signal)
+        embedding = self.embedding(feature_maps)
+        log_cells: Tensor = self.log_cells(embedding, alpha_bar)
         if beam is not None:
-            return self._search(embedding, signal, log_cells, self._best(log_cells, class_labels, beam))
-        logits = self.prototypes(embedding, signal)
+            return self._search(embedding, alpha_bar, log_cells, self._best(log_cells, class_labels, beam))
+        logits = self.prototypes(embedding, alpha_bar)
         within = cell_rules.log_softmax_within(logits, self.example_cells, log_cells.shape[1])
         return within + log_cells.index_select(1, self.example_cells)
 
@@ -285,13 +285,13 @@ class TwoStageHead(nn.Module):
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         return chosen.scatter(1, best.indices, best.values > -math.inf)
 
-    def _search(self, embedding: Tensor, signal: Tensor, log_cells: Tensor, chosen: Tensor) -> Tensor:
-        lowest = torch.finfo(signal.dtype).min
-        logits = signal.new_full((len(signal), len(self.example_cells)), lowest)
+    def _search(self, embedding: Tensor, alpha_bar: Tensor, log_cells: Tensor, chosen: Tensor) -> Tensor:
+        lowest = torch.finfo(alpha_bar.dtype).min
+        logits = alpha_bar.new_full((len(alpha_bar), len(self.example_cells)), lowest)
         sizes = self.example_cells.bincount(minlength=chosen.shape[1]).tolist()
         cells = self.example_cells.argsort(stable=True).split(sizes)
         for cell in chosen.any(dim=0).nonzero().flatten().tolist():
             rows, members = chosen[:, cell].nonzero().flatten(), cells[cell]
-            within = self.prototypes(embedding[rows], signal[rows], members).log_softmax(dim=1)
+            within = self.prototypes(embedding[rows], alpha_bar[rows], members).log_softmax(dim=1)
             logits[rows[:, None], members] = within + log_cells[rows, cell][:, None]
         return logits

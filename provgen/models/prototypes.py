@@ -31,19 +31,19 @@ class Prototypes(nn.Module):
         self.bias = nn.Parameter(torch.zeros(count))
         self.log_cap = nn.Parameter(torch.tensor(math.log(CLEAR_CALL)))
 
-    def forward(self, embedding: Tensor, signal: Tensor, members: Tensor | None = None) -> Tensor:
+    def forward(self, embedding: Tensor, alpha_bar: Tensor, members: Tensor | None = None) -> Tensor:
         """Give logits (batch, outcome).
 
         Args:
             embedding: (batch, width).
-            signal: a_t in (0, 1], (batch,), at least float32: a softmax over thousands of outcomes needs the
+            alpha_bar: alpha_bar in (0, 1], (batch,), at least float32: a softmax over thousands of outcomes needs the
                 digits, even of half-precision weights.
             members: int64 (member,), the outcomes wanted; None for all.
         """
         points: Tensor = self.points if members is None else self.points.index_select(0, members)
         bias: Tensor = self.bias if members is None else self.bias.index_select(0, members)
-        similarity = F.linear(embedding, points).to(signal.dtype)
-        return sharpen(similarity, bias, signal, self.log_cap)
+        similarity = F.linear(embedding, points).to(alpha_bar.dtype)
+        return sharpen(similarity, bias, alpha_bar, self.log_cap)
 
     @torch.no_grad()
     def start(self, points: Tensor, log_cap: Tensor) -> None:
@@ -53,13 +53,13 @@ class Prototypes(nn.Module):
         self.log_cap.copy_(log_cap)
 
 
-def sharpen(similarity: Tensor, bias: Tensor, signal: Tensor, log_cap: Tensor) -> Tensor:
+def sharpen(similarity: Tensor, bias: Tensor, alpha_bar: Tensor, log_cap: Tensor) -> Tensor:
     """Give the closed form's logits T (similarity - sqrt(a) bias), (batch, outcome).
 
     T is the forward process's inverse temperature sqrt(a)/(1-a), softly capped; at a = 1 it is the cap itself.
     """
-    root, cap = signal.sqrt(), log_cap.exp()
-    inverse_temperature = root * cap / (root + (1 - signal) * cap)
+    root, cap = alpha_bar.sqrt(), log_cap.exp()
+    inverse_temperature = root * cap / (root + (1 - alpha_bar) * cap)
     return inverse_temperature[:, None] * (similarity - root[:, None] * bias)
 
 

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from provgen.models import index_heads
-from provgen.models.embedding import OwnStages, StageEmbedding
+from provgen.models.embedding import OwnEncoder, StageEmbedding
 
 
 @dataclass
@@ -30,10 +30,10 @@ class ProvenanceOutput(BaseOutput):
 
 
 class ProvenanceNetwork(ModelMixin, ConfigMixin):
-    """Index and class heads on the encoder stages of a generator (arXiv 2510.03361).
+    """Index and class heads on the encoder feature maps of a generator (arXiv 2510.03361).
 
     Models p(i | x_t, t, y). A row that carries a class label is restricted to the examples of that class; a row
-    with the null label, `num_classes`, ranges over all of them. The first `shared_stages` stages are the
+    with the null label, `num_classes`, ranges over all of them. The first `shared_stages` feature maps are the
     generator's, the others the network's own. The class head reads the last stage.
     """
 
@@ -56,7 +56,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
 
         Args:
             stages: `[channels, height]` of the image and of every encoder stage of the generator.
-            shared_stages: Stages read from the generator, 0 to all; the rest are built here.
+            shared_stages: Feature maps read from the generator, 0 to all; the rest are built here.
             head: `kind`, the name of a class in `models/index_heads.py`, and its own arguments.
             num_examples: Training examples, in the order of the example index.
             num_covered: Those that the index head can name.
@@ -68,7 +68,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         """
         super().__init__()
         shapes = [(channels, size) for channels, size in stages]
-        self.own_stages = OwnStages(shapes, shared=shared_stages)
+        self.own_encoder = OwnEncoder(shapes, shared=shared_stages)
         arguments = {name: value for name, value in head.items() if name != "kind"}
         make_head = getattr(index_heads, head["kind"])
         self.index_head = make_head(shapes[1:], num_examples=num_covered, width=width, **arguments)
@@ -97,68 +97,72 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         self.index_head.start(images[covered], labels[covered], at_images=at_images)
 
     def forward(
-        self, stages: list[Tensor], signal: Tensor, class_labels: Tensor, class_logits: Tensor | None = None
+        self,
+        feature_maps: list[Tensor],
+        alpha_bar: Tensor,
+        class_labels: Tensor,
+        class_logits: Tensor | None = None,
     ) -> ProvenanceOutput:
         """Predict sources and class from one forward pass of the generator.
 
         Args:
-            stages: The image and the generator's encoder stages, each (batch, channel, height, width).
-            signal: a_t, the cumulative alpha of each row's noise level, (batch,).
+            feature_maps: The image and the generator's encoder feature maps, each (batch, channel, height, width).
+            alpha_bar: alpha_bar, the cumulative alpha of each row's noise level, (batch,).
             class_labels: What the generator was told, int64 (batch,); `num_classes` is the null label.
             class_logits: Of a generator that is itself a classifier, (batch, class); the network has no class
                 head of its own then.
         """
         # float32 under autocast too: a softmax over thousands of examples needs the digits.
-        with torch.autocast(signal.device.type, enabled=False):
-            read = self._read(stages, signal)
+        with torch.autocast(alpha_bar.device.type, enabled=False):
+            read = self._read(feature_maps, alpha_bar)
             if self.class_head is not None:
                 class_logits = self.class_head(read[-1:])
-            index_logits = self._index_logits(read, signal, class_labels, class_logits, None)
+            index_logits = self._index_logits(read, alpha_bar, class_labels, class_logits, None)
         return ProvenanceOutput(index_logits=index_logits, class_logits=class_logits)
 
     def index_logits(
         self,
-        stages: list[Tensor],
-        signal: Tensor,
+        feature_maps: list[Tensor],
+        alpha_bar: Tensor,
         class_labels: Tensor,
         class_logits: Tensor | None = None,
         beam: int | None = None,
     ) -> Tensor:
         """Give the index logits (batch, train) alone, as traces need them; arguments as in `forward`."""
-        with torch.autocast(signal.device.type, enabled=False):
-            read = self._read(stages, signal)
-            return self._index_logits(read, signal, class_labels, class_logits, beam)
+        with torch.autocast(alpha_bar.device.type, enabled=False):
+            read = self._read(feature_maps, alpha_bar)
+            return self._index_logits(read, alpha_bar, class_labels, class_logits, beam)
 
-    def embed(self, stages: list[Tensor], signal: Tensor) -> Tensor:
+    def embed(self, feature_maps: list[Tensor], alpha_bar: Tensor) -> Tensor:
         """Give what the index head compares with its prototypes, (batch, width); arguments as in `forward`."""
-        with torch.autocast(signal.device.type, enabled=False):
-            embedding: Tensor = self.index_head.embedding(self._read(stages, signal))
+        with torch.autocast(alpha_bar.device.type, enabled=False):
+            embedding: Tensor = self.index_head.embedding(self._read(feature_maps, alpha_bar))
         return embedding
 
-    def last_stage(self, stages: list[Tensor], signal: Tensor) -> Tensor:
+    def last_feature_map(self, feature_maps: list[Tensor], alpha_bar: Tensor) -> Tensor:
         """Give the last stage that the heads read, (batch, channel, height, width); arguments as in `forward`."""
-        return self._read(stages, signal)[-1]
+        return self._read(feature_maps, alpha_bar)[-1]
 
     def ruled_out(self, class_labels: Tensor) -> Tensor:
         """Say which examples a class label excludes, bool (batch, train); the null label excludes none."""
         is_null = class_labels.eq(self.config.num_classes)
         return ~is_null[:, None] & (class_labels[:, None] != self.example_labels[None, :])
 
-    def _read(self, stages: list[Tensor], signal: Tensor) -> list[Tensor]:
-        shared = [stage.to(self.dtype) for stage in stages[: self.config.shared_stages + 1]]
-        return list(self.own_stages(shared, signal))
+    def _read(self, feature_maps: list[Tensor], alpha_bar: Tensor) -> list[Tensor]:
+        shared = [stage.to(self.dtype) for stage in feature_maps[: self.config.shared_stages + 1]]
+        return list(self.own_encoder(shared, alpha_bar))
 
     def _index_logits(
         self,
         read: list[Tensor],
-        signal: Tensor,
+        alpha_bar: Tensor,
         class_labels: Tensor,
         class_logits: Tensor | None,
         beam: int | None,
     ) -> Tensor:
         wide = torch.promote_types(read[0].dtype, torch.float32)
         searched = {} if beam is None else {"beam": beam}
-        logits: Tensor = self.index_head(read, signal.to(wide), class_labels, class_logits, **searched)
+        logits: Tensor = self.index_head(read, alpha_bar.to(wide), class_labels, class_logits, **searched)
         # Finite, so that 0 x log(0) in a cross-entropy is 0 and not NaN.
         lowest = torch.finfo(logits.dtype).min
         if len(self.covered) < len(self.example_labels):

@@ -1,4 +1,4 @@
-"""The autoencoder: small variational autoencoders by size name, with the encoder stages of what they decode."""
+"""The autoencoder: small variational autoencoders by size name, with the encoder feature maps of what they decode."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class VaeOutput(NamedTuple):
     """Drawn from q(z | image), same shape."""
     reconstruction: Tensor
     """Decoded from `latents`, (batch, channel, height, width), not clamped."""
-    stages: list[Tensor]
-    """The reconstruction, detached, and the encoder's stages on it; empty where none were wanted."""
+    feature_maps: list[Tensor]
+    """The reconstruction, detached, and the encoder's feature maps on it; empty where none were wanted."""
 
 
 class ImageVae(AutoencoderKL):
@@ -51,16 +51,16 @@ class ImageVae(AutoencoderKL):
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, grid)
         self.post_quant_conv = nn.ConvTranspose2d(channels, channels, grid)
 
-    def forward(self, images: Tensor, noise: Tensor, *, with_stages: bool = True) -> VaeOutput:
+    def forward(self, images: Tensor, noise: Tensor, *, with_feature_maps: bool = True) -> VaeOutput:
         """Encode, draw a latent, decode, and encode what was decoded.
 
-        The stages see the reconstruction without its history: what is learned on them trains the encoder and never
-        teaches the decoder to hide a message in the image.
+        The feature maps see the reconstruction without its history: what is learned on them trains the encoder and
+        never teaches the decoder to hide a message in the image.
 
         Args:
             images: In [-1, 1], (batch, channel, height, width).
             noise: Standard normal, (batch, *latent_shape(vae)).
-            with_stages: Whether to encode the reconstruction too.
+            with_feature_maps: Whether to encode the reconstruction too.
         """
         latent = self.encode(images).latent_dist
         latents = latent.mean + latent.std * noise
@@ -70,25 +70,25 @@ class ImageVae(AutoencoderKL):
             log_variance=latent.logvar,
             latents=latents,
             reconstruction=reconstruction,
-            stages=self.stages_of(reconstruction.detach()) if with_stages else [],
+            feature_maps=self.feature_maps_of(reconstruction.detach()) if with_feature_maps else [],
         )
 
-    def stages_of(self, images: Tensor) -> list[Tensor]:
-        """Give the images and the encoder's stages on them, in the order of `encoder_shapes`.
+    def feature_maps_of(self, images: Tensor) -> list[Tensor]:
+        """Give the images and the encoder's feature maps on them, in the order of `encoder_shapes`.
 
         Args:
             images: (batch, channel, height, width), generated or from outside.
         """
         hidden = self.encoder.conv_in(images)
-        stages = [images, hidden]
+        feature_maps = [images, hidden]
         for block in self.encoder.down_blocks:
             # The last residual layer is the stage, as in a denoiser, and not what is left of it after halving.
             for layer in block.resnets:
                 hidden = layer(hidden, None)
-            stages.append(hidden)
+            feature_maps.append(hidden)
             for halve in block.downsamplers or ():
                 hidden = halve(hidden)
-        return [*stages, self.encoder.mid_block(hidden)]
+        return [*feature_maps, self.encoder.mid_block(hidden)]
 
 
 def make_vae(size: str, *, image_size: int, image_channels: int) -> ImageVae:

@@ -52,9 +52,7 @@ def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
     try:
         network = torchvision.models.get_model(name, weights="DEFAULT")
     except (URLError, OSError) as error:
-        raise InputError(
-            f"the weights of {name} cannot be downloaded ({error}); try --features own"
-        ) from error
+        raise InputError(f"the weights of {name} cannot be downloaded ({error}); try --features own") from error
     return classifier_encoder(network.to(pipeline.device), name)
 
 
@@ -62,9 +60,7 @@ def _imported(name: str) -> Encoder:
     try:
         found = pkgutil.resolve_name(name)
     except (ValueError, ImportError, AttributeError) as error:
-        raise InputError(
-            f"--features {name} cannot be imported ({error}); put its folder on PYTHONPATH"
-        ) from error
+        raise InputError(f"--features {name} cannot be imported ({error}); put its folder on PYTHONPATH") from error
     if not callable(found):
         raise InputError(f"--features {name} must be a function, from images to features")
     encoder: Encoder = found
@@ -109,7 +105,5 @@ def features_of(images: Tensor, encoder: Encoder) -> Tensor:
     found = [encoder(to_unit_range(some)) for some in images.split(IMAGES_AT_ONCE)]
     if bad := [some for some in found if not isinstance(some, Tensor) or some.ndim != 2]:
         shape = tuple(getattr(bad[0], "shape", ()))
-        raise InputError(
-            f"an encoder must give a tensor (query, feature), got {type(bad[0]).__name__} {shape}"
-        )
+        raise InputError(f"an encoder must give a tensor (query, feature), got {type(bad[0]).__name__} {shape}")
     return torch.cat([some.float().cpu() for some in found])

@@ -37,8 +37,8 @@ _QUALITIES = (
     ("top5", "Top-5", "share of queries"),
 )
 # Colour and marker of the rows with a class label and of those without.
-_LOOKS = {"labelled": (BLUE, "o"), "null": (VERMILION, "s")}
-_SIGNAL = "signal level $a_t$ (0 noise, 1 image)"
+_LOOKS = {"conditional": (BLUE, "o"), "unconditional": (VERMILION, "s")}
+_ALPHA_BAR = "$\\bar\\alpha_t$ (0 noise, 1 image)"
 # A curve this long gets a smoothed one over it.
 _SMOOTH_FROM = 20
 _RATIO_BINS = 30
@@ -66,48 +66,44 @@ def plot_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_index_quality(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot cross-entropy, top-1 and top-5 of the index head against the signal level.
+    """Plot cross-entropy, top-1 and top-5 of the index head against the alpha_bar.
 
     The network is solid, the closed form dashed: no network can do better than the dashed line of its colour.
 
     Args:
-        rows: One dict per signal level and kind of row, with the keys `signal`, `rows` ("labelled" or
-            "null") and `cross_entropy`, `top1`, `top5`, each also with `_ceiling` appended.
+        rows: One dict per alpha_bar and kind of row, with the keys `alpha_bar`, `rows` ("conditional" or
+            "unconditional") and `cross_entropy`, `top1`, `top5`, each also with `_ceiling` appended.
     """
     figure = _figure(width=9.0, height=3.2)
     kinds = [kind for kind in _LOOKS if any(row["rows"] == kind for row in rows)]
     for axes, (key, title, unit) in zip(_panels(figure, len(_QUALITIES)), _QUALITIES, strict=True):
         for kind in kinds:
-            chosen = sorted(
-                (row for row in rows if row["rows"] == kind), key=lambda row: float(row["signal"])
-            )
+            chosen = sorted((row for row in rows if row["rows"] == kind), key=lambda row: float(row["alpha_bar"]))
             _plot_quality(axes, chosen, key, *_LOOKS[kind])
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0, top=None if key == "cross_entropy" else 1.03)
-        label_axes(axes, _SIGNAL, unit, title)
+        label_axes(axes, _ALPHA_BAR, unit, title)
     _legend_of_index_quality(figure, kinds)
     return figure
 
 
-def plot_entropy(
-    step_signal: Tensor, entropies: Tensor, closed_form_entropies: Tensor | None = None
-) -> Figure:
+def plot_entropy(step_alpha_bar: Tensor, entropies: Tensor, closed_form_entropies: Tensor | None = None) -> Figure:
     """Plot how the posterior over training images narrows while an image is sampled.
 
     Args:
-        step_signal: (step,) signal level a_t of each sampling step.
+        step_alpha_bar: (step,) alpha_bar of each sampling step.
         entropies: (sample, step) entropy of the network's posterior, in nats.
         closed_form_entropies: The same of the closed-form posterior, or None.
     """
     figure = _figure(width=4.6, height=3.0)
     axes = figure.add_subplot()
-    order = step_signal.argsort()
-    _plot_band(axes, step_signal[order], entropies[:, order], BLUE, "-", "network")
+    order = step_alpha_bar.argsort()
+    _plot_band(axes, step_alpha_bar[order], entropies[:, order], BLUE, "-", "network")
     if closed_form_entropies is not None:
-        _plot_band(axes, step_signal[order], closed_form_entropies[:, order], VERMILION, "--", "closed form")
+        _plot_band(axes, step_alpha_bar[order], closed_form_entropies[:, order], VERMILION, "--", "closed form")
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    label_axes(axes, _SIGNAL, "posterior entropy / nats", "Median over samples, band from 10 % to 90 %")
+    label_axes(axes, _ALPHA_BAR, "posterior entropy / nats", "Median over samples, band from 10 % to 90 %")
     _legend(axes)
     return figure
 
@@ -192,10 +188,10 @@ def _moving_average(values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _plot_quality(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, color: str, marker: str) -> None:
-    signal = [float(row["signal"]) for row in rows]
+    alpha_bar = [float(row["alpha_bar"]) for row in rows]
     network, ceiling = ([_number(row[name]) for row in rows] for name in (key, f"{key}_ceiling"))
-    axes.plot(signal, ceiling, color=color, linewidth=1.2, linestyle="--")
-    axes.plot(signal, network, color=color, linewidth=1.5, marker=marker, markersize=3.5)
+    axes.plot(alpha_bar, ceiling, color=color, linewidth=1.2, linestyle="--")
+    axes.plot(alpha_bar, network, color=color, linewidth=1.5, marker=marker, markersize=3.5)
 
 
 def _legend_of_index_quality(figure: Figure, kinds: Sequence[str]) -> None:
@@ -206,14 +202,12 @@ def _legend_of_index_quality(figure: Figure, kinds: Sequence[str]) -> None:
             Line2D([], [], color=color, marker=marker, markersize=3.5, label=f"network, {kind} rows"),
             Line2D([], [], color=color, linewidth=1.2, linestyle="--", label=f"closed form, {kind} rows"),
         ]
-    figure.legend(
-        handles=entries, loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=INK
-    )
+    figure.legend(handles=entries, loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=INK)
 
 
-def _plot_band(axes: Axes, signal: Tensor, entropies: Tensor, color: str, linestyle: str, label: str) -> None:
+def _plot_band(axes: Axes, alpha_bar: Tensor, entropies: Tensor, color: str, linestyle: str, label: str) -> None:
     low, median, high = np.quantile(entropies.double().cpu().numpy(), (0.1, 0.5, 0.9), axis=0)
-    x = signal.double().cpu().numpy()
+    x = alpha_bar.double().cpu().numpy()
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     axes.plot(x, median, color=color, linewidth=1.6, linestyle=linestyle, label=label)
 

@@ -64,8 +64,7 @@ def sample_grid(
     ]
     per_column = len(rows) if len(rows) <= _ONE_COLUMN else ceil(len(rows) / 2)
     columns = [
-        _below([_headings(sample_cell), *rows[start : start + per_column]])
-        for start in range(0, len(rows), per_column)
+        _below([_headings(sample_cell), *rows[start : start + per_column]]) for start in range(0, len(rows), per_column)
     ]
     return _with_margin(_beside(columns, gap=3 * _MARGIN))
 

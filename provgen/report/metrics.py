@@ -12,7 +12,7 @@ from typing import Any, Literal
 from provgen.metrics.statistics import Estimate
 from provgen.run import atomic_path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the layout of `report.json`; grows when a reader of the old one would go wrong."""
 
 MetricKind = Literal["similarity", "model fit", "learned provenance", "counterfactual"]
@@ -32,7 +32,7 @@ class Metric:
     """Lower end of the 95 % interval; None where there is none."""
     high: float | None
     """Upper end of the 95 % interval; None where there is none."""
-    null: float | None
+    baseline: float | None
     """Value where there is nothing to find: by chance, or on held-out images; None if not measured."""
     ceiling: float | None
     """Value that the best possible method reaches, or exact copies; None if not known."""
@@ -48,11 +48,11 @@ class Metric:
         estimate: Estimate,
         kind: MetricKind,
         *,
-        null: float | None = None,
+        baseline: float | None = None,
         ceiling: float | None = None,
     ) -> Metric:
         """Name an estimate and set it beside what it is compared with."""
-        return cls(name, estimate.value, estimate.low, estimate.high, null, ceiling, estimate.n, kind)
+        return cls(name, estimate.value, estimate.low, estimate.high, baseline, ceiling, estimate.n, kind)
 
 
 def write_report_json(path: Path, run_name: str, metrics: Sequence[Metric]) -> None:

@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """A share of the models: `number` of `count`, from 1."""
 
     number: int
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> Shard:
         """Read `1/2`.
 
         Raises:
@@ -32,7 +32,7 @@ class Part:
         """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise InputError(f"--part must be a number of how many, such as 1/2, got {text}")
+            raise InputError(f"--shard must be a number of how many, such as 1/2, got {text}")
         return cls(int(match[1]), int(match[2]))
 
     def share(self, models: Sequence[T]) -> list[T]:
@@ -44,7 +44,7 @@ def missing_models(
     models: Sequence[T],
     is_there: Callable[[T], bool],
     *,
-    part: Part,
+    part: Shard,
     accelerator: Accelerator,
     folder: Path,
     say: Callable[[str], None],

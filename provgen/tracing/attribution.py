@@ -33,8 +33,8 @@ class Attribution:
     `example_index`, which averages over the window. int64 (query,)."""
     step_entropy: Tensor
     """Entropy of the posterior at every traced noise level in nats, (query, step), from noise to image."""
-    signal: Tensor
-    """a_t of those levels, (step,)."""
+    alpha_bar: Tensor
+    """alpha_bar of those levels, (step,)."""
 
     def __len__(self) -> int:
         return len(self.entropy)
@@ -42,9 +42,9 @@ class Attribution:
     @staticmethod
     def concatenate(parts: list[Attribution]) -> Attribution:
         """Join attributions of consecutive queries over the same noise levels."""
-        names = [name for name in vars(parts[0]) if name != "signal"]
+        names = [name for name in vars(parts[0]) if name != "alpha_bar"]
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return Attribution(**joined, signal=parts[0].signal)
+        return Attribution(**joined, alpha_bar=parts[0].alpha_bar)
 
 
 def check_top_k(top_k: int, num_examples: int) -> None:
@@ -55,8 +55,7 @@ def check_top_k(top_k: int, num_examples: int) -> None:
     """
     if not 1 <= top_k <= num_examples:
         raise InputError(
-            f"top_k must be between 1 and {num_examples}, the number of training images that can be named, "
-            f"got {top_k}"
+            f"top_k must be between 1 and {num_examples}, the number of training images that can be named, got {top_k}"
         )
 
 

@@ -15,7 +15,7 @@ from provgen.tracing.gaussian_process import EVERYTHING, Process
 from provgen.tracing.trace import INVERSE_VARIANCE
 
 LEVEL_POWERS = (0.0, INVERSE_VARIANCE, 2.0)
-"""Of a_t / (1 - a_t) in the weights of clear levels: all alike, by their noise, and nearly the cleanest alone."""
+"""Of alpha_bar / (1 - alpha_bar) in the weights of clear levels: all alike, by noise, nearly the cleanest alone."""
 
 Choose = Callable[[Mapping[str, AttributionScores]], str]
 """Gives a setting, for scores by kind of query."""
@@ -56,7 +56,7 @@ def _scores_by_power(
         kind: AttributionScores(
             values=torch.cat([some[kind].values for some in found]),
             settings=tuple(f"{power:g}" for power in LEVEL_POWERS),
-            steps_from_usual=steps_from_middle(len(LEVEL_POWERS)),
+            distance_to_default=steps_from_middle(len(LEVEL_POWERS)),
         )
         for kind in queries
     }

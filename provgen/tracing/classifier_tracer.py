@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.generators.closed_form import Oracle
-from provgen.models.classifier import CLEAN_SIGNAL, ImageClassifier
+from provgen.generators.closed_form import Posterior
+from provgen.models.classifier import CLEAN_ALPHA_BAR, ImageClassifier
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.tracing.trace import TrajectoryTrace
 from provgen.tracing.tracer import ALL_LEVELS, Generated, Request, network_probs
 
 
 class ClassifierTracer:
-    """Traces read the classifier's stages on the clean image."""
+    """Traces read the classifier's feature maps on the clean image."""
 
     def __init__(self, classifier: ImageClassifier, provenance: ProvenanceNetwork | None) -> None:
         self.classifier = classifier
@@ -28,26 +28,26 @@ class ClassifierTracer:
         clean_images: Tensor,
         class_labels: Tensor,
         *,
-        closed_form: Oracle | None,
+        closed_form: Posterior | None,
         num_inference_steps: int,  # noqa: ARG002 - Tracer
         trace_every: int,  # noqa: ARG002 - Tracer
         seed: int,  # noqa: ARG002 - Tracer
     ) -> TrajectoryTrace:
         """Trace the images as they are; see `Tracer`."""
         trace = TrajectoryTrace(window=ALL_LEVELS)
-        signal = clean_images.new_full((len(clean_images),), CLEAN_SIGNAL)
+        alpha_bar = clean_images.new_full((len(clean_images),), CLEAN_ALPHA_BAR)
         if closed_form is not None:
-            trace.add(closed_form.probs(clean_images, signal, class_labels), CLEAN_SIGNAL)
+            trace.add(closed_form.probs(clean_images, alpha_bar, class_labels), CLEAN_ALPHA_BAR)
         else:
             output = self.classifier(clean_images)
-            probs = network_probs(self.provenance, output.stages, signal, class_labels, output.class_logits)
-            trace.add(probs, CLEAN_SIGNAL)
+            probs = network_probs(self.provenance, output.feature_maps, alpha_bar, class_labels, output.class_logits)
+            trace.add(probs, CLEAN_ALPHA_BAR)
         return trace
 
     def encode(self, clean_images: Tensor) -> Tensor:
         """Give the last stage; see `Tracer`."""
-        stages: list[Tensor] = self.classifier(clean_images).stages
-        return stages[-1].flatten(1)
+        feature_maps: list[Tensor] = self.classifier(clean_images).feature_maps
+        return feature_maps[-1].flatten(1)
 
 
 def no_generator(count: int) -> InputError:

@@ -12,12 +12,17 @@ from torch.nn import functional as F
 
 from provgen.data.random import Stream, seeded_generator
 from provgen.errors import InputError
-from provgen.generators.closed_form import Oracle
-from provgen.models.diffusion import encoder_stages, last_layer_gradients, record_features, record_stages
+from provgen.generators.closed_form import Posterior
+from provgen.models.diffusion import (
+    encoder_feature_maps,
+    last_layer_gradients,
+    record_feature_maps,
+    record_features,
+)
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.tracing.noisy_queries import NoisyQueries
 from provgen.tracing.sampling_step import SamplingStep
-from provgen.tracing.trace import CLEAR_SIGNAL, LEAST_SIGNAL, WINDOW, TrajectoryTrace
+from provgen.tracing.trace import CLEAR_ALPHA_BAR, LEAST_ALPHA_BAR, WINDOW, TrajectoryTrace
 from provgen.tracing.tracer import Generated, Request, network_probs
 
 
@@ -46,15 +51,15 @@ class DiffusionTracer:
         traced = self._traced_steps(request.num_inference_steps, every) if request.is_traced else range(1)
         trace, closed_trace = (TrajectoryTrace(traced[0], every=every) for _ in range(2))
         for step in self.steps(request):
-            level, signal = float(step.level), step.level.to(step.images.device).expand(len(labels))
+            level, alpha_bar = float(step.level), step.level.to(step.images.device).expand(len(labels))
             if request.is_traced and step.number in traced:
-                trace.add(network_probs(self.provenance, step.stages, signal, labels), level)
+                trace.add(network_probs(self.provenance, step.feature_maps, alpha_bar, labels), level)
                 if request.closed_form is not None:
-                    closed_trace.add(request.closed_form.probs(step.images, signal, labels), level)
+                    closed_trace.add(request.closed_form.probs(step.images, alpha_bar, labels), level)
             if request.is_traced and self._is_clear(step.level):
                 is_wanted = self._wants_directions(trace)
                 directions = self._directions(step.features, step.noise) if is_wanted else None
-                self._place(trace, step.stages, signal, directions)
+                self._place(trace, step.feature_maps, alpha_bar, directions)
         return Generated(images=step.denoised, trace=trace, closed_trace=closed_trace, is_trajectory=True)
 
     def steps(self, request: Request) -> Iterator[SamplingStep]:
@@ -63,7 +68,7 @@ class DiffusionTracer:
         self._set_timesteps(request.num_inference_steps)
         images = self._initial_noise(len(labels), request.generator)
         for number, timestep in enumerate(request.progress_bar(self.scheduler.timesteps)):
-            with record_stages(self.unet) as stages, record_features(self.unet) as features:
+            with record_feature_maps(self.unet) as feature_maps, record_features(self.unet) as features:
                 noise = self.unet(images, timestep, class_labels=labels).sample
             guided = self._guided(noise, images, timestep, request)
             denoised = self.scheduler.step(guided, timestep, images).prev_sample
@@ -72,7 +77,7 @@ class DiffusionTracer:
                 timestep=timestep,
                 level=self.scheduler.alphas_cumprod[timestep],
                 images=images,
-                stages=stages,
+                feature_maps=feature_maps,
                 features=features[0],
                 noise=noise,
                 denoised=denoised,
@@ -104,7 +109,7 @@ class DiffusionTracer:
         clean_images: Tensor,
         class_labels: Tensor,
         *,
-        closed_form: Oracle | None,
+        closed_form: Posterior | None,
         num_inference_steps: int,
         trace_every: int,
         seed: int,
@@ -112,32 +117,30 @@ class DiffusionTracer:
         """Noise the images to the sampler's levels inside the window; see `Tracer`."""
         traced = self._traced_steps(num_inference_steps, trace_every)
         trace = TrajectoryTrace()
-        for number, (timestep, level) in enumerate(
-            zip(self.scheduler.timesteps, self._levels(), strict=True)
-        ):
+        for number, (timestep, level) in enumerate(zip(self.scheduler.timesteps, self._levels(), strict=True)):
             is_inside = number in traced and bool(WINDOW[0] < level < WINDOW[1])
             is_placed = self._is_clear(level) and self.finds_coordinates and closed_form is None
             if not is_inside and not is_placed:
                 continue
             noisy = self._noised(clean_images, int(timestep), seed)
-            signal = level.to(noisy.device).expand(len(noisy))
+            alpha_bar = level.to(noisy.device).expand(len(noisy))
             if closed_form is not None:
-                trace.add(closed_form.probs(noisy, signal, class_labels), float(level))
+                trace.add(closed_form.probs(noisy, alpha_bar, class_labels), float(level))
                 continue
             is_wanted = is_placed and self._wants_directions(trace)
-            stages, directions = self._look(noisy, timestep, class_labels, finds_directions=is_wanted)
+            feature_maps, directions = self._look(noisy, timestep, class_labels, finds_directions=is_wanted)
             if is_inside:
-                trace.add(network_probs(self.provenance, stages, signal, class_labels), float(level))
+                trace.add(network_probs(self.provenance, feature_maps, alpha_bar, class_labels), float(level))
             if is_placed:
-                self._place(trace, stages, signal, directions)
+                self._place(trace, feature_maps, alpha_bar, directions)
         return trace
 
     def encode(self, clean_images: Tensor) -> Tensor:
         """Give the last stage of images with little noise, told no class; see `Tracer`."""
-        timestep = (self.scheduler.alphas_cumprod - CLEAR_SIGNAL).abs().argmin()
+        timestep = (self.scheduler.alphas_cumprod - CLEAR_ALPHA_BAR).abs().argmin()
         noisy = self._noised(clean_images, int(timestep), seed=0)
         null = torch.full((len(noisy),), self.unet.config.num_class_embeds - 1, device=noisy.device)
-        return encoder_stages(self.unet, noisy, timestep, null)[-1].flatten(1)
+        return encoder_feature_maps(self.unet, noisy, timestep, null)[-1].flatten(1)
 
     def coordinates(self, noisy: NoisyQueries, class_labels: Tensor, level_power: float) -> Tensor:
         """Give the coordinates of queries, (query, feature), as traces find them.
@@ -146,15 +149,15 @@ class DiffusionTracer:
         they are wanted.
         """
         trace = TrajectoryTrace()
-        for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.signal, strict=True):
-            if level >= noisy.signal.max().clamp_max(CLEAR_SIGNAL):
-                stages, directions = self._look(
+        for images, timestep, level in zip(noisy.images, noisy.timesteps, noisy.alpha_bar, strict=True):
+            if level >= noisy.alpha_bar.max().clamp_max(CLEAR_ALPHA_BAR):
+                feature_maps, directions = self._look(
                     images.to(self.unet.device),
                     timestep,
                     class_labels,
                     finds_directions=self._wants_directions(trace),
                 )
-                self._place(trace, stages, level.to(self.unet.device).expand(len(images)), directions)
+                self._place(trace, feature_maps, level.to(self.unet.device).expand(len(images)), directions)
         return trace.coordinates(level_power)
 
     def _wants_directions(self, trace: TrajectoryTrace) -> bool:
@@ -171,32 +174,30 @@ class DiffusionTracer:
     def _look(
         self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, finds_directions: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Give the encoder's stages, and with the decoder too the directions of the last layer's gradients."""
+        """Give the encoder's feature maps, and with the decoder too the directions of the last layer's gradients."""
         if not finds_directions:
-            return encoder_stages(self.unet, noisy, timestep, class_labels), None
-        with record_stages(self.unet) as stages, record_features(self.unet) as features:
+            return encoder_feature_maps(self.unet, noisy, timestep, class_labels), None
+        with record_feature_maps(self.unet) as feature_maps, record_features(self.unet) as features:
             noise = self.unet(noisy, timestep, class_labels=class_labels).sample
-        return stages, self._directions(features[0], noise)
+        return feature_maps, self._directions(features[0], noise)
 
     def _place(
-        self, trace: TrajectoryTrace, stages: list[Tensor], signal: Tensor, directions: Tensor | None
+        self, trace: TrajectoryTrace, feature_maps: list[Tensor], alpha_bar: Tensor, directions: Tensor | None
     ) -> None:
         if self.finds_coordinates and self.provenance is not None:
-            embedding, pixels = self.provenance.embed(stages, signal), stages[0].flatten(1)
+            embedding, pixels = self.provenance.embed(feature_maps, alpha_bar), feature_maps[0].flatten(1)
             seen = torch.cat([embedding, pixels.to(embedding.dtype)], dim=1)
-            trace.place(seen, float(signal[0]), directions)
+            trace.place(seen, float(alpha_bar[0]), directions)
 
     def _noisy(self, images: Tensor) -> NoisyQueries:
         """Name the last steps, as many as there are `images`."""
         timesteps = self.scheduler.timesteps[-len(images) :]
-        return NoisyQueries(
-            images=images, timesteps=timesteps, signal=self.scheduler.alphas_cumprod[timesteps]
-        )
+        return NoisyQueries(images=images, timesteps=timesteps, alpha_bar=self.scheduler.alphas_cumprod[timesteps])
 
     def _first_step(self, num_inference_steps: int) -> int:
         """Give the first sampling step that is worth tracing."""
         self._set_timesteps(num_inference_steps)
-        return int((self._levels() < LEAST_SIGNAL).sum())
+        return int((self._levels() < LEAST_ALPHA_BAR).sum())
 
     def _traced_steps(self, num_inference_steps: int, every: int) -> range:
         """List the sampling steps that are traced: every so many, back from the last."""
@@ -229,13 +230,11 @@ class DiffusionTracer:
     def _initial_noise(self, count: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         config = self.unet.config
         shape = (count, config.in_channels, config.sample_size, config.sample_size)
-        noise: Tensor = randn_tensor(
-            shape, generator=generator, device=self.unet.device, dtype=self.unet.dtype
-        )
+        noise: Tensor = randn_tensor(shape, generator=generator, device=self.unet.device, dtype=self.unet.dtype)
         return noise
 
     def _is_clear(self, level: Tensor) -> bool:
-        return bool(level >= self._levels().max().clamp_max(CLEAR_SIGNAL))
+        return bool(level >= self._levels().max().clamp_max(CLEAR_ALPHA_BAR))
 
     def _levels(self) -> Tensor:
         levels: Tensor = self.scheduler.alphas_cumprod[self.scheduler.timesteps]

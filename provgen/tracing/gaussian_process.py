@@ -94,8 +94,7 @@ class Process:
         pixels = "" if len(kernel.shares) == 1 else f", pixels {kernel.shares[1]:g}"
         gradients = f", gradients {kernel.gradient_share:g}" if kernel.gradient_share else ""
         return (
-            f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{pixels}{gradients}, "
-            f"lambda={self.ridge:g}"
+            f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{pixels}{gradients}, lambda={self.ridge:g}"
         )
 
 

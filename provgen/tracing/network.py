@@ -6,9 +6,9 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from provgen.data.batches import Batch
 from provgen.generators.observers import Observation, Observer
 from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
-from provgen.training.batches import Batch
 
 
 class NetworkPosterior:
@@ -21,18 +21,21 @@ class NetworkPosterior:
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> tuple[Observation, ProvenanceOutput]:
-        """Run the generator, and the network on its stages."""
+        """Run the generator, and the network on its feature maps."""
         observation = self.observer.observe(self.network, batch.to(self.provenance.device))
         return observation, self.provenance(
-            observation.stages, observation.signal, observation.class_labels, observation.class_logits
+            observation.feature_maps,
+            observation.alpha_bar,
+            observation.class_labels,
+            observation.class_logits,
         )
 
     @torch.no_grad()
     def index_logits(self, observation: Observation, beam: int | None = None) -> Tensor:
         """Give index logits (query, train) for what was observed, of the best `beam` cells only if given."""
         logits: Tensor = self.provenance.index_logits(
-            observation.stages,
-            observation.signal,
+            observation.feature_maps,
+            observation.alpha_bar,
             observation.class_labels,
             observation.class_logits,
             beam,

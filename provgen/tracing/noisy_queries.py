@@ -15,13 +15,13 @@ class NoisyQueries:
     """(step, query, channel, height, width)."""
     timesteps: Tensor
     """int64 (step,)."""
-    signal: Tensor
-    """a_t of the steps, (step,)."""
+    alpha_bar: Tensor
+    """alpha_bar of the steps, (step,)."""
 
     def first(self, count: int) -> NoisyQueries:
         """Keep the first `count` queries."""
-        return NoisyQueries(images=self.images[:, :count], timesteps=self.timesteps, signal=self.signal)
+        return NoisyQueries(images=self.images[:, :count], timesteps=self.timesteps, alpha_bar=self.alpha_bar)
 
     def cpu(self) -> NoisyQueries:
         """Move the images to the CPU, where the steps are."""
-        return NoisyQueries(images=self.images.cpu(), timesteps=self.timesteps, signal=self.signal)
+        return NoisyQueries(images=self.images.cpu(), timesteps=self.timesteps, alpha_bar=self.alpha_bar)

@@ -44,18 +44,18 @@ SAMPLE_SCHEMA = pa.schema(
         ("commitment_step", pa.int64()),
         ("path", pa.string()),
         ("mass_not_shown", pa.float64()),
-        ("step_signal", pa.list_(pa.float64())),
+        ("step_alpha_bar", pa.list_(pa.float64())),
         ("step_entropy", pa.list_(pa.float64())),
         ("closed_form_entropy", pa.float64()),
         ("closed_form_commitment_step", pa.int64()),
         ("closed_form_step_entropy", pa.list_(pa.float64())),
         ("closed_form_mass_unreachable", pa.float64()),
-        ("redraws", pa.int64()),
+        ("resamplings", pa.int64()),
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
 """Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for.
-`redraws`: how often the sample was drawn again from its seed. `closed_form_mass_unreachable`: posterior that the
+`redraws`: how often the sample was resampled from its seed. `closed_form_mass_unreachable`: posterior that the
 closed form gives to examples the network cannot name."""
 
 
@@ -90,24 +90,24 @@ def sample_rows(
     samples: Sequence[int],
     seeds: Sequence[int],
     class_labels: Sequence[int | None],
-    redraws: Sequence[int],
+    resamplings: Sequence[int],
     paths: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Make rows of SAMPLE_SCHEMA, one per query."""
     rows = []
     for query, (sample, seed, label, again, path) in enumerate(
-        zip(samples, seeds, class_labels, redraws, paths, strict=True)
+        zip(samples, seeds, class_labels, resamplings, paths, strict=True)
     ):
         row = {
             "sample": sample,
             "seed": seed,
             "class_label": label,
-            "redraws": again,
+            "resamplings": again,
             "path": path,
             **_evidence(attribution, query),
         }
         row["mass_not_shown"] = float(attribution.mass_not_shown[query])
-        row["step_signal"] = attribution.signal.tolist()
+        row["step_alpha_bar"] = attribution.alpha_bar.tolist()
         if closed_form is not None:
             row |= {f"closed_form_{name}": value for name, value in _evidence(closed_form, query).items()}
             row["closed_form_mass_unreachable"] = float(closed_form.mass_unreachable[query])
@@ -185,7 +185,7 @@ class SampleWriter:
         samples: Sequence[int],
         seeds: Sequence[int],
         class_labels: Sequence[int | None],
-        redraws: Sequence[int],
+        resamplings: Sequence[int],
     ) -> None:
         """Write the PNGs of one batch and keep its rows.
 
@@ -196,7 +196,7 @@ class SampleWriter:
             samples: Their numbers in the whole run.
             seeds: Their seeds.
             class_labels: Their classes; None for no class.
-            redraws: How often each was drawn again.
+            resamplings: How often each was resampled.
         """
         paths = [f"samples/{sample:05d}.png" for sample in samples]
         for query, path in enumerate(paths):
@@ -208,7 +208,7 @@ class SampleWriter:
             samples=samples,
             seeds=seeds,
             class_labels=class_labels,
-            redraws=redraws,
+            resamplings=resamplings,
             paths=paths,
         )
         self._traces += trace_rows(attribution, samples, self.manifest)

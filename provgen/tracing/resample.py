@@ -10,32 +10,30 @@ from torch import Tensor
 from provgen.tracing.tracer import Generated, Request, Tracer
 
 
-def generate_redrawing(
-    tracer: Tracer, request: Request, *, below: float, most: int
-) -> tuple[Generated, Tensor]:
+def generate_resampling(tracer: Tracer, request: Request, *, below: float, most: int) -> tuple[Generated, Tensor]:
     """Generate, and draw again what comes from one training image too surely.
 
-    A sample with a generator of its own is drawn again from the noise that this one gives next, so that it does not
+    A sample with a generator of its own is resampled from the noise that this one gives next, so that it does not
     depend on its batch.
 
     Args:
         tracer: Of the generator.
         request: With traces.
-        below: Entropy in nats, at the cleanest level of the trace window, below which a sample is drawn again.
-        most: Times a sample may be drawn again; the last draw is kept, whatever it is.
+        below: Entropy in nats, at the cleanest level of the trace window, below which a sample is resampled.
+        most: Times a sample may be resampled; the last draw is kept, whatever it is.
 
     Returns:
-        What was generated, and how often every sample was drawn again, int64 (query,).
+        What was generated, and how often every sample was resampled, int64 (query,).
     """
     made = tracer.generate(request)
-    redraws = torch.zeros(len(request.class_labels), dtype=torch.int64)
+    resamplings = torch.zeros(len(request.class_labels), dtype=torch.int64)
     for _ in range(most):
         rows = (made.trace.late_entropy() < below).nonzero().flatten()
         if not len(rows):
             break
         made = _put(made, rows, tracer.generate(_of_rows(request, rows)))
-        redraws[rows.cpu()] += 1
-    return made, redraws
+        resamplings[rows.cpu()] += 1
+    return made, resamplings
 
 
 def _of_rows(request: Request, rows: Tensor) -> Request:

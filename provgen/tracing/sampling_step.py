@@ -16,10 +16,10 @@ class SamplingStep:
     timestep: Tensor
     """int64 scalar."""
     level: Tensor
-    """a_t, a scalar on the scheduler's device."""
+    """alpha_bar, a scalar on the scheduler's device."""
     images: Tensor
     """What the denoiser was given, (query, channel, height, width)."""
-    stages: list[Tensor]
+    feature_maps: list[Tensor]
     """What its encoder made of it."""
     features: Tensor
     """What its last layer was given."""

@@ -11,22 +11,22 @@ from torch import Tensor
 from provgen.tracing.attribution import Attribution, entropy
 
 WINDOW = (0.05, 0.9)
-"""Signal levels a_t whose posteriors are averaged. Noisier ones say little about any example; at cleaner ones
+"""alpha_bars alpha_bar whose posteriors are averaged. Noisier ones say little about any example; at cleaner ones
 the posterior is a nearest-neighbour look-up of the finished image."""
 
 
-LEAST_SIGNAL = 0.01
+LEAST_ALPHA_BAR = 0.01
 """Sampling steps noisier than this are not traced: the posterior is still near the prior, and they are a third of
 the steps."""
 
 
-CLEAR_SIGNAL = 0.9
+CLEAR_ALPHA_BAR = 0.9
 """Levels from which on an image's own coordinates are read off; before, its trajectory is elsewhere. The last level
 of a sampling run counts in any case."""
 
 
 INVERSE_VARIANCE = 1.0
-"""Power of a_t / (1 - a_t) by which clear levels are weighed, unless calibration finds a better one."""
+"""Power of alpha_bar / (1 - alpha_bar) by which clear levels are weighed, unless calibration finds a better one."""
 
 
 class TrajectoryTrace:
@@ -41,7 +41,7 @@ class TrajectoryTrace:
 
         Args:
             first_step: Number of the sampling step of the first level that will be added.
-            window: Levels a_t between which posteriors are averaged, ends excluded.
+            window: Levels alpha_bar between which posteriors are averaged, ends excluded.
             every: Sampling steps from one level that will be added to the next.
         """
         self.first_step = first_step
@@ -49,30 +49,30 @@ class TrajectoryTrace:
         self.window = window
         self._sum: Tensor | None = None
         self._in_window = 0
-        self._signal: list[float] = []
+        self._alpha_bar: list[float] = []
         self._entropy: list[Tensor] = []
         self._top: list[tuple[Tensor, Tensor]] = []
         self._coordinates: list[Tensor] = []
         self._clearness: list[float] = []
         self._directions: Tensor | None = None
 
-    def add(self, probs: Tensor, signal: float) -> None:
-        """Add one level: probabilities (query, train) and its a_t."""
-        self._signal.append(signal)
+    def add(self, probs: Tensor, alpha_bar: float) -> None:
+        """Add one level: probabilities (query, train) and its alpha_bar."""
+        self._alpha_bar.append(alpha_bar)
         self._entropy.append(entropy(probs))
         largest, index = probs.max(dim=1)
         self._top.append((largest, index))
-        if self.window[0] < signal < self.window[1]:
+        if self.window[0] < alpha_bar < self.window[1]:
             self._in_window += 1
             self._sum = probs if self._sum is None else self._sum + probs
 
-    def place(self, seen: Tensor, signal: float, directions: Tensor | None = None) -> None:
-        """Add one clear level: what is seen at it (query, feature), its a_t, and at one level gradients' directions.
+    def place(self, seen: Tensor, alpha_bar: float, directions: Tensor | None = None) -> None:
+        """Add one clear level: what is seen at it (query, feature), its alpha_bar, and normalised gradients at one.
 
-        Noising makes an image smaller by sqrt(a_t), and what is seen of it, which is undone.
+        Noising makes an image smaller by sqrt(alpha_bar), and what is seen of it, which is undone.
         """
-        self._coordinates.append(seen / math.sqrt(signal))
-        self._clearness.append(signal / (1 - signal))
+        self._coordinates.append(seen / math.sqrt(alpha_bar))
+        self._clearness.append(alpha_bar / (1 - alpha_bar))
         if directions is not None:
             self._directions = directions
 
@@ -101,7 +101,7 @@ class TrajectoryTrace:
         """Give mean coordinates over the clear levels, (query, feature), directions last where there are any.
 
         Args:
-            level_power: Of a_t / (1 - a_t) in the weights of levels for what is seen; 0 weighs all alike.
+            level_power: Of alpha_bar / (1 - alpha_bar) in the weights of levels for what is seen; 0 weighs all alike.
         """
         seen = torch.stack(self._coordinates)
         # In double: powers of the clearness are too large for half precision.
@@ -116,7 +116,7 @@ class TrajectoryTrace:
 
     def late_entropy(self) -> Tensor:
         """Give the entropy at the cleanest level of the window in nats, (query,): next to nothing for most copies."""
-        place = late_level(self._signal, self.window)
+        place = late_level(self._alpha_bar, self.window)
         return self._entropy[place]
 
     def attribution(
@@ -143,7 +143,7 @@ class TrajectoryTrace:
             entropy=entropy(posterior).cpu(),
             commitment_step=steps.cpu(),
             step_entropy=torch.stack(self._entropy, dim=1).cpu(),
-            signal=torch.tensor(self._signal),
+            alpha_bar=torch.tensor(self._alpha_bar),
         )
 
     def commitment_step(self) -> Tensor:
@@ -160,7 +160,7 @@ class TrajectoryTrace:
         return torch.where(held_to_the_end > 0, first, -1)
 
 
-def late_level(signal: Sequence[float], window: tuple[float, float] = WINDOW) -> int:
+def late_level(alpha_bar: Sequence[float], window: tuple[float, float] = WINDOW) -> int:
     """Give the place of the cleanest of some levels, rising, that is in a window; the last where none is."""
-    inside = [place for place, level in enumerate(signal) if window[0] < level < window[1]]
-    return inside[-1] if inside else len(signal) - 1
+    inside = [place for place, level in enumerate(alpha_bar) if window[0] < level < window[1]]
+    return inside[-1] if inside else len(alpha_bar) - 1

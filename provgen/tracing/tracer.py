@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from provgen.generators.closed_form import Oracle
+from provgen.generators.closed_form import Posterior
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.tracing.trace import TrajectoryTrace
 
@@ -35,7 +35,7 @@ class Request:
     """Whether sources are wanted."""
     trace_every: int
     """Sampling steps from one that is traced to the next, where sampling has steps."""
-    closed_form: Oracle | None
+    closed_form: Posterior | None
     """Traces by the exact posterior as well."""
     progress_bar: Callable[[Iterable[Any]], Iterable[Any]]
     """Wraps the sampling steps."""
@@ -71,7 +71,7 @@ class Tracer(Protocol):
         clean_images: Tensor,
         class_labels: Tensor,
         *,
-        closed_form: Oracle | None,
+        closed_form: Posterior | None,
         num_inference_steps: int,
         trace_every: int,
         seed: int,
@@ -95,8 +95,8 @@ class Tracer(Protocol):
 
 def network_probs(
     provenance: ProvenanceNetwork | None,
-    stages: list[Tensor],
-    signal: Tensor,
+    feature_maps: list[Tensor],
+    alpha_bar: Tensor,
     class_labels: Tensor,
     class_logits: Tensor | None = None,
 ) -> Tensor:
@@ -106,7 +106,7 @@ def network_probs(
     with a label are normalised over what was found, as the share of their class in other cells is not known.
     """
     assert provenance is not None, "nothing is traced without a provenance network"
-    logits = provenance.index_logits(stages, signal, class_labels, class_logits, provenance.config.beam)
+    logits = provenance.index_logits(feature_maps, alpha_bar, class_labels, class_logits, provenance.config.beam)
     probs = logits.softmax(dim=1)
     if provenance.config.beam is None:
         return probs

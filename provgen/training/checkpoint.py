@@ -60,9 +60,7 @@ def resume_latest(trainer: CoTrainer, folder: Path, fingerprint: str) -> int:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["fingerprint"] != fingerprint:
-            raise InputError(
-                f"{path} was trained on other images or labels; restore them or choose a new output_dir"
-            )
+            raise InputError(f"{path} was trained on other images or labels; restore them or choose a new output_dir")
         _load(trainer, path, state["step"])
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, JSONDecodeError) as error:
         raise InputError(
@@ -110,6 +108,5 @@ def _load_optimizer(trainer: CoTrainer, tensors: dict[str, Tensor]) -> None:
         # A parameter that no loss reaches has no state: the encoder of a classifier that shares nothing, say.
         if f"{name}/step" in tensors:
             trainer.optimizer.state[parameter] = {
-                kind: tensors[f"{name}/{kind}"].to(parameter.device)
-                for kind in ("step", "exp_avg", "exp_avg_sq")
+                kind: tensors[f"{name}/{kind}"].to(parameter.device) for kind in ("step", "exp_avg", "exp_avg_sq")
             }

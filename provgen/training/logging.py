@@ -112,9 +112,7 @@ class TrainingProgress:
 
     def update(self, step: int, losses: Mapping[str, float]) -> None:
         """Show the losses at `step`."""
-        text = "  ".join(
-            f"{SHORT_NAMES[name]} {loss:.4f}" for name, loss in losses.items() if name in SHORT_NAMES
-        )
+        text = "  ".join(f"{SHORT_NAMES[name]} {loss:.4f}" for name, loss in losses.items() if name in SHORT_NAMES)
         self._progress.update(self._task, completed=step, losses=text)
         if not self.console.is_terminal and step >= self._next_line:
             self._next_line = step + max(1, self.max_steps // 20)
@@ -130,17 +128,17 @@ class TrainingProgress:
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]], step: int) -> Table:
-    """Lay out index metrics as network/closed-form ceiling, labelled and null rows in columns of their own."""
+    """Lay out index metrics as network/closed-form ceiling, each kind of rows in its columns."""
     kinds = sorted({str(row["rows"]) for row in rows})
     title = f"index metrics at step {step}: network/closed-form ceiling; cross-entropy and gap in nats"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
-    table.add_column("a_t", justify="right")
+    table.add_column("alpha_bar", justify="right")
     for kind in kinds:
         for heading in ("cross-entropy", "gap", "top-1", "top-5"):
             table.add_column(f"{kind}\n{heading}", justify="right", no_wrap=True)
-    for signal in sorted({float(row["signal"]) for row in rows}):
-        level = {str(row["rows"]): row for row in rows if row["signal"] == signal}
-        table.add_row(f"{signal:.2f}", *[cell for kind in kinds for cell in _quality_cells(level[kind])])
+    for alpha_bar in sorted({float(row["alpha_bar"]) for row in rows}):
+        level = {str(row["rows"]): row for row in rows if row["alpha_bar"] == alpha_bar}
+        table.add_row(f"{alpha_bar:.2f}", *[cell for kind in kinds for cell in _quality_cells(level[kind])])
     return table
 
 

@@ -11,9 +11,7 @@ def denoising_loss(predicted_noise: Tensor, noise: Tensor) -> Tensor:
     return (predicted_noise - noise).square().flatten(1).mean(dim=1)
 
 
-def vae_loss(
-    reconstruction: Tensor, images: Tensor, mean: Tensor, log_variance: Tensor
-) -> tuple[Tensor, Tensor]:
+def vae_loss(reconstruction: Tensor, images: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error and divergence of an autoencoder (Kingma and Welling 2014, arXiv 1312.6114, appendix B).
 
     Args:
@@ -51,8 +49,8 @@ def class_loss(class_logits: Tensor, clean_labels: Tensor, is_null: Tensor, labe
     """Cross-entropy in nats of the true class, on rows whose label the denoiser was not given.
 
     A row whose label conditions the denoiser would leak it into the features. The sum is divided by the
-    expected number of null rows, never by the actual one: a mean over no rows is NaN, and a branch that differs
-    between processes deadlocks them.
+    expected number of unconditional rows, never by the actual one: a mean over no rows is NaN, and a branch that
+    differs between processes deadlocks them.
 
     Args:
         class_logits: (batch, class).

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from provgen.generators.closed_form import Oracle
+from provgen.generators.closed_form import Posterior
 
 
 class Mixing(Protocol):
@@ -101,9 +101,7 @@ def nearest_neighbors(rows: Tensor, labels: Tensor, k: int, *, covered: Tensor |
 def _nearest(rows: Tensor, members: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Find k nearest of `allowed` for each of `members`, never itself where there is another: (member, k)."""
     search = NearestNeighbors(n_neighbors=min(k + 1, len(allowed))).fit(rows[allowed].double().numpy())
-    order = allowed[
-        torch.from_numpy(search.kneighbors(rows[members].double().numpy(), return_distance=False))
-    ]
+    order = allowed[torch.from_numpy(search.kneighbors(rows[members].double().numpy(), return_distance=False))]
     # Itself goes last; with exact duplicates it need not be the first that was found.
     last = (order == members[:, None]).long().argsort(dim=1, stable=True)
     order = order.gather(1, last)
@@ -114,22 +112,22 @@ def _nearest(rows: Tensor, members: Tensor, allowed: Tensor, k: int) -> Tensor:
 class Targets(Protocol):
     """A target distribution for every row of a batch."""
 
-    def __call__(self, indices: Tensor, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, indices: Tensor, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give target probabilities (batch, train).
 
         Args:
             indices: Example index of each row, int64 (batch,).
             queries: What the closed form is asked: noisy images, latents or images, (batch, ...).
-            signal: a_t of each row, (batch,).
+            alpha_bar: alpha_bar of each row, (batch,).
             class_labels: What the generator was told, int64 (batch,).
         """
         ...
 
 
-class Posterior(Protocol):
+class SoftTarget(Protocol):
     """p(i | query, y); a closed form in practice."""
 
-    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give probabilities (batch, train)."""
         ...
 
@@ -144,22 +142,22 @@ class OneHotTargets:
         self,
         indices: Tensor,
         queries: Tensor,  # noqa: ARG002 - Targets
-        signal: Tensor,
+        alpha_bar: Tensor,
         class_labels: Tensor,  # noqa: ARG002 - Targets
     ) -> Tensor:
         """Give one-hot rows (batch, train)."""
-        return F.one_hot(indices, self.num_examples).to(signal.dtype)
+        return F.one_hot(indices, self.num_examples).to(alpha_bar.dtype)
 
 
 class PosteriorTargets:
     """The closed-form posterior itself: the same optimum as one-hot targets, with far less variance."""
 
-    def __init__(self, posterior: Posterior) -> None:
+    def __init__(self, posterior: SoftTarget) -> None:
         self.posterior = posterior
 
-    def __call__(self, indices: Tensor, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Targets
+    def __call__(self, indices: Tensor, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Targets
         """Give posterior rows (batch, train)."""
-        return self.posterior.probs(queries, signal, class_labels)
+        return self.posterior.probs(queries, alpha_bar, class_labels)
 
 
 class MixedTargets:
@@ -169,32 +167,32 @@ class MixedTargets:
         self.targets = targets
         self.mixing = mixing
 
-    def __call__(self, indices: Tensor, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, indices: Tensor, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give mixed rows (batch, train)."""
-        return self.mixing(self.targets(indices, queries, signal, class_labels))
+        return self.mixing(self.targets(indices, queries, alpha_bar, class_labels))
 
 
-REFRESH_EVERY = 20
+UPDATE_EVERY = 20
 """Optimiser steps between two closed forms, at most."""
 
 
-class RefreshedPosterior:
+class PeriodicPosterior:
     """Asks the closed form that `make` gave at most REFRESH_EVERY calls ago.
 
     A resumed run makes it anew, and is the same as one that was never stopped only if that one did so too: so it is
     made at every checkpoint, at equal distances in between.
     """
 
-    def __init__(self, make: Callable[[], Oracle], *, checkpoint_every: int) -> None:
+    def __init__(self, make: Callable[[], Posterior], *, checkpoint_every: int) -> None:
         """Keep how it is made; `checkpoint_every` counts optimiser steps, which are calls."""
         self.make = make
-        self.every = max(n for n in range(1, REFRESH_EVERY + 1) if checkpoint_every % n == 0)
+        self.every = max(n for n in range(1, UPDATE_EVERY + 1) if checkpoint_every % n == 0)
         self._calls = 0
-        self._latest: Oracle | None = None
+        self._latest: Posterior | None = None
 
-    def probs(self, queries: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Compute probabilities (batch, train); one call per optimiser step."""
         if self._latest is None or self._calls % self.every == 0:
             self._latest = self.make()
         self._calls += 1
-        return self._latest.probs(queries, signal, class_labels)
+        return self._latest.probs(queries, alpha_bar, class_labels)

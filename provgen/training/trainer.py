@@ -10,9 +10,9 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from provgen.data.batches import Batch
 from provgen.generators.observers import Observation, Observer
 from provgen.models.provenance import ProvenanceNetwork
-from provgen.training.batches import Batch
 from provgen.training.losses import class_loss, index_loss
 from provgen.training.targets import Targets
 
@@ -38,7 +38,7 @@ class ProvenanceObjective:
 
 
 class CoTrainer:
-    """Trains a generator, and a provenance network on its encoder stages in the same forward pass."""
+    """Trains a generator, and a provenance network on its encoder feature maps in the same forward pass."""
 
     def __init__(
         self,
@@ -66,12 +66,10 @@ class CoTrainer:
         parameters = [p for network in self.networks.values() for p in network.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
         self.prepared = {
-            name: accelerator.prepare_model(net, evaluation_mode=not is_shared)
-            for name, net in self.networks.items()
+            name: accelerator.prepare_model(net, evaluation_mode=not is_shared) for name, net in self.networks.items()
         }
         self.averages = {
-            name: EMAModel(net.parameters(), decay=ema_decay, foreach=True)
-            for name, net in self.networks.items()
+            name: EMAModel(net.parameters(), decay=ema_decay, foreach=True) for name, net in self.networks.items()
         }
         self.objective = objective
         self.label_dropout = label_dropout
@@ -111,7 +109,7 @@ class CoTrainer:
     def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Give what is minimised, and the losses it is made of by name."""
         network, is_read = self.prepared[self.observer.name], self.objective is not None
-        observation = self.observer.observe(network, batch, shows_stages=is_read)
+        observation = self.observer.observe(network, batch, with_feature_maps=is_read)
         total = observation.loss.mean()
         losses = {name: rows.mean() for name, rows in observation.parts.items()}
         if self.objective is None:
@@ -125,19 +123,17 @@ class CoTrainer:
     def _provenance_losses(
         self, batch: Batch, observation: Observation, objective: ProvenanceObjective
     ) -> dict[str, Tensor]:
-        stages, class_logits = observation.stages, observation.class_logits
+        feature_maps, class_logits = observation.feature_maps, observation.class_logits
         if objective.stops_gradient:
-            stages = [stage.detach() for stage in stages]
+            feature_maps = [stage.detach() for stage in feature_maps]
             class_logits = None if class_logits is None else class_logits.detach()
-        signal, labels = observation.signal, observation.class_labels
-        output = self.prepared["provenance"](stages, signal, labels, class_logits)
+        alpha_bar, labels = observation.alpha_bar, observation.class_labels
+        output = self.prepared["provenance"](feature_maps, alpha_bar, labels, class_logits)
         with torch.no_grad():
-            targets = objective.targets(batch.indices, observation.query, signal, labels)
+            targets = objective.targets(batch.indices, observation.query, alpha_bar, labels)
         is_covered = objective.covered[batch.indices]
         losses = {"index_loss": index_loss(output.index_logits, targets, is_covered, objective.coverage)}
         if class_logits is None and output.class_logits is not None:
             is_null = labels == output.class_logits.shape[1]
-            losses["class_loss"] = class_loss(
-                output.class_logits, batch.clean_labels, is_null, self.label_dropout
-            )
+            losses["class_loss"] = class_loss(output.class_logits, batch.clean_labels, is_null, self.label_dropout)
         return losses

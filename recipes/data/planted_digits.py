@@ -43,9 +43,7 @@ def main(output: Annotated[Path, typer.Argument(help="Folder to write; must not 
                 save_png(image, folder / f"{row:05d}.png", {})
             for number in range(1, COPIES if row in copied else 1):
                 save_png(image, folder / f"{row:05d}-copy-{number}.png", {})
-    print(
-        f"{len(digits)} digits in {output}; {len(copied)} are there {COPIES} times, {len(marked)} bear a mark"
-    )
+    print(f"{len(digits)} digits in {output}; {len(copied)} are there {COPIES} times, {len(marked)} bear a mark")
 
 
 def with_mark(image: Tensor) -> Tensor:

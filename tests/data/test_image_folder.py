@@ -49,9 +49,7 @@ def test_the_order_of_the_listing_does_not_matter(tmp_path, monkeypatch):
     for i, name in enumerate(["b/2.png", "a/1.png", "b/1.png", "a/2.png"]):
         write(tmp_path / name, 50 * i)
     listed = [
-        _load_with_listing(
-            tmp_path, monkeypatch, lambda found, backwards=backwards: sorted(found, reverse=backwards)
-        )
+        _load_with_listing(tmp_path, monkeypatch, lambda found, backwards=backwards: sorted(found, reverse=backwards))
         for backwards in (False, True)
     ]
     assert listed[0].paths == listed[1].paths == ("a/1.png", "a/2.png", "b/1.png", "b/2.png")

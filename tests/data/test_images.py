@@ -89,9 +89,7 @@ def test_a_transparent_palette_entry_becomes_white(tmp_path):
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     values = np.array([[0, 257], [128 * 257, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
-    assert read_image(tmp_path / f"deep.{suffix}", image_size=2, channels=1).tolist() == [
-        [[0, 1], [128, 255]]
-    ]
+    assert read_image(tmp_path / f"deep.{suffix}", image_size=2, channels=1).tolist() == [[[0, 1], [128, 255]]]
 
 
 def test_pixels_without_a_known_range_are_refused():

@@ -261,8 +261,7 @@ def test_parquet_that_is_no_manifest_is_refused(root, tmp_path, message_of):
     assert "other.parquet" in message_of(Manifest.load, path)
     table = Manifest.of(*split(load(root))).table
     unknown, holdout_too = (
-        table.set_column(8, table.schema.field(8), pa.array([value] * 10, pa.bool_()))
-        for value in (None, True)
+        table.set_column(8, table.schema.field(8), pa.array([value] * 10, pa.bool_())) for value in (None, True)
     )
     shuffled = table.take([9, *range(9)])
     for bad in (table.drop_columns(["label"]), table.slice(1), shuffled, unknown, holdout_too):

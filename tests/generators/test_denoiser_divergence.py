@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from provgen.data.batches import fixed_batches
 from provgen.generators.losses import denoiser_divergence
 from provgen.models.diffusion import make_denoiser, make_training_scheduler
-from provgen.training.batches import fixed_batches
 
 TIMESTEPS = (50, 300, 800)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from provgen.generators.kinds import ClassifierKind, DiffusionKind, VaeKind, make_kind
-from provgen.models.classifier import CLEAN_SIGNAL
+from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.diffusion import encoder_shapes
 
 KINDS = {"diffusion": DiffusionKind, "vae": VaeKind, "none": ClassifierKind}
@@ -61,9 +61,7 @@ def test_only_a_denoiser_is_told_labels_some_of_the_time(kind_of):
 
 def test_timesteps_are_those_nearest_to_the_levels(kind_of, alphas_cumprod):
     levels = (0.02, 0.3, 0.5, 0.97)
-    by_hand = [
-        min(range(1000), key=lambda t, at=level: abs(float(alphas_cumprod[t]) - at)) for level in levels
-    ]
+    by_hand = [min(range(1000), key=lambda t, at=level: abs(float(alphas_cumprod[t]) - at)) for level in levels]
     assert kind_of("diffusion").timesteps(levels) == by_hand
     assert kind_of("vae").timesteps(levels) == kind_of("none").timesteps(levels) == [0]
 
@@ -81,7 +79,7 @@ def test_noise_has_the_shape_that_the_network_takes(name, kind_of, images):
     if name != "vae":
         assert shape == (1, 8, 8)
         return
-    output = network_of(kind)(pixels_of(images).float(), torch.zeros(9, *shape), with_stages=False)
+    output = network_of(kind)(pixels_of(images).float(), torch.zeros(9, *shape), with_feature_maps=False)
     assert output.latents.shape == (9, *shape)
     assert len(shape) == 3
     assert torch.Size(shape).numel() < 64, "a latent is smaller than the image"
@@ -130,11 +128,11 @@ def test_an_autoencoder_weighs_its_divergence_as_it_is_told(kind_of):
 @pytest.mark.parametrize("name", ["diffusion", "none"])
 def test_the_closed_form_of_images_is_that_of_the_forward_process(name, kind_of, images, closed_form_of):
     kind = kind_of(name)
-    oracle = kind.closed_form(network_of(kind), images, dtype=torch.float64, device=CPU)
+    closed_form = kind.closed_form(network_of(kind), images, dtype=torch.float64, device=CPU)
     labels = torch.tensor([0, 3, 2, 3, 1])
     noisy = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     query = (noisy, torch.tensor([0.001, 0.1, 0.4, 0.8, 0.99]), labels)
-    probs = oracle.probs(*query)
+    probs = closed_form.probs(*query)
     assert probs.dtype == torch.float64
     torch.testing.assert_close(probs, closed_form_of(images).probs(*query), rtol=1e-5, atol=1e-9)
 
@@ -142,25 +140,25 @@ def test_the_closed_form_of_images_is_that_of_the_forward_process(name, kind_of,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_noise_the_closed_form_names_the_copy_and_nothing_else(dtype, kind_of, images):
     kind = kind_of("none")
-    oracle = kind.closed_form(network_of(kind), images, dtype=dtype, device=CPU)
-    signal = torch.full((9,), CLEAN_SIGNAL)
-    probs = oracle.probs(pixels_of(images), signal, torch.full((9,), 3))
+    closed_form = kind.closed_form(network_of(kind), images, dtype=dtype, device=CPU)
+    alpha_bar = torch.full((9,), CLEAN_ALPHA_BAR)
+    probs = closed_form.probs(pixels_of(images), alpha_bar, torch.full((9,), 3))
     torch.testing.assert_close(probs, torch.eye(9, dtype=dtype))
 
 
 def test_the_closed_form_of_an_autoencoder_compares_the_gaussians_of_all_examples(kind_of, images):
     kind = kind_of("vae")
     network = network_of(kind)
-    oracle = kind.closed_form(network, images, dtype=torch.float64, device=CPU)
-    output = network(pixels_of(images).float(), torch.zeros(9, *kind.noise_shape()), with_stages=False)
+    closed_form = kind.closed_form(network, images, dtype=torch.float64, device=CPU)
+    output = network(pixels_of(images).float(), torch.zeros(9, *kind.noise_shape()), with_feature_maps=False)
     gaussians = torch.distributions.Normal(output.mean.double(), (output.log_variance.double() / 2).exp())
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(5, *kind.noise_shape(), generator=generator, dtype=torch.float64)
     densities = gaussians.log_prob(latents[:, None]).flatten(2).sum(2)
-    labels, signal = torch.tensor([3, 0, 3, 2, 3]), torch.full((5,), CLEAN_SIGNAL)
+    labels, alpha_bar = torch.tensor([3, 0, 3, 2, 3]), torch.full((5,), CLEAN_ALPHA_BAR)
     ruled_out = (labels[:, None] != 3) & (labels[:, None] != images.labels)
     expected = densities.masked_fill(ruled_out, -torch.inf).softmax(dim=1)
-    torch.testing.assert_close(oracle.probs(latents, signal, labels), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(closed_form.probs(latents, alpha_bar, labels), expected, rtol=1e-5, atol=1e-9)
     assert ((expected > 0.01) & (expected < 0.9)).sum() > 5, "undecided enough for the test to fail"
 
 

@@ -55,14 +55,14 @@ def by_density(encoded, latents, given, allowed):
 
 @pytest.mark.parametrize("missing", [[], [0, 4]])
 def test_it_equals_the_ratio_of_densities(encoded, queries, missing):
-    latents, signal, given = queries
+    latents, alpha_bar, given = queries
     covered = torch.ones(TRAIN, dtype=torch.bool)
     covered[missing] = False
     expected = by_density(encoded, latents, given, covered)
-    probs = make(encoded, covered=covered if missing else None).probs(latents, signal, given)
+    probs = make(encoded, covered=covered if missing else None).probs(latents, alpha_bar, given)
     torch.testing.assert_close(probs, expected, rtol=1e-10, atol=1e-14)
     assert ((expected > 0.01) & (expected < 0.99)).sum() > 12, "undecided enough for the test to fail"
-    logits = make(encoded).logits(latents, signal, given)
+    logits = make(encoded).logits(latents, alpha_bar, given)
     everyone = by_density(encoded, latents, given, torch.ones(TRAIN, dtype=torch.bool))
     torch.testing.assert_close(logits.softmax(1), everyone, rtol=1e-10, atol=1e-14)
 
@@ -75,10 +75,10 @@ def test_float32_is_close_to_float64(encoded, queries):
 
 
 def test_a_label_leaves_only_its_class_in_the_proportions_of_the_null_row(encoded, queries):
-    latents, signal, _ = queries
-    free = make(encoded).probs(latents, signal, torch.full((QUERIES,), NULL))
+    latents, alpha_bar, _ = queries
+    free = make(encoded).probs(latents, alpha_bar, torch.full((QUERIES,), NULL))
     for label in range(3):
-        given = make(encoded).probs(latents, signal, torch.full((QUERIES,), label))
+        given = make(encoded).probs(latents, alpha_bar, torch.full((QUERIES,), label))
         members = encoded[2] == label
         assert not given[:, ~members].any()
         expected = free[:, members] / free[:, members].sum(1, keepdim=True)

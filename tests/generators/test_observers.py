@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from provgen.data.batches import BatchStream
 from provgen.generators.kinds import make_kind
 from provgen.generators.observers import ClassifierObserver, Observation, VaeObserver
-from provgen.models.classifier import CLEAN_SIGNAL
-from provgen.training.batches import BatchStream
+from provgen.models.classifier import CLEAN_ALPHA_BAR
 
 KINDS = ("diffusion", "vae", "none")
 
@@ -62,12 +62,12 @@ def test_a_denoiser_is_given_the_noisy_image_and_charged_for_the_noise(kind_of, 
     kind = kind_of("diffusion")
     network, batch = network_of(kind), make_batch(kind)
     seen = observe(kind, network, batch)
-    signal = torch.stack([alphas_cumprod[t] for t in batch.timesteps])
-    assert torch.equal(seen.signal, signal)
-    pairs = zip(signal, batch.clean_images, batch.noise, strict=True)
+    alpha_bar = torch.stack([alphas_cumprod[t] for t in batch.timesteps])
+    assert torch.equal(seen.alpha_bar, alpha_bar)
+    pairs = zip(alpha_bar, batch.clean_images, batch.noise, strict=True)
     noisy = torch.stack([a.sqrt() * image + (1 - a).sqrt() * noise for a, image, noise in pairs])
     torch.testing.assert_close(seen.query, noisy)
-    assert torch.equal(seen.stages[0], seen.query)
+    assert torch.equal(seen.feature_maps[0], seen.query)
     assert torch.equal(seen.class_labels, batch.labels)
     assert (batch.labels[batch.clean_labels < 3] == 3).any(), "some labels are dropped"
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_an_autoencoder_is_charged_for_pixels_and_divergence(kind_of, make_batch
     network, batch = network_of(kind), make_batch(kind)
     seen = observe(kind, network, batch)
     with torch.no_grad():
-        output = network(batch.clean_images, batch.noise, with_stages=True)
+        output = network(batch.clean_images, batch.noise, with_feature_maps=True)
         decoded = network.decode(seen.query).sample
     errors = [F.mse_loss(a, b) for a, b in zip(decoded, batch.clean_images, strict=True)]
     torch.testing.assert_close(seen.parts["reconstruction_loss"], torch.stack(errors))
@@ -101,10 +101,10 @@ def test_the_stages_of_an_autoencoder_are_those_of_what_it_decodes(kind_of, make
     seen = observe(kind, network, batch)
     with torch.no_grad():
         decoded = network.decode(seen.query).sample
-        expected = network.stages_of(decoded)
-    torch.testing.assert_close(seen.stages, expected)
-    torch.testing.assert_close(seen.stages[0], decoded)
-    assert torch.equal(seen.signal, torch.full((12,), CLEAN_SIGNAL))
+        expected = network.feature_maps_of(decoded)
+    torch.testing.assert_close(seen.feature_maps, expected)
+    torch.testing.assert_close(seen.feature_maps[0], decoded)
+    assert torch.equal(seen.alpha_bar, torch.full((12,), CLEAN_ALPHA_BAR))
     assert (seen.class_labels == 3).all(), "an autoencoder is told nothing"
 
 
@@ -112,7 +112,7 @@ def test_an_autoencoder_costs_the_same_whether_its_stages_are_shown_or_not(kind_
     kind = kind_of("vae")
     network, batch = network_of(kind), make_batch(kind)
     with torch.no_grad():
-        shown, hidden = (VaeObserver(0.3).observe(network, batch, shows_stages=s) for s in (True, False))
+        shown, hidden = (VaeObserver(0.3).observe(network, batch, with_feature_maps=s) for s in (True, False))
     assert torch.equal(shown.loss, hidden.loss)
     assert torch.equal(shown.query, hidden.query)
 
@@ -131,8 +131,8 @@ def test_a_classifier_is_charged_for_the_class_where_there_is_one(kind_of, make_
     assert (seen.loss == 0).tolist() == (batch.clean_labels == 3).tolist()
     assert (seen.loss == 0).sum() == 2
     assert torch.equal(seen.query, batch.clean_images)
-    assert torch.equal(seen.stages[0], batch.clean_images)
-    assert torch.equal(seen.signal, torch.full((12,), CLEAN_SIGNAL))
+    assert torch.equal(seen.feature_maps[0], batch.clean_images)
+    assert torch.equal(seen.alpha_bar, torch.full((12,), CLEAN_ALPHA_BAR))
     assert (seen.class_labels == 3).all(), "the label is what it shall find out"
 
 
@@ -156,8 +156,8 @@ def test_a_classifier_without_a_class_head_has_no_loss(kind_of, make_batch):
 def test_stages_have_the_shapes_that_the_kind_announces(name, kind_of, make_batch):
     kind = kind_of(name)
     seen = observe(kind, network_of(kind), make_batch(kind))
-    assert [tuple(stage.shape) for stage in seen.stages] == [(12, c, s, s) for c, s in kind.shapes()]
-    assert all(stage.isfinite().all() for stage in seen.stages)
+    assert [tuple(stage.shape) for stage in seen.feature_maps] == [(12, c, s, s) for c, s in kind.shapes()]
+    assert all(stage.isfinite().all() for stage in seen.feature_maps)
 
 
 @pytest.mark.parametrize("name", KINDS)

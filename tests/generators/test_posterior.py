@@ -9,10 +9,10 @@ from provgen.generators.closed_form import ClosedFormPosterior, impossible
 from provgen.tracing.attribution import entropy
 
 
-def by_loop(train, labels, noisy, signal, given, null_label):
+def by_loop(train, labels, noisy, alpha_bar, given, null_label):
     """softmax_i(-|x_t - sqrt(a) x_i|^2 / (2 (1-a))) over the examples of the given class, number by number."""
     rows = []
-    for x, a, label in zip(noisy.double(), signal.double(), given.tolist(), strict=True):
+    for x, a, label in zip(noisy.double(), alpha_bar.double(), given.tolist(), strict=True):
         logits = [
             -float((x - a.sqrt() * example).square().sum() / (2 * (1 - a)))
             if label in (null_label, of_example)
@@ -33,13 +33,13 @@ def images(random_images):
 @pytest.fixture
 def queries(images, generator):
     """x_t of random parents from pure noise to almost the image; labels and null labels in turn."""
-    signal = torch.tensor([1e-4, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9, 0.999], dtype=torch.float64)
+    alpha_bar = torch.tensor([1e-4, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9, 0.999], dtype=torch.float64)
     parents = torch.randint(9, (8,), generator=generator)
     clean = images.images[parents].double() / 127.5 - 1
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-    a = signal[:, None, None, None]
+    a = alpha_bar[:, None, None, None]
     labels = torch.where(torch.arange(8) % 2 == 0, 3, images.labels[parents])
-    return a.sqrt() * clean + (1 - a).sqrt() * noise, signal, labels
+    return a.sqrt() * clean + (1 - a).sqrt() * noise, alpha_bar, labels
 
 
 def test_it_equals_the_formula(images, queries, closed_form_of):
@@ -64,12 +64,12 @@ def test_rows_sum_to_one(images, queries, closed_form_of):
 
 
 def test_a_label_leaves_only_its_class_in_the_proportions_of_the_null_row(images, queries, closed_form_of):
-    # Without the two cleanest, where the null row leaves nothing for the other classes.
-    noisy, signal = queries[0][:6], queries[1][:6]
+    # Without the two cleanest, where the unconditional row leaves nothing for the other classes.
+    noisy, alpha_bar = queries[0][:6], queries[1][:6]
     closed_form = closed_form_of(images)
-    free = closed_form.probs(noisy, signal, torch.full((6,), 3))
+    free = closed_form.probs(noisy, alpha_bar, torch.full((6,), 3))
     for label in range(3):
-        given = closed_form.probs(noisy, signal, torch.full((6,), label))
+        given = closed_form.probs(noisy, alpha_bar, torch.full((6,), label))
         members = images.labels == label
         assert not given[:, ~members].any()
         assert free[:, ~members].any()
@@ -118,26 +118,26 @@ def test_what_is_impossible_is_of_another_class_or_not_covered():
 
 def test_it_is_one_hot_at_the_image(images, closed_form_of):
     train = images.images.double() / 127.5 - 1
-    signal = torch.full((9,), 1 - 1e-6, dtype=torch.float64)
-    probs = closed_form_of(images).probs(signal[0].sqrt() * train, signal, torch.full((9,), 3))
+    alpha_bar = torch.full((9,), 1 - 1e-6, dtype=torch.float64)
+    probs = closed_form_of(images).probs(alpha_bar[0].sqrt() * train, alpha_bar, torch.full((9,), 3))
     torch.testing.assert_close(probs, torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_it_is_uniform_in_pure_noise(images, generator, closed_form_of):
     noisy = torch.randn(5, 1, 4, 4, generator=generator, dtype=torch.float64)
     closed_form = closed_form_of(images)
-    signal = torch.full((5,), 1e-12, dtype=torch.float64)
-    free = closed_form.probs(noisy, signal, torch.full((5,), 3))
+    alpha_bar = torch.full((5,), 1e-12, dtype=torch.float64)
+    free = closed_form.probs(noisy, alpha_bar, torch.full((5,), 3))
     torch.testing.assert_close(free, torch.full((5, 9), 1 / 9, dtype=torch.float64), rtol=1e-4, atol=0)
-    given = closed_form.probs(noisy, signal, torch.zeros(5, dtype=torch.int64))
+    given = closed_form.probs(noisy, alpha_bar, torch.zeros(5, dtype=torch.int64))
     assert torch.allclose(given[:, images.labels == 0], torch.tensor(1 / 3, dtype=torch.float64), rtol=1e-4)
 
 
 def test_duplicates_share_their_posterior(random_images, closed_form_of):
     images = random_images(4).select(torch.tensor([0, 1, 1, 2, 1]))
-    signal = torch.tensor([0.99], dtype=torch.float64)
+    alpha_bar = torch.tensor([0.99], dtype=torch.float64)
     clean = images.images[1:2].double() / 127.5 - 1
-    probs = closed_form_of(images).probs(signal.sqrt() * clean, signal, torch.tensor([3]))
+    probs = closed_form_of(images).probs(alpha_bar.sqrt() * clean, alpha_bar, torch.tensor([3]))
     expected = torch.tensor([[0, 1, 1, 0, 1]], dtype=torch.float64) / 3
     torch.testing.assert_close(probs, expected, rtol=0, atol=1e-9)
 
@@ -158,10 +158,8 @@ def test_chunks_join_to_the_whole(bytes_held, images, queries, monkeypatch, clos
 
 
 @pytest.mark.parametrize("is_labelled", [False, True])
-@pytest.mark.parametrize("signal", [0.01, 0.05, 0.2])
-def test_the_parents_mean_surprise_is_the_mean_entropy(
-    signal, is_labelled, images, generator, closed_form_of
-):
+@pytest.mark.parametrize("alpha_bar", [0.01, 0.05, 0.2])
+def test_the_parents_mean_surprise_is_the_mean_entropy(alpha_bar, is_labelled, images, generator, closed_form_of):
     # E[-log p(parent | x_t)] = E[H(i | x_t)] holds for the exact posterior and for nothing else.
     count = 20_000
     parents = torch.randint(9, (count,), generator=generator)
@@ -169,7 +167,7 @@ def test_the_parents_mean_surprise_is_the_mean_entropy(
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
     labels = images.labels[parents] if is_labelled else torch.full((count,), 3)
     probs = closed_form_of(images).probs(
-        signal**0.5 * clean + (1 - signal) ** 0.5 * noise, torch.full((count,), signal), labels
+        alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise, torch.full((count,), alpha_bar), labels
     )
     difference = -probs.gather(1, parents[:, None])[:, 0].log() - entropy(probs)
     assert entropy(probs).mean() > 0.05, "the parent is uncertain"

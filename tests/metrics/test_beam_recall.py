@@ -14,9 +14,7 @@ def test_a_search_of_everything_misses_nothing(generator):
     assert (estimate.value, estimate.low, estimate.high, estimate.n) == (1.0, 1.0, 1.0, 20)
 
 
-@pytest.mark.parametrize(
-    ("k", "recall"), [(1, (1 + 0) / 2), (2, (1 / 2 + 1 / 2) / 2), (3, (2 / 3 + 1 / 3) / 2)]
-)
+@pytest.mark.parametrize(("k", "recall"), [(1, (1 + 0) / 2), (2, (1 / 2 + 1 / 2) / 2), (3, (2 / 3 + 1 / 3) / 2)])
 def test_recall_of_two_rows_worked_by_hand(k, recall):
     exhaustive = torch.tensor([[5.0, 4.0, 3.0, 2.0], [2.0, 3.0, 4.0, 5.0]])
     searched = torch.tensor([[5.0, LOWEST, 3.0, LOWEST], [2.0, LOWEST, 4.0, LOWEST]])

@@ -12,7 +12,7 @@ from provgen.errors import InputError
 from provgen.metrics.class_quality import class_quality
 from provgen.metrics.statistics import proportion
 
-METRICS = ("consistency_top1", "consistency_top5", "share_top5", "exemplar_accuracy")
+METRICS = ("consistency_top1", "consistency_top5", "share_top5", "knn_accuracy")
 
 
 @pytest.fixture
@@ -52,16 +52,16 @@ def test_two_queries_worked_by_hand():
     assert quality.consistency_top5 == proportion(2, 2)
     assert quality.share_top5.value == pytest.approx((1 / 5 + 2 / 5) / 2, abs=1e-12)
     # Masses of the classes: .35 and .45, then .07 and .08.
-    assert quality.exemplar_accuracy == proportion(0, 2)
+    assert quality.knn_accuracy == proportion(0, 2)
     assert quality.class_accuracy == proportion(1, 2)
     assert quality.consistency_top1_closed_form == 0
     assert quality.consistency_top5_closed_form == 1
     assert quality.share_top5_closed_form == pytest.approx(2 / 5, abs=1e-12)
-    assert quality.exemplar_accuracy_closed_form == quality.class_accuracy_closed_form == 0
-    assert quality.consistency_top1_null == pytest.approx(2 / 7, abs=1e-12)
-    assert quality.consistency_top5_null == pytest.approx(1 - comb(5, 5) / comb(7, 5), abs=1e-12)
-    assert quality.share_top5_null == pytest.approx(2 / 7, abs=1e-12)
-    assert quality.exemplar_accuracy_null == quality.class_accuracy_null == 1
+    assert quality.knn_accuracy_closed_form == quality.class_accuracy_closed_form == 0
+    assert quality.consistency_top1_baseline == pytest.approx(2 / 7, abs=1e-12)
+    assert quality.consistency_top5_baseline == pytest.approx(1 - comb(5, 5) / comb(7, 5), abs=1e-12)
+    assert quality.share_top5_baseline == pytest.approx(2 / 7, abs=1e-12)
+    assert quality.knn_accuracy_baseline == quality.class_accuracy_baseline == 1
 
 
 def test_a_loop_over_queries_finds_the_same(drawn):
@@ -81,7 +81,7 @@ def test_a_loop_over_queries_finds_the_same(drawn):
             found["consistency_top1"].append(same[0])
             found["consistency_top5"].append(any(same))
             found["share_top5"].append(sum(same) / 5)
-            found["exemplar_accuracy"].append(mass[label] == max(mass))
+            found["knn_accuracy"].append(mass[label] == max(mass))
         for name, values in found.items():
             value = getattr(quality, name + suffix)
             mean = sum(values) / len(values)
@@ -96,11 +96,11 @@ def test_guessing_retrieves_by_the_hypergeometric_distribution(drawn):
     labels = [label for label in drawn["query_labels"].tolist() if label < 3]
     sizes = [int((drawn["train_labels"] == label).sum()) for label in labels]
     none_of_five = [hypergeom(30, size, 5).pmf(0) for size in sizes]
-    assert quality.consistency_top1_null == pytest.approx(sum(sizes) / 30 / len(sizes), abs=1e-12)
-    assert quality.share_top5_null == pytest.approx(sum(sizes) / 30 / len(sizes), abs=1e-12)
-    assert quality.consistency_top5_null == pytest.approx(1 - sum(none_of_five) / len(sizes), abs=1e-12)
+    assert quality.consistency_top1_baseline == pytest.approx(sum(sizes) / 30 / len(sizes), abs=1e-12)
+    assert quality.share_top5_baseline == pytest.approx(sum(sizes) / 30 / len(sizes), abs=1e-12)
+    assert quality.consistency_top5_baseline == pytest.approx(1 - sum(none_of_five) / len(sizes), abs=1e-12)
     most = max(labels.count(label) for label in range(3))
-    assert quality.exemplar_accuracy_null == quality.class_accuracy_null == most / len(labels)
+    assert quality.knn_accuracy_baseline == quality.class_accuracy_baseline == most / len(labels)
 
 
 def test_ties_are_broken_at_random_not_by_position(drawn):
@@ -139,7 +139,7 @@ def test_a_posterior_on_the_right_class_is_always_right():
     )
     for name in (*METRICS, "class_accuracy"):
         assert getattr(quality, name).value == getattr(quality, f"{name}_closed_form") == 1
-        assert 0 < getattr(quality, f"{name}_null") < 1
+        assert 0 < getattr(quality, f"{name}_baseline") < 1
     assert quality.consistency_top1 == proportion(20, 20)
 
 
@@ -154,7 +154,7 @@ def test_a_uniform_posterior_is_exactly_guessing():
         num_classes=4,
     )
     for name in (*METRICS, "class_accuracy"):
-        null = getattr(quality, f"{name}_null")
+        null = getattr(quality, f"{name}_baseline")
         assert getattr(quality, name).value == pytest.approx(null, abs=1e-12), name
         assert getattr(quality, f"{name}_closed_form") == pytest.approx(null, abs=1e-12), name
 
@@ -171,7 +171,7 @@ def test_a_posterior_that_ignores_the_query_has_guessing_inside_its_intervals(ra
     )
     for name in ("consistency_top1", "consistency_top5", "share_top5", "class_accuracy"):
         estimate = getattr(quality, name)
-        assert estimate.low < getattr(quality, f"{name}_null") < estimate.high, name
+        assert estimate.low < getattr(quality, f"{name}_baseline") < estimate.high, name
 
 
 def test_the_order_of_the_training_examples_does_not_matter(drawn, random):
@@ -182,9 +182,7 @@ def test_the_order_of_the_training_examples_does_not_matter(drawn, random):
 
 
 def test_queries_without_a_class_are_not_counted(drawn, random):
-    extra = {
-        name: torch.randn(9, len(drawn[name][0]), generator=random) for name in ("log_probs", "class_logits")
-    }
+    extra = {name: torch.randn(9, len(drawn[name][0]), generator=random) for name in ("log_probs", "class_logits")}
     extra["closed_form"] = torch.rand(9, 30, generator=random)
     extra["query_labels"] = torch.full((9,), 3)
     more = {name: torch.cat([drawn[name], values.to(drawn[name])]) for name, values in extra.items()}
@@ -204,13 +202,13 @@ def test_examples_without_a_class_are_retrieved_but_vote_for_none():
         num_classes=2,
     )
     assert quality.consistency_top1 == proportion(0, 1)
-    assert quality.exemplar_accuracy == proportion(1, 1)
+    assert quality.knn_accuracy == proportion(1, 1)
 
 
 def test_a_set_of_fewer_than_five_examples_has_top_five_of_all(drawn):
     few = {name: drawn[name][:, :3] for name in ("log_probs", "closed_form")}
     quality = class_quality(**{**drawn, **few, "train_labels": torch.tensor([0, 1, 2])})
-    assert quality.consistency_top5.value == quality.consistency_top5_null == 1
+    assert quality.consistency_top5.value == quality.consistency_top5_baseline == 1
     assert quality.share_top5.value == pytest.approx(1 / 3, abs=1e-12)
 
 
@@ -220,7 +218,7 @@ def test_the_row_holds_every_number_and_its_interval(drawn):
     assert row["n"] == quality.consistency_top1.n
     for name in (*METRICS, "class_accuracy"):
         assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
-        assert {type(row[f"{name}_null"]), type(row[f"{name}_closed_form"])} == {float}
+        assert {type(row[f"{name}_baseline"]), type(row[f"{name}_closed_form"])} == {float}
     without = class_quality(**{**drawn, "class_logits": None}).as_row()
     assert without["class_accuracy"] is None
     assert row.items() >= {name: value for name, value in without.items() if name != "class_accuracy"}.items()

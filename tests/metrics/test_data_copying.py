@@ -20,9 +20,7 @@ from provgen.metrics.neighbors import nearest
 
 def copying_of(generated, holdout, train, **options):
     cells_of = SpaceCells(train, seed=0, num_cells=options.pop("num_cells", 3))
-    placed = [
-        Placed(nearest(rows, train, 1).distances[:, 0], cells_of(rows)) for rows in (generated, holdout)
-    ]
+    placed = [Placed(nearest(rows, train, 1).distances[:, 0], cells_of(rows)) for rows in (generated, holdout)]
     return data_copying(*placed, seed=0, **options)
 
 
@@ -103,8 +101,7 @@ def test_kernel_densities_of_a_gaussian_in_two_halves(bandwidth, expected):
         train, holdout = (torch.randn(count, 2, generator=generator) for count in (2000, 1000))
         generated = kernel_density(train, 1000, bandwidth, generator)
         placed = [
-            Placed(nearest(rows, train, 1).distances[:, 0], (rows[:, 0] > 0).long())
-            for rows in (generated, holdout)
+            Placed(nearest(rows, train, 1).distances[:, 0], (rows[:, 0] > 0).long()) for rows in (generated, holdout)
         ]
         found = data_copying(*placed, seed=0, resamples=20)
         assert found.null_deviation == pytest.approx(2**-0.5, abs=0.02)

@@ -37,9 +37,7 @@ def test_scores_of_a_linear_model_predict_it_perfectly_and_their_negative_the_re
     outputs = masks.double() @ effects.T + 4
     found = datamodeling_scores(predicted_outputs(effects, masks), outputs.T)
     assert found.tolist() == pytest.approx([1] * 5)
-    assert datamodeling_scores(predicted_outputs(-effects, masks), outputs.T).tolist() == pytest.approx(
-        [-1] * 5
-    )
+    assert datamodeling_scores(predicted_outputs(-effects, masks), outputs.T).tolist() == pytest.approx([-1] * 5)
 
 
 def test_who_predicts_the_same_for_all_subsets_has_nothing():

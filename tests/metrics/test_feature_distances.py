@@ -19,9 +19,7 @@ from provgen.metrics.distances import (
 @pytest.fixture
 def sets(generator):
     mixing = torch.randn(12, 12, generator=generator)
-    return torch.randn(400, 12, generator=generator) @ mixing, 1 + 2 * torch.randn(
-        300, 12, generator=generator
-    )
+    return torch.randn(400, 12, generator=generator) @ mixing, 1 + 2 * torch.randn(300, 12, generator=generator)
 
 
 def test_a_shift_is_its_squared_length(generator):
@@ -47,9 +45,7 @@ def test_fewer_images_than_features(generator):
     few, others = torch.randn(10, 40, generator=generator), torch.randn(70, 40, generator=generator)
     first, second = (torch.cov(rows.double().T) for rows in (few, others))
     values = torch.linalg.eigvals(first @ second).real.clamp_min(0).sqrt().sum()
-    expected = (
-        (few.mean(0) - others.mean(0)).double().square().sum() + first.trace() + second.trace() - 2 * values
-    )
+    expected = (few.mean(0) - others.mean(0)).double().square().sum() + first.trace() + second.trace() - 2 * values
     assert frechet_distance(few, others) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -73,9 +69,7 @@ def test_kernel_distance_of_a_set_from_itself_is_negative(generator):
 
 
 def test_kernel_distance_is_unbiased(generator):
-    values = [
-        kernel_distance(*(torch.randn(60, 5, generator=generator) for _ in range(2))) for _ in range(100)
-    ]
+    values = [kernel_distance(*(torch.randn(60, 5, generator=generator) for _ in range(2))) for _ in range(100)]
     assert abs(np.mean(values)) < 3.5 * np.std(values) / 10
     assert min(values) < 0, "of two sets that are alike it may be below 0"
 

@@ -3,35 +3,38 @@
 import pytest
 import torch
 
+from provgen.data.batches import Batch, fixed_batches
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.generators.observers import Observation
 from provgen.metrics import index_quality
 from provgen.metrics.index_quality import LEVELS, IndexProbe, IndexQuality, mean_kl_gap
 from provgen.metrics.statistics import Estimate
-from provgen.models.classifier import CLEAN_SIGNAL
+from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.provenance import ProvenanceOutput
-from provgen.training.batches import Batch, fixed_batches
 from provgen.training.targets import ClassMixing
 
 
 class ExactNetwork:
     """The closed form where a network is expected, softened by a temperature; 1 is exact."""
 
-    def __init__(
-        self, closed_form: ClosedFormPosterior, signal_levels: torch.Tensor, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, closed_form: ClosedFormPosterior, alpha_bars: torch.Tensor, temperature: float = 1.0) -> None:
         self.closed_form = closed_form
-        self.signal_levels = signal_levels
+        self.alpha_bars = alpha_bars
         self.temperature = temperature
 
     def observe(self, batch: Batch) -> tuple[Observation, ProvenanceOutput]:
-        signal = self.signal_levels[batch.timesteps].double()
-        a = signal[:, None, None, None]
+        alpha_bar = self.alpha_bars[batch.timesteps].double()
+        a = alpha_bar[:, None, None, None]
         noisy = a.sqrt() * batch.clean_images + (1 - a).sqrt() * batch.noise
-        probs = self.closed_form.probs(noisy, signal, batch.labels)
+        probs = self.closed_form.probs(noisy, alpha_bar, batch.labels)
         logits = probs.clamp_min(1e-300).log() / self.temperature
         seen = Observation(
-            loss=signal, parts={}, stages=[], signal=signal, class_labels=batch.labels, query=noisy
+            loss=alpha_bar,
+            parts={},
+            feature_maps=[],
+            alpha_bar=alpha_bar,
+            class_labels=batch.labels,
+            query=noisy,
         )
         return seen, ProvenanceOutput(index_logits=logits)
 
@@ -48,12 +51,12 @@ def images(random_images):
 def make_probe(alphas_cumprod):
     """Make a probe of at most twenty queries at every level."""
 
-    def make(images, *, mixing=None, told=True, seed=0, count=20):
+    def make(images, *, mixing=None, is_conditional=True, seed=0, count=20):
         timesteps = [int((alphas_cumprod - level).abs().argmin()) for level in LEVELS]
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
         shape = tuple(images.images.shape[1:])
         batches = fixed_batches(images, rows, timesteps, noise_shape=shape, seed=seed)
-        return IndexProbe(batches, null_label=images.num_classes, told=told, mixing=mixing)
+        return IndexProbe(batches, null_label=images.num_classes, is_conditional=is_conditional, mixing=mixing)
 
     return make
 
@@ -81,7 +84,7 @@ def test_the_closed_form_has_no_gap_and_reaches_every_ceiling(images, measure_ex
         assert quality.kl_gap.n == 20
     in_doubt = [quality for quality in qualities if quality.cross_entropy_ceiling > 0.1]
     assert len(in_doubt) > 6
-    assert mean_kl_gap(qualities, "null").value == pytest.approx(0, abs=1e-9)
+    assert mean_kl_gap(qualities, "unconditional").value == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
@@ -90,14 +93,12 @@ def test_another_temperature_opens_the_gap_and_keeps_the_order(temperature, imag
     for quality in qualities:
         assert quality.kl_gap.value > -1e-12
         assert quality.top1.value == pytest.approx(quality.top1_ceiling, abs=1e-12)
-    assert mean_kl_gap(qualities, "null").value > 0.01
+    assert mean_kl_gap(qualities, "unconditional").value > 0.01
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_network_exceeds_a_ceiling(seed, images, make_probe, closed_form_of, tiny_posterior):
-    qualities = make_probe(images, seed=seed).measure(
-        tiny_posterior(images, seed=seed), closed_form_of(images)
-    )
+    qualities = make_probe(images, seed=seed).measure(tiny_posterior(images, seed=seed), closed_form_of(images))
     for quality in qualities:
         assert quality.kl_gap.value > 0
         assert quality.top1.value <= quality.top1_ceiling + 1e-12
@@ -113,9 +114,7 @@ def test_the_ceiling_of_a_network_that_covers_some_is_over_those(images, make_pr
         ClosedFormPosterior(pixels, images.labels, null_label=3, covered=mask) for mask in (is_covered, None)
     )
     probe, network = make_probe(images), tiny_posterior(images, covered=covered)
-    for quality, uncovered in zip(
-        probe.measure(network, some), probe.measure(network, everything), strict=True
-    ):
+    for quality, uncovered in zip(probe.measure(network, some), probe.measure(network, everything), strict=True):
         assert 0 < quality.kl_gap.value < 100
         assert quality.top1.value <= quality.top1_ceiling + 1e-12
         assert uncovered.kl_gap.value > 1e3, "no network can name what it does not cover"
@@ -125,16 +124,16 @@ def test_labelled_rows_have_ceilings_of_their_own(images, measure_exact):
     qualities = measure_exact(images)
     pairs = zip(qualities[::2], qualities[1::2], strict=True)
     for labelled, null in pairs:
-        assert (labelled.rows, null.rows) == ("labelled", "null")
-        assert labelled.signal == null.signal
+        assert (labelled.rows, null.rows) == ("conditional", "unconditional")
+        assert labelled.alpha_bar == null.alpha_bar
         assert labelled.cross_entropy_ceiling < null.cross_entropy_ceiling
         assert labelled.top1_ceiling > null.top1_ceiling
 
 
 def test_a_generator_that_is_told_nothing_has_null_rows_alone(images, measure_exact):
-    told, untold = measure_exact(images), measure_exact(images, told=False)
-    assert [quality.rows for quality in untold] == ["null"] * len(LEVELS)
-    assert [q.as_row() for q in untold] == [q.as_row() for q in told if q.rows == "null"]
+    is_conditional, untold = measure_exact(images), measure_exact(images, is_conditional=False)
+    assert [quality.rows for quality in untold] == ["unconditional"] * len(LEVELS)
+    assert [q.as_row() for q in untold] == [q.as_row() for q in is_conditional if q.rows == "unconditional"]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -147,9 +146,7 @@ def test_with_label_mixing_the_floor_is_the_mixed_posteriors_entropy(share, imag
         assert quality.top1.value == unmixed.top1.value, "the parent is one image, whatever the targets were"
 
 
-def test_mixed_targets_are_the_optimum_of_a_network_trained_on_them(
-    images, make_probe, closed_form_of, alphas_cumprod
-):
+def test_mixed_targets_are_the_optimum_of_a_network_trained_on_them(images, make_probe, closed_form_of, alphas_cumprod):
     mixing = ClassMixing(images.labels, num_classes=3, share=0.3)
     closed_form = closed_form_of(images)
 
@@ -165,14 +162,14 @@ def test_mixed_targets_are_the_optimum_of_a_network_trained_on_them(
 
 def test_a_set_without_labels_has_null_rows_alone(random_images, measure_exact):
     qualities = measure_exact(random_images(8, num_classes=0))
-    assert [quality.rows for quality in qualities] == ["null"] * len(LEVELS)
+    assert [quality.rows for quality in qualities] == ["unconditional"] * len(LEVELS)
     assert {len(quality.query_gaps) for quality in qualities} == {8}
 
 
 def test_images_without_a_label_are_among_the_null_rows_alone(images, measure_exact):
     images.labels[::3] = 3
     qualities = measure_exact(images, count=30)
-    assert {(quality.rows, quality.kl_gap.n) for quality in qualities} == {("labelled", 20), ("null", 30)}
+    assert {(quality.rows, quality.kl_gap.n) for quality in qualities} == {("conditional", 20), ("unconditional", 30)}
 
 
 def test_a_set_of_fewer_than_five_images_has_top_five_of_one(random_images, measure_exact):
@@ -180,9 +177,9 @@ def test_a_set_of_fewer_than_five_images_has_top_five_of_one(random_images, meas
 
 
 def test_signals_are_those_of_the_batches(images, measure_exact, alphas_cumprod):
-    signals = [quality.signal for quality in measure_exact(images)[1::2]]
+    alpha_bars = [quality.alpha_bar for quality in measure_exact(images)[1::2]]
     nearest = [min(alphas_cumprod.tolist(), key=lambda a, at=level: abs(a - at)) for level in LEVELS]
-    assert signals == pytest.approx(nearest, abs=1e-7)
+    assert alpha_bars == pytest.approx(nearest, abs=1e-7)
 
 
 def test_small_chunks_change_nothing(images, make_probe, closed_form_of, tiny_posterior, monkeypatch):
@@ -211,26 +208,25 @@ def test_the_mean_gap_is_over_the_window_and_one_kind_of_rows():
     numbers = ("cross_entropy", "cross_entropy_ceiling", "top1_ceiling", "top5_ceiling")
     zero = dict.fromkeys(numbers, 0.0) | dict.fromkeys(("kl_gap", "top1", "top5"), Estimate(0.0, 0.0, 0.0, 2))
     rows = [
-        (low / 2, "null", 9),
-        (0.1, "null", 1),
-        (0.8, "null", 2),
-        (high + 0.05, "null", 9),
-        (0.5, "labelled", 9),
+        (low / 2, "unconditional", 9),
+        (0.1, "unconditional", 1),
+        (0.8, "unconditional", 2),
+        (high + 0.05, "unconditional", 9),
+        (0.5, "conditional", 9),
     ]
     qualities = [
-        IndexQuality(signal=s, rows=r, query_gaps=torch.tensor([gap, gap + 1.0]), **zero)
-        for s, r, gap in rows
+        IndexQuality(alpha_bar=s, rows=r, query_gaps=torch.tensor([gap, gap + 1.0]), **zero) for s, r, gap in rows
     ]
-    found = mean_kl_gap(qualities, "null")
+    found = mean_kl_gap(qualities, "unconditional")
     assert found.value == 2.0
     assert (found.low, found.high) == (1.5, 2.5)
 
 
-@pytest.mark.parametrize("rows", ["null", "labelled"])
+@pytest.mark.parametrize("rows", ["unconditional", "conditional"])
 def test_a_generator_without_noise_levels_has_the_gap_of_its_one_level(rows):
     numbers = ("cross_entropy", "cross_entropy_ceiling", "top1_ceiling", "top5_ceiling")
     zero = dict.fromkeys(numbers, 0.0) | dict.fromkeys(("kl_gap", "top1", "top5"), Estimate(0.0, 0.0, 0.0, 2))
-    quality = IndexQuality(signal=CLEAN_SIGNAL, rows=rows, query_gaps=torch.tensor([1.0, 4.0]), **zero)
+    quality = IndexQuality(alpha_bar=CLEAN_ALPHA_BAR, rows=rows, query_gaps=torch.tensor([1.0, 4.0]), **zero)
     assert mean_kl_gap([quality], rows).value == 2.5
 
 
@@ -241,15 +237,14 @@ def test_the_recall_of_a_beam_is_the_share_of_the_exhaustive_answer_that_it_name
     network = tiny_posterior(images, head={"kind": "TwoStageHead", "num_cells": 6, "num_classes": 3})
     probe, answers = make_probe(images), {None: 0, beam: 0}
     for batch in probe.batches:
-        observation, _ = network.observe(dict(probe.parts(batch))["null"])
-        if index_quality.WINDOW[0] < observation.signal[0] < index_quality.WINDOW[1]:
+        observation, _ = network.observe(dict(probe.parts(batch))["unconditional"])
+        if index_quality.WINDOW[0] < observation.alpha_bar[0] < index_quality.WINDOW[1]:
             for cells in answers:
                 answers[cells] = answers[cells] + network.index_logits(observation, cells).softmax(dim=1)
     shares = []
     for whole, some in zip(answers[None].tolist(), answers[beam].tolist(), strict=True):
         best, named = (
-            {i for i in sorted(range(30), key=lambda i, row=row: -row[i])[:10] if row[i] > 0}
-            for row in (whole, some)
+            {i for i in sorted(range(30), key=lambda i, row=row: -row[i])[:10] if row[i] > 0} for row in (whole, some)
         )
         shares.append(len(best & named) / len(best))
     recall = probe.beam_recall(network, beam, 10)

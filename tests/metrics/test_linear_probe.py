@@ -23,7 +23,7 @@ def test_separate_classes_are_told_apart():
     result = linear_probe(train, labels, test, answers, seed=0)
     assert result.accuracy.value == 1
     assert result.accuracy.low == pytest.approx(0.025 ** (1 / 60), abs=1e-9)
-    assert result.null == 0.5
+    assert result.baseline == 0.5
 
 
 def test_overlapping_classes_are_told_apart_as_often_as_the_bayes_rule_does():
@@ -48,7 +48,7 @@ def test_noise_holds_no_class():
     labels, answers = (torch.randint(4, (400,), generator=random) for _ in range(2))
     result = linear_probe(train, labels, test, answers, seed=0)
     assert result.accuracy.low < 0.25 < result.accuracy.high
-    assert result.null == int(answers.bincount().max()) / 400
+    assert result.baseline == int(answers.bincount().max()) / 400
 
 
 def test_units_and_offsets_of_the_features_do_not_matter():
@@ -56,9 +56,7 @@ def test_units_and_offsets_of_the_features_do_not_matter():
     test, answers = two_classes(200, 6, distance=2, seed=1)
     units, offset = torch.logspace(-4, 4, 6), torch.arange(6.0)
     result = linear_probe(train, labels, test, answers, seed=0)
-    moved = linear_probe(
-        train.double() * units + offset, labels, test.double() * units + offset, answers, seed=0
-    )
+    moved = linear_probe(train.double() * units + offset, labels, test.double() * units + offset, answers, seed=0)
     assert moved.accuracy.value == pytest.approx(result.accuracy.value, abs=0.005)
 
 

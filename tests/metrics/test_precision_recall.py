@@ -24,9 +24,7 @@ def test_a_set_is_like_itself(offset):
 
 
 def test_equal_points_are_inside_each_other():
-    assert values_of(precision_recall(torch.ones(8, 2), torch.ones(9, 2), k=2)) == pytest.approx(
-        (1, 1, 9 / 2, 1)
-    )
+    assert values_of(precision_recall(torch.ones(8, 2), torch.ones(9, 2), k=2)) == pytest.approx((1, 1, 9 / 2, 1))
 
 
 def test_torch_fidelity_says_the_same():
@@ -34,9 +32,7 @@ def test_torch_fidelity_says_the_same():
     generated, real = (scale * torch.randn(200, 16, generator=generator) for scale in (0.1, 3))
     for first, second in ((generated, real), (real[:90], real[60:] + 1)):
         expected = calculate_precision_recall_full(first.double(), second.double(), 3)
-        assert values_of(precision_recall(first, second, k=3))[:2] == pytest.approx(
-            [float(v) for v in expected[:2]]
-        )
+        assert values_of(precision_recall(first, second, k=3))[:2] == pytest.approx([float(v) for v in expected[:2]])
     narrow = precision_recall(generated, real, k=3)
     assert narrow.precision.value > 0.8
     assert narrow.recall.value < 0.3

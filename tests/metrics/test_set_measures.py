@@ -31,9 +31,7 @@ def test_a_perfect_generator_is_like_held_out_images(measured):
 
 
 def test_copies_stand_out(measured):
-    value = {
-        name: (found.copies.value, found.holdout.high, found.holdout.low) for name, found in measured.items()
-    }
+    value = {name: (found.copies.value, found.holdout.high, found.holdout.low) for name, found in measured.items()}
     assert value["share_memorized"][0] == 1
     assert value["authenticity"][0] == 0
     assert value["data_copying"][0] < -5
@@ -70,7 +68,5 @@ def test_the_order_of_images_changes_only_what_is_drawn(sets):
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(
-        InputError, match="20 generated, 40 held-out and 20 training images, got 50, 30 and 50"
-    ):
+    with pytest.raises(InputError, match="20 generated, 40 held-out and 20 training images, got 50, 30 and 50"):
         set_measures(torch.zeros(50, 2), torch.zeros(30, 2), torch.eye(50))

@@ -22,7 +22,7 @@ class HeadCase:
     train: Tensor
     labels: Tensor
     noisy: Tensor
-    signal: Tensor
+    alpha_bar: Tensor
 
     def started(self, kind, **more):
         """A head in float64, started on these images."""
@@ -64,9 +64,9 @@ class HeadCase:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=draws, dtype=parameter.dtype)
         return head
 
-    def stages(self):
+    def feature_maps(self):
         """What the head reads: noised images from the origin of the coordinates, the faded mean image."""
-        return [self.noisy - self.signal.sqrt()[:, None, None, None] * self.train.mean(0)]
+        return [self.noisy - self.alpha_bar.sqrt()[:, None, None, None] * self.train.mean(0)]
 
     def logits(self, head, *, class_labels=None, class_logits=None, **more):
         """Index logits (query, train); without class labels the null label."""
@@ -74,8 +74,8 @@ class HeadCase:
             class_labels = self.null
         with torch.no_grad():
             if class_logits is None:
-                class_logits = torch.zeros(len(self.signal), CLASSES, dtype=self.signal.dtype)
-            return head(self.stages(), self.signal, class_labels, class_logits, **more)
+                class_logits = torch.zeros(len(self.alpha_bar), CLASSES, dtype=self.alpha_bar.dtype)
+            return head(self.feature_maps(), self.alpha_bar, class_labels, class_logits, **more)
 
     @property
     def null(self):
@@ -85,7 +85,7 @@ class HeadCase:
     def closed_form(self):
         """Exact p(i | x_t), (query, train)."""
         posterior = ClosedFormPosterior(self.train, self.labels, null_label=CLASSES)
-        return posterior.probs(self.noisy, self.signal, self.null)
+        return posterior.probs(self.noisy, self.alpha_bar, self.null)
 
     def class_probs(self, probs):
         """Posterior mass of every class, and of having none last, (query, class + 1)."""
@@ -98,10 +98,10 @@ def head_case(generator):
 
     def make(train: Tensor, labels: Tensor, *, queries: int = 20) -> HeadCase:
         parents = torch.randint(len(train), (queries,), generator=generator)
-        signal = LEVELS.repeat(queries // len(LEVELS))
+        alpha_bar = LEVELS.repeat(queries // len(LEVELS))
         noise = torch.randn(queries, *train.shape[1:], generator=generator, dtype=torch.float64)
-        a = signal[:, None, None, None]
-        return HeadCase(train, labels, a.sqrt() * train[parents] + (1 - a).sqrt() * noise, signal)
+        a = alpha_bar[:, None, None, None]
+        return HeadCase(train, labels, a.sqrt() * train[parents] + (1 - a).sqrt() * noise, alpha_bar)
 
     return make
 

@@ -82,7 +82,5 @@ def test_shares_of_the_classes_in_cells_worked_by_hand():
     # Labels 0 and 1, 2 stands for none; cell 1 is empty.
     shares = log_class_shares(torch.tensor([0, 0, 0, 2, 2]), torch.tensor([0, 1, 1, 2, 0]), 3, 2)
     half, third = math.log(1 / 2), math.log(1 / 3)
-    expected = torch.tensor(
-        [[third, -math.inf, half], [math.log(2 / 3)] + 2 * [-math.inf], [0, -math.inf, 0]]
-    )
+    expected = torch.tensor([[third, -math.inf, half], [math.log(2 / 3)] + 2 * [-math.inf], [0, -math.inf, 0]])
     torch.testing.assert_close(shares, expected)

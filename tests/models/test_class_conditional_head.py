@@ -14,9 +14,7 @@ def class_logits(generator):
     return torch.randn(20, CLASSES, generator=generator, dtype=torch.float64)
 
 
-def test_with_as_many_ranks_as_slots_and_the_exact_class_it_is_the_closed_form(
-    random_case, assert_same_posterior
-):
+def test_with_as_many_ranks_as_slots_and_the_exact_class_it_is_the_closed_form(random_case, assert_same_posterior):
     case = random_case(14)
     exact_classes = case.class_probs(case.closed_form)[:, :CLASSES].log() + 3
     logits = case.logits(case.exact(ClassConditionalHead), class_logits=exact_classes)
@@ -39,7 +37,7 @@ def test_classes_that_are_maps_of_shared_slots_need_no_more_ranks_than_the_slots
     case = head_case(train, labels)
     head = case.exact(ClassConditionalHead, width=4)
     assert head.slots.shape == (12, 6)
-    logits, a = case.logits(head), case.signal[:, None]
+    logits, a = case.logits(head), case.alpha_bar[:, None]
     for label in range(CLASSES):
         own = labels == label
         faded = a.sqrt()[:, None] * train[own].flatten(1)

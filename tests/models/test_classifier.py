@@ -1,4 +1,4 @@
-"""The classifier: stages as announced, saving that loses nothing, and no class head where there are no classes."""
+"""The classifier: feature maps as announced, saving that loses nothing, no class head without classes."""
 
 import pytest
 import torch
@@ -23,15 +23,15 @@ def images(generator):
 @pytest.mark.parametrize("num_classes", [0, 4])
 def test_stages_are_the_image_and_the_announced_shapes(num_classes, images):
     output = make(num_classes)(images)
-    assert output.stages[0] is images
-    assert [tuple(stage.shape) for stage in output.stages] == [(5, c, s, s) for c, s in SHAPES]
+    assert output.feature_maps[0] is images
+    assert [tuple(stage.shape) for stage in output.feature_maps] == [(5, c, s, s) for c, s in SHAPES]
 
 
 def test_the_class_is_read_off_the_last_stage(images):
     network = make()
     output = network(images)
     assert output.class_logits.shape == (5, 4)
-    rows = output.stages[-1].flatten(1)
+    rows = output.feature_maps[-1].flatten(1)
     expected = torch.einsum("qf,cf->qc", rows, network.class_head.weight) + network.class_head.bias
     torch.testing.assert_close(output.class_logits, expected)
     assert not torch.allclose(output.class_logits[0], output.class_logits[1])
@@ -50,7 +50,7 @@ def test_saving_and_loading_gives_equal_outputs(num_classes, images, tmp_path):
     network.save_pretrained(tmp_path)
     loaded = ImageClassifier.from_pretrained(tmp_path)
     before, after = network(images), loaded(images)
-    assert all(torch.equal(a, b) for a, b in zip(after.stages, before.stages, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after.feature_maps, before.feature_maps, strict=True))
     assert (before.class_logits is None) == (num_classes == 0)
     if num_classes:
         assert torch.equal(after.class_logits, before.class_logits)

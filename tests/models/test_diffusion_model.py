@@ -1,16 +1,16 @@
-"""Encoder stages as announced, hooks that leave no trace, and image sizes that cannot be halved."""
+"""Encoder feature maps as announced, hooks that leave no trace, and image sizes that cannot be halved."""
 
 import pytest
 import torch
 
 from provgen.models.diffusion import (
     DENOISER_SIZES,
+    encoder_feature_maps,
     encoder_shapes,
-    encoder_stages,
     make_denoiser,
     make_sampling_scheduler,
     make_training_scheduler,
-    record_stages,
+    record_feature_maps,
 )
 
 
@@ -34,33 +34,33 @@ def forward(denoiser, count=2, label=1):
 )
 def test_recorded_stages_have_the_announced_shapes(size, image_size, channels):
     denoiser = make_denoiser(size, image_size=image_size, image_channels=channels, num_classes=2)
-    with torch.no_grad(), record_stages(denoiser) as stages:
+    with torch.no_grad(), record_feature_maps(denoiser) as feature_maps:
         predicted = forward(denoiser)
     assert predicted.shape == (2, channels, image_size, image_size)
-    assert [tuple(stage.shape) for stage in stages] == [
+    assert [tuple(stage.shape) for stage in feature_maps] == [
         (2, width, height, height) for width, height in encoder_shapes(size, image_size, channels)
     ]
-    assert len(stages) == len(DENOISER_SIZES[size].channels) + 3
-    assert torch.equal(stages[0], noisy_images(denoiser))
+    assert len(feature_maps) == len(DENOISER_SIZES[size].channels) + 3
+    assert torch.equal(feature_maps[0], noisy_images(denoiser))
 
 
 def test_stages_feed_the_prediction():
     denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
-    with record_stages(denoiser) as stages:
+    with record_feature_maps(denoiser) as feature_maps:
         predicted = forward(denoiser)
-    gradients = torch.autograd.grad(predicted.sum(), stages[1:])
+    gradients = torch.autograd.grad(predicted.sum(), feature_maps[1:])
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_hooks_are_gone_after_recording_even_after_an_error():
     denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
-    with record_stages(denoiser) as stages:
+    with record_feature_maps(denoiser) as feature_maps:
         assert hooks_of(denoiser) == 5
         forward(denoiser)
     assert hooks_of(denoiser) == 0
     forward(denoiser)
-    assert len(stages) == 5
-    with pytest.raises(ZeroDivisionError), record_stages(denoiser):
+    assert len(feature_maps) == 5
+    with pytest.raises(ZeroDivisionError), record_feature_maps(denoiser):
         _ = 1 / 0
     assert hooks_of(denoiser) == 0
 
@@ -70,13 +70,13 @@ def test_the_encoder_alone_gives_the_stages_of_a_whole_pass():
     denoiser = make_denoiser("medium", image_size=28, image_channels=1, num_classes=2)
     decoded = []
     denoiser.up_blocks[0].register_forward_hook(lambda *_: decoded.append(True))
-    with record_stages(denoiser) as stages:
+    with record_feature_maps(denoiser) as feature_maps:
         forward(denoiser)
     assert decoded == [True]
-    alone = encoder_stages(denoiser, noisy_images(denoiser), torch.tensor(10), torch.full((2,), 1))
+    alone = encoder_feature_maps(denoiser, noisy_images(denoiser), torch.tensor(10), torch.full((2,), 1))
     assert decoded == [True]
-    assert len(alone) == len(stages)
-    assert all(torch.equal(a, b) for a, b in zip(alone, stages, strict=True))
+    assert len(alone) == len(feature_maps)
+    assert all(torch.equal(a, b) for a, b in zip(alone, feature_maps, strict=True))
     assert hooks_of(denoiser) == 1, "the test's own"
 
 
@@ -84,7 +84,7 @@ def test_the_encoder_alone_gives_the_stages_of_a_whole_pass():
 def test_other_errors_of_the_encoder_are_not_swallowed():
     denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
     with pytest.raises(ValueError, match="class_labels"):
-        encoder_stages(denoiser, noisy_images(denoiser), torch.tensor(10), None)
+        encoder_feature_maps(denoiser, noisy_images(denoiser), torch.tensor(10), None)
     assert hooks_of(denoiser) == 0
 
 
@@ -92,7 +92,7 @@ def test_recording_changes_no_prediction():
     denoiser = make_denoiser("tiny", image_size=8, image_channels=1, num_classes=2)
     with torch.no_grad():
         alone = forward(denoiser)
-        with record_stages(denoiser):
+        with record_feature_maps(denoiser):
             recorded = forward(denoiser)
     assert torch.equal(alone, recorded)
 

@@ -97,7 +97,7 @@ class TestEveryHead:
     def test_permuting_the_training_images_permutes_the_columns(self, name, planted, class_logits, generator):
         kind, more = HEADS[name]
         order = torch.randperm(18, generator=generator)
-        permuted = type(planted)(planted.train[order], planted.labels[order], planted.noisy, planted.signal)
+        permuted = type(planted)(planted.train[order], planted.labels[order], planted.noisy, planted.alpha_bar)
         before, after = (
             case.logits(case.exact(kind, **more), class_logits=class_logits).log_softmax(1)
             for case in (planted, permuted)
@@ -107,15 +107,13 @@ class TestEveryHead:
     def test_the_state_dict_restores_all_of_it(self, name, planted, class_logits):
         kind, more = HEADS[name]
         head = planted.random(kind, **more)
-        other = type(planted)(
-            planted.train.flip(0), planted.labels.flip(0), planted.noisy, planted.signal
-        ).started(kind, **more)
+        other = type(planted)(planted.train.flip(0), planted.labels.flip(0), planted.noisy, planted.alpha_bar).started(
+            kind, **more
+        )
         call = {"class_labels": torch.arange(20) % (CLASSES + 1), "class_logits": class_logits}
         calls = [call, {**call, "beam": 1}] if kind is TwoStageHead else [call]
         expected = [planted.logits(head, **call) for call in calls]
-        assert not any(
-            torch.equal(planted.logits(other, **c), e) for c, e in zip(calls, expected, strict=True)
-        )
+        assert not any(torch.equal(planted.logits(other, **c), e) for c, e in zip(calls, expected, strict=True))
         other.load_state_dict(head.state_dict())
         assert all(torch.equal(planted.logits(other, **c), e) for c, e in zip(calls, expected, strict=True))
 
@@ -126,9 +124,9 @@ class TestEveryHead:
             planted.labels.remainder_(CLASSES)
             more = {**more, "num_cells": 3} if more else more
         head = planted.random(kind, **more).float()
-        signal = torch.tensor([0.9999, 1e-4, 1.0, 0.5])
+        alpha_bar = torch.tensor([0.9999, 1e-4, 1.0, 0.5])
         class_logits = torch.zeros(4, CLASSES, requires_grad=True)
-        logits = head([planted.train[:4].float()], signal, torch.full((4,), CLASSES), class_logits)
+        logits = head([planted.train[:4].float()], alpha_bar, torch.full((4,), CLASSES), class_logits)
         logits.log_softmax(1)[torch.arange(4), torch.arange(4)].sum().backward()
         for weight_name, weight in head.named_parameters():
             assert weight.grad is not None, weight_name

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.models.diffusion import record_stages
+from provgen.models.diffusion import record_feature_maps
 from provgen.models.provenance import ProvenanceNetwork
 
 LOWEST = torch.finfo(torch.float32).min
@@ -38,12 +38,12 @@ def plain(images, tiny_networks):
 
 @pytest.fixture(scope="module")
 def queries(plain):
-    """Stages, signal levels and labels: each class once, then the null label twice."""
+    """Feature maps, values of alpha_bar and labels: each class once, then the null label twice."""
     labels = torch.tensor([0, 1, 2, 3, 3])
     noisy = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), record_stages(plain[0]) as stages:
+    with torch.no_grad(), record_feature_maps(plain[0]) as feature_maps:
         plain[0](noisy, torch.tensor([5, 300, 500, 700, 990]), class_labels=labels)
-    return stages, torch.tensor([0.99, 0.6, 0.4, 0.1, 0.01]), labels
+    return feature_maps, torch.tensor([0.99, 0.6, 0.4, 0.1, 0.01]), labels
 
 
 def outputs(provenance, queries):
@@ -87,20 +87,18 @@ def test_permuting_the_examples_permutes_the_columns(plain, queries, generator):
 
 
 def test_a_row_does_not_depend_on_its_batch(networks, queries):
-    stages, signal, labels = queries
+    feature_maps, alpha_bar, labels = queries
     whole = outputs(networks[1], queries)
     for row in range(5):
         part = slice(row, row + 1)
-        alone = outputs(networks[1], ([stage[part] for stage in stages], signal[part], labels[part]))
+        alone = outputs(networks[1], ([stage[part] for stage in feature_maps], alpha_bar[part], labels[part]))
         torch.testing.assert_close(alone.index_logits, whole.index_logits[part], rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(alone.class_logits, whole.class_logits[part], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared_stages", [0, 2, 4])
 @pytest.mark.parametrize("head", HEADS)
-def test_saving_and_loading_gives_equal_outputs(
-    head, shared_stages, images, tiny_networks, queries, tmp_path
-):
+def test_saving_and_loading_gives_equal_outputs(head, shared_stages, images, tiny_networks, queries, tmp_path):
     covered = torch.tensor([0, 1, 2, 5, 6, 7, 9])
     _, provenance = tiny_networks(
         images, head=HEADS[head], shared_stages=shared_stages, covered=covered, fingerprint="abc", beam=2
@@ -117,8 +115,8 @@ def test_saving_and_loading_gives_equal_outputs(
 
 
 def test_the_class_head_sees_no_label(networks, queries):
-    stages, signal, labels = queries
-    shifted = outputs(networks[1], (stages, signal, (labels + 1) % 4))
+    feature_maps, alpha_bar, labels = queries
+    shifted = outputs(networks[1], (feature_maps, alpha_bar, (labels + 1) % 4))
     assert torch.equal(shifted.class_logits, outputs(networks[1], queries).class_logits)
 
 
@@ -129,12 +127,12 @@ def test_without_a_class_head_there_are_no_class_logits_and_no_parameters(plain,
 
 
 def test_class_logits_of_a_classifier_take_the_place_of_the_class_head(images, tiny_networks, queries):
-    told = HEADS["class_conditional"] | {"has_class_branch": False}
-    _, bare = tiny_networks(images, head=told, has_class_head=False)
-    stages, signal, _ = queries
+    is_conditional = HEADS["class_conditional"] | {"has_class_branch": False}
+    _, bare = tiny_networks(images, head=is_conditional, has_class_head=False)
+    feature_maps, alpha_bar, _ = queries
     null = torch.full((5,), 3)
     sure = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    output = outputs(bare, (stages, signal, null, sure))
+    output = outputs(bare, (feature_maps, alpha_bar, null, sure))
     assert output.class_logits is sure
     mass = output.index_logits.softmax(dim=1) @ torch.nn.functional.one_hot(images.labels, 3).float()
     torch.testing.assert_close(mass, sure.softmax(dim=1))
@@ -143,27 +141,27 @@ def test_class_logits_of_a_classifier_take_the_place_of_the_class_head(images, t
 @pytest.mark.parametrize("shared_stages", [0, 1, 2, 4])
 def test_only_the_shared_stages_are_read(shared_stages, images, tiny_networks, queries):
     _, network = tiny_networks(images, shared_stages=shared_stages)
-    stages, signal, labels = queries
+    feature_maps, alpha_bar, labels = queries
     before = outputs(network, queries).index_logits
     for number in range(5):
-        changed = [stage + (place == number) for place, stage in enumerate(stages)]
-        after = outputs(network, (changed, signal, labels)).index_logits
+        changed = [stage + (place == number) for place, stage in enumerate(feature_maps)]
+        after = outputs(network, (changed, alpha_bar, labels)).index_logits
         # The image is read where nothing is shared, and only there.
         is_read = number == 0 if shared_stages == 0 else 1 <= number <= shared_stages
         assert torch.equal(after, before) != is_read
-    cut = outputs(network, (stages[: shared_stages + 1], signal, labels)).index_logits
+    cut = outputs(network, (feature_maps[: shared_stages + 1], alpha_bar, labels)).index_logits
     assert torch.equal(cut, before)
 
 
 @pytest.mark.parametrize("shared_stages", [0, 2, 4])
 def test_the_last_stage_is_what_the_heads_read(shared_stages, images, tiny_networks, queries):
     _, network = tiny_networks(images, shared_stages=shared_stages)
-    stages, signal, _ = queries
+    feature_maps, alpha_bar, _ = queries
     with torch.no_grad():
-        last = network.last_stage(stages, signal)
+        last = network.last_feature_map(feature_maps, alpha_bar)
         expected = network.class_head([last])
-    assert last.shape == stages[-1].shape
-    assert torch.equal(last, stages[-1]) == (shared_stages == 4)
+    assert last.shape == feature_maps[-1].shape
+    assert torch.equal(last, feature_maps[-1]) == (shared_stages == 4)
     assert torch.equal(outputs(network, queries).class_logits, expected)
 
 
@@ -192,8 +190,8 @@ def test_the_covered_examples_are_those_of_a_network_for_them_alone(images, tiny
 def test_a_set_without_labels_has_only_the_null_label(random_images, tiny_networks, queries):
     images = random_images(6, num_classes=0)
     _, network = tiny_networks(images)
-    stages, signal, _ = queries
-    logits = outputs(network, (stages, signal, torch.zeros(5, dtype=torch.int64))).index_logits
+    feature_maps, alpha_bar, _ = queries
+    logits = outputs(network, (feature_maps, alpha_bar, torch.zeros(5, dtype=torch.int64))).index_logits
     assert (logits.softmax(dim=1) > 0).all()
 
 

@@ -1,4 +1,4 @@
-"""One linear map of all stages, large ones pooled."""
+"""One linear map of all feature maps, large ones pooled."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from provgen.models.embedding import StageEmbedding, silent_embedding
 def test_stages_add_up_and_large_ones_are_pooled(generator):
     shapes = [(2, 16), (3, 8), (4, 4)]
     embedding = StageEmbedding(shapes, width=5).double()
-    stages = [torch.randn(7, c, s, s, generator=generator, dtype=torch.float64) for c, s in shapes]
-    pooled = stages[0].reshape(7, 2, 8, 2, 8, 2).mean(dim=(3, 5))
+    feature_maps = [torch.randn(7, c, s, s, generator=generator, dtype=torch.float64) for c, s in shapes]
+    pooled = feature_maps[0].reshape(7, 2, 8, 2, 8, 2).mean(dim=(3, 5))
     weights = embedding.projection.weight.split([2 * 64, 3 * 64, 4 * 16], dim=1)
-    parts = zip([pooled, *stages[1:]], weights, strict=True)
+    parts = zip([pooled, *feature_maps[1:]], weights, strict=True)
     expected = sum(stage.flatten(1) @ weight.T for stage, weight in parts) + embedding.projection.bias
-    torch.testing.assert_close(embedding(stages), expected)
+    torch.testing.assert_close(embedding(feature_maps), expected)
 
 
 @pytest.mark.parametrize("size", [14, 28, 9])

@@ -12,9 +12,7 @@ LOWEST = torch.finfo(torch.float64).min
 
 
 @pytest.mark.parametrize(("cells", "num_cells"), [("kmeans", 3), ("kmeans", 5), ("classes", 3)])
-def test_with_an_anchor_per_example_it_is_the_closed_form(
-    cells, num_cells, random_case, assert_same_posterior
-):
+def test_with_an_anchor_per_example_it_is_the_closed_form(cells, num_cells, random_case, assert_same_posterior):
     case = random_case(12)
     head = case.exact(TwoStageHead, cells=cells, num_cells=num_cells)
     with torch.no_grad():
@@ -28,8 +26,11 @@ def test_it_is_a_softmax_over_cells_times_one_in_each_cell(random_case):
     logits = case.logits(head)
     torch.testing.assert_close(logits.exp().sum(1), torch.ones(20, dtype=torch.float64))
     with torch.no_grad():
-        embedding = head.embedding(case.stages())
-        log_cells, free = head.log_cells(embedding, case.signal), head.prototypes(embedding, case.signal)
+        embedding = head.embedding(case.feature_maps())
+        log_cells, free = (
+            head.log_cells(embedding, case.alpha_bar),
+            head.prototypes(embedding, case.alpha_bar),
+        )
     assert log_cells.exp().std(0).min() > 0.001
     for cell in range(4):
         own = head.example_cells == cell
@@ -42,7 +43,7 @@ def test_where_cells_are_classes_the_classes_get_what_the_cells_say(random_case)
     head = case.random(TwoStageHead, cells="classes")
     probs = case.logits(head).exp()
     with torch.no_grad():
-        cells = head.log_cells(head.embedding(case.stages()), case.signal).exp()
+        cells = head.log_cells(head.embedding(case.feature_maps()), case.alpha_bar).exp()
     torch.testing.assert_close(case.class_probs(probs)[:, [0, 2, 3]], cells)
 
 
@@ -111,13 +112,13 @@ class TestBeam:
         train[:, 0, 0, 0] = torch.arange(20) / 100 + 1.0 * (torch.arange(20) >= 10)
         labels = torch.tensor([0] + [1] * 9 + [0] * 10)
         case = head_case(train, labels, queries=5)
-        case.signal.fill_(0.2)
+        case.alpha_bar.fill_(0.2)
         case.noisy.zero_()[:, 0, 0, 0] = 0.4 * math.sqrt(0.2)
-        told = torch.tensor([0, 0, CLASSES, CLASSES, CLASSES])
+        is_conditional = torch.tensor([0, 0, CLASSES, CLASSES, CLASSES])
         head = case.exact(TwoStageHead, num_cells=2)
-        is_scored = case.logits(head, class_labels=told, beam=1) > LOWEST
+        is_scored = case.logits(head, class_labels=is_conditional, beam=1) > LOWEST
         second = torch.arange(20) >= 10
-        assert torch.equal(is_scored, torch.where((told == 0)[:, None], second, ~second))
+        assert torch.equal(is_scored, torch.where((is_conditional == 0)[:, None], second, ~second))
 
     def test_a_row_of_a_class_without_examples_is_left_alone(self, random_case):
         case = random_case(12, relabelled={2: 0}, queries=5)

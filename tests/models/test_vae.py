@@ -1,4 +1,4 @@
-"""Autoencoders: what a step needs in one pass, stages that are the encoder's own, and whom their losses train."""
+"""Autoencoders: what a step needs in one pass, feature maps that are the encoder's own, and whom their losses train."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_every_size_gives_the_announced_shapes(size, image_size, channels, gener
         output = vae(images, torch.zeros(2, *latent_shape(vae)))
     assert output.reconstruction.shape == images.shape
     assert output.mean.shape == output.log_variance.shape == output.latents.shape == (2, *latent_shape(vae))
-    assert [tuple(stage.shape) for stage in output.stages] == [
+    assert [tuple(stage.shape) for stage in output.feature_maps] == [
         (2, width, height, height) for width, height in encoder_shapes(size, image_size, channels)
     ]
     assert not [name for name, _ in vae.named_parameters() if "to_q" in name], "convolutions only"
@@ -54,15 +54,15 @@ def test_an_image_size_that_cannot_be_halved_is_refused(size, image_size, messag
 
 @torch.no_grad()
 def test_the_stages_are_the_encoders_own_features(vae, images):
-    stages = vae.stages_of(images)
-    assert torch.equal(stages[0], images)
-    assert torch.equal(stages[1], vae.encoder.conv_in(images))
-    hidden = stages[1]
-    for block, stage in zip(vae.encoder.down_blocks, stages[2:-1], strict=True):
+    feature_maps = vae.feature_maps_of(images)
+    assert torch.equal(feature_maps[0], images)
+    assert torch.equal(feature_maps[1], vae.encoder.conv_in(images))
+    hidden = feature_maps[1]
+    for block, stage in zip(vae.encoder.down_blocks, feature_maps[2:-1], strict=True):
         hidden = block(hidden)
         halved = stage if block.downsamplers is None else block.downsamplers[0](stage)
         assert torch.equal(halved, hidden)
-    last = vae.encoder.conv_act(vae.encoder.conv_norm_out(stages[-1]))
+    last = vae.encoder.conv_act(vae.encoder.conv_norm_out(feature_maps[-1]))
     moments = DiagonalGaussianDistribution(vae.quant_conv(vae.encoder.conv_out(last)))
     encoded = vae.encode(images).latent_dist
     assert torch.equal(moments.mean, encoded.mean)
@@ -76,7 +76,7 @@ def test_one_pass_is_encode_draw_decode_and_encode_again(vae, images, noise):
     expected = encoded.mean + (encoded.logvar / 2).exp() * noise
     torch.testing.assert_close(output.latents, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(output.reconstruction, vae.decode(output.latents).sample)
-    for stage, again in zip(output.stages, vae.stages_of(output.reconstruction), strict=True):
+    for stage, again in zip(output.feature_maps, vae.feature_maps_of(output.reconstruction), strict=True):
         assert torch.equal(stage, again)
 
 
@@ -97,16 +97,16 @@ def test_the_log_variance_is_clamped(vae, images, noise):
 
 def test_a_loss_on_the_stages_trains_the_encoder_and_never_the_decoder(vae, images, noise):
     output = vae(images, noise)
-    sum(stage.square().mean() for stage in output.stages).backward()
+    sum(stage.square().mean() for stage in output.feature_maps).backward()
     assert all(p.grad is None for p in [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()])
     read = [vae.encoder.conv_in, vae.encoder.down_blocks, vae.encoder.mid_block]
     assert all(p.grad.abs().max() > 0 for part in read for p in part.parameters())
-    assert not output.stages[0].requires_grad
+    assert not output.feature_maps[0].requires_grad
 
 
 def test_the_generators_own_loss_trains_everything(vae, images, noise):
-    output = vae(images, noise, with_stages=False)
-    assert output.stages == []
+    output = vae(images, noise, with_feature_maps=False)
+    assert output.feature_maps == []
     (output.reconstruction.square().mean() + output.log_variance.square().mean()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in vae.parameters())
 
@@ -147,13 +147,13 @@ def test_a_pipeline_finds_the_class_again(vae, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(vae.parameters(), loaded.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("with_stages", [False, True])
-def test_mixed_precision_gives_back_every_field_in_float32(vae, images, noise, with_stages, new_accelerator):
+@pytest.mark.parametrize("with_feature_maps", [False, True])
+def test_mixed_precision_gives_back_every_field_in_float32(vae, images, noise, with_feature_maps, new_accelerator):
     with torch.no_grad():
-        exact = vae(images, noise, with_stages=with_stages)
+        exact = vae(images, noise, with_feature_maps=with_feature_maps)
         accelerator: Accelerator = new_accelerator("bf16")
-        output = accelerator.prepare(vae)(images, noise, with_stages=with_stages)
-    assert len(output.stages) == (5 if with_stages else 0)
-    for rounded, full in zip([*output[:4], *output.stages], [*exact[:4], *exact.stages], strict=True):
+        output = accelerator.prepare(vae)(images, noise, with_feature_maps=with_feature_maps)
+    assert len(output.feature_maps) == (5 if with_feature_maps else 0)
+    for rounded, full in zip([*output[:4], *output.feature_maps], [*exact[:4], *exact.feature_maps], strict=True):
         assert rounded.dtype == torch.float32
         torch.testing.assert_close(rounded, full, rtol=0.1, atol=0.1)

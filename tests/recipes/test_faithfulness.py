@@ -40,9 +40,9 @@ def test_every_method_meets_both_kinds_of_queries(root):
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1
-    mixed = [row for row in rows if row["method"] == "mixture without the provenance network"]
-    assert not any("provenance" in row["setting"] for row in mixed)
-    for row in (row for row in rows if row["method"].startswith("mixture")):
+    combined = [row for row in rows if row["method"] == "ensemble without the provenance network"]
+    assert not any("provenance" in row["setting"] for row in combined)
+    for row in (row for row in rows if row["method"].startswith("ensemble")):
         assert row["stored_bytes"] is None
         assert sum(float(part.split()[0]) for part in row["setting"].split("; ")) > 0.9
     assert all(row["over random"] == 0 for row in rows if row["method"] == "random")
@@ -208,9 +208,7 @@ LEAVE_OUT = (
 )  # fmt: skip
 
 
-def test_sources_are_left_out_and_the_sample_is_made_again(
-    root, run_recipe, capsys, new_accelerator, tmp_path
-):
+def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, capsys, new_accelerator, tmp_path):
     assert run_recipe("leave_out", "--run", root, *LEAVE_OUT) == 0
     said = capsys.readouterr().out
     assert "4 of 4 models measured" in said
@@ -242,9 +240,7 @@ def test_sources_are_left_out_and_the_sample_is_made_again(
 
     copy = shutil.copytree(root, tmp_path / "run")
     assert run_recipe("faithfulness_table", copy, "--resamples", 10) == 0
-    moved = {
-        row["method"]: row["moved without 20%"] for row in table_of(copy) if row["queries"] == "generated"
-    }
+    moved = {row["method"]: row["moved without 20%"] for row in table_of(copy) if row["queries"] == "generated"}
     outcomes = [
         (folder.load(LeftOut(seed=0, share=0.2, query=n, method="D-TRAK, 2 timesteps")).image,
          folder.load(LeftOut(seed=0, share=0.0, query=n, method=NOTHING)).image)

@@ -35,20 +35,18 @@ def test_every_size_and_step_is_measured(swept, run_recipe, capsys):
     assert "1 of this part are missing" in capsys.readouterr().out
     assert gone.is_file()
     changed = [name for name, time in before.items() if (root / "measured" / name).stat().st_mtime_ns != time]
-    assert all(name.startswith(gone.name.split("-step")[0]) for name in changed), (
-        "only of the model that was missing"
-    )
+    assert all(name.startswith(gone.name.split("-step")[0]) for name in changed), "only of the model that was missing"
 
 
 def test_samples_of_little_late_entropy_are_drawn_again(swept):
     root, _ = swept
     last = max(int(path.stem.split("-")[-1]) for path in (root / "measured").iterdir())
     found = SweepFolder(root).load(SweepModel(12, 0, 0), last)
-    late = found["step_entropy"][:, late_level(found["signal"].tolist())]
+    late = found["step_entropy"][:, late_level(found["alpha_bar"].tolist())]
     for below in ("0.0001", "0.001", "0.01"):
-        redraws = found[f"redraws_below_{below}"]
-        assert torch.equal(redraws > 0, late < float(below))
-        same = redraws == 0
+        resamplings = found[f"resamplings_below_{below}"]
+        assert torch.equal(resamplings > 0, late < float(below))
+        same = resamplings == 0
         assert torch.equal(found[f"ratio_below_{below}"][same], found["ratio"][same])
 
 

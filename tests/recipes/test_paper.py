@@ -48,7 +48,7 @@ def finished(tmp_path_factory, run_recipe, small):
     """Folder of the experiment after both parts, run one after the other, and what each left behind."""
     output, found = tmp_path_factory.mktemp("paper"), []
     for part in ("1/2", "2/2"):
-        assert run_recipe("paper", *small, "--output", output, "--part", part) == 0
+        assert run_recipe("paper", *small, "--output", output, "--shard", part) == 0
         found.append(sorted(path.parent.name for path in output.glob("small/*/measured.json")))
     return output / "small", found
 
@@ -88,9 +88,7 @@ def test_figure_findings_and_overview_are_readable(finished):
     assert "| label_mixing=1 | 1 |" in overview
 
 
-def test_what_is_measured_is_neither_trained_nor_measured_again(
-    finished, small, run_recipe, capsys, tmp_path
-):
+def test_what_is_measured_is_neither_trained_nor_measured_again(finished, small, run_recipe, capsys, tmp_path):
     folder = copy_of(finished[0], tmp_path)
     planted = json.loads((folder / NAMES[0] / "measured.json").read_text(encoding="utf-8"))
     planted["metrics"]["index_top1"] = 0.125
@@ -133,7 +131,7 @@ def test_a_run_of_other_settings_in_the_way_is_refused(finished, small, run_reci
 
 MISTAKES = {
     "no such experiment": (["--experiment", "beta"], "there are alpha, "),
-    "no such part": (["--part", "3/2"], "--part must be"),
+    "no such part": (["--shard", "3/2"], "--shard must be"),
     "a key that varies": (["--experiment", "alpha", "provenance.label_mixing=1"], "provenance.label_mixing"),
     "an unknown key": (["--experiment", "alpha", "provenance.label_mix=1"], "did you mean"),
 }

@@ -31,18 +31,18 @@ def test_copies_and_marks_are_in_the_folder_and_in_the_report(tmp_path, run_reci
     report = (root / "planted.md").read_text(encoding="utf-8")
     assert report in capsys.readouterr().out
     assert "A marked cluster" in report
-    untold, told = report.split("## Samples of the closed-form denoiser, along their trajectories, ")[1:]
-    assert untold.startswith("no class told")
-    assert told.startswith("asked for classes in turn")
-    for part in (untold, told):
+    untold, is_conditional = report.split("## Samples of the closed-form denoiser, along their trajectories, ")[1:]
+    assert untold.startswith("unconditional")
+    assert is_conditional.startswith("asked for classes in turn")
+    for part in (untold, is_conditional):
         ideal = part.splitlines()
         assert any(line.startswith("| pixel distance | 100.0") for line in ideal)
         assert any(line.startswith("| closed form, cleanest level | 100.0") for line in ideal)
         assert any(line.startswith("| best possible | 100.0") for line in ideal)
     (shuffled,) = [line for line in report.splitlines() if line.startswith("| pixels shuffled")]
     assert float(shuffled.split("|")[2].split()[0]) > 0.9, "by their distance"
-    (told,) = [line for line in report.splitlines() if line.startswith("| told another class")]
-    assert told.split("|")[2].split()[0] == "0.500", "the images are the same"
+    (is_conditional,) = [line for line in report.splitlines() if line.startswith("| told another class")]
+    assert is_conditional.split("|")[2].split()[0] == "0.500", "the images are the same"
 
 
 def test_a_run_without_marks_has_no_part_on_them(trained_root, tmp_path, run_recipe, capsys):

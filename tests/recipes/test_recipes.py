@@ -4,12 +4,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 
+import alpha_bar
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -78,9 +78,7 @@ def test_traces_name_sources_of_the_samples_class(finished):
     traces = read_parts(finished.traces, ["sample", "rank"])
     assert [sample["class_label"] for sample in samples] == [n % 10 for n in range(NUM_IMAGES)]
     assert [sample["seed"] for sample in samples] == list(range(NUM_IMAGES))
-    assert [(row["sample"], row["rank"]) for row in traces] == [
-        (s, r) for s in range(NUM_IMAGES) for r in range(4)
-    ]
+    assert [(row["sample"], row["rank"]) for row in traces] == [(s, r) for s in range(NUM_IMAGES) for r in range(4)]
     # Four training images a class and four sources a sample: all of its class, whose posteriors make one.
     for sample in samples:
         rows = [row for row in traces if row["sample"] == sample["sample"]]
@@ -111,7 +109,7 @@ def test_metrics_hold_the_losses_and_the_last_index_quality(finished):
         "provenance_gradient_norm",
     }
     quality = [row["index_quality"] for row in rows if "index_quality" in row]
-    assert {row["rows"] for row in quality[-1]} == {"labelled", "null"}
+    assert {row["rows"] for row in quality[-1]} == {"conditional", "unconditional"}
     for row in quality[-1]:
         assert row["kl_gap"] > -1e-6
         assert row["top1"] <= row["top1_ceiling"] + 1e-9
@@ -231,7 +229,7 @@ def test_a_report_says_how_well_the_generator_and_the_sources_do(name, request):
     loss = {"finished": "denoising_loss", "decoded": "autoencoder_loss", "classified": "class_loss"}[name]
     names = {metric["name"] for metric in metrics_of(finished)}
     assert {f"holdout_{loss}", f"train_{loss}"} <= names
-    assert any(each.startswith("holdout_exemplar_accuracy") for each in names)
+    assert any(each.startswith("holdout_knn_accuracy") for each in names)
     assert any(each.startswith("index_") for each in names)
     assert ("share_memorized" in names) == (name != "classified")
     page = finished.report_html.read_text(encoding="utf-8")
@@ -243,7 +241,7 @@ def test_sets_and_samples_are_judged(finished, run_recipe, capsys):
     by_name = {metric["name"]: metric for metric in metrics_of(finished)}
     measured = {"data_copying", "authenticity", "precision", "coverage", "frechet_distance", "vendi_score"}
     assert measured <= by_name.keys()
-    assert all(by_name[name]["null"] is not None for name in measured)
+    assert all(by_name[name]["baseline"] is not None for name in measured)
     assert by_name["authenticity"]["ceiling"] == 0, "of copies"
     rows = pq.read_table(finished.root / "verdicts.parquet").to_pylist()
     assert [row["sample"] for row in rows] == list(range(NUM_IMAGES))
@@ -275,9 +273,9 @@ def test_the_report_is_one_self_contained_page(finished):
 
 def test_the_numbers_of_the_report_are_labelled(finished):
     report = json.loads(finished.report_json.read_text(encoding="utf-8"))
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["run"] == "run"
-    keys = {"name", "value", "low", "high", "null", "ceiling", "n", "kind"}
+    keys = {"name", "value", "low", "high", "baseline", "ceiling", "n", "kind"}
     assert len(report["metrics"]) >= 4
     for metric in report["metrics"]:
         assert set(metric) == keys
@@ -304,7 +302,7 @@ MISTAKES = {
     "unknown key": ("train", ["training.max_step=3"], "did you mean training.max_steps?"),
     "bad value": ("train", ["training.max_steps=0"], "training.max_steps must be"),
     "unknown head": ("train", ["provenance.index_head=softmax"], "provenance.index_head must be"),
-    "too many stages": ("train", ["provenance.shared_stages=9"], "provenance.shared_stages must be"),
+    "too many feature maps": ("train", ["provenance.shared_stages=9"], "provenance.shared_stages must be"),
     "too small a coverage": ("train", ["provenance.coverage=0.001"], "provenance.coverage"),
     "no file": ("train", ["--config", "absent.yaml"], "absent.yaml"),
     "no run": ("generate_and_attribute", ["--run", "absent"], "absent"),
@@ -337,12 +335,8 @@ def test_the_command_line_runs_the_very_same_recipe(monkeypatch, capsys):
     assert_one_line(capsys, "did you mean training.max_steps?")
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--top-k", 41), ("--class-name", "ten"), ("--steps", 9), ("--top-k", 0)]
-)
-def test_impossible_requests_keep_the_samples_there_are(
-    arguments, trained_root, tmp_path, run_recipe, capsys
-):
+@pytest.mark.parametrize("arguments", [("--top-k", 41), ("--class-name", "ten"), ("--steps", 9), ("--top-k", 0)])
+def test_impossible_requests_keep_the_samples_there_are(arguments, trained_root, tmp_path, run_recipe, capsys):
     root = copy_of(trained_root, tmp_path)
     (root / "samples").mkdir()
     (root / "samples" / "kept.png").write_bytes(b"old")
@@ -403,9 +397,7 @@ def test_attributing_a_file_prints_its_sources_as_json(trained_root, tmp_path, t
 
 def environment() -> dict[str, str]:
     kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("ACCELERATE_", "PROVGEN_", "MASTER_"))
+        key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "PROVGEN_", "MASTER_"))
     }
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
@@ -458,7 +450,7 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(kind, tmp_path, reposi
             assert process.poll() is None
             time.sleep(0.005)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(alpha_bar.SIGKILL)
         process.wait()
     assert not (killed / "checkpoints" / "step-000080").exists(), "killed before the end"
 
@@ -545,8 +537,7 @@ def test_two_processes_generate_the_images_of_one(tmp_path, repository, trained_
         assert parts == ["part-0.parquet", "part-1.parquet"]
     for number in range(5):
         images = [
-            read_image(folder.samples / f"{number:05d}.png", image_size=8, channels=1).int()
-            for folder in (one, two)
+            read_image(folder.samples / f"{number:05d}.png", image_size=8, channels=1).int() for folder in (one, two)
         ]
         assert (images[0] - images[1]).abs().max() <= 1
     first, second = (read_parts(folder.samples, ["sample"]) for folder in (one, two))
@@ -570,7 +561,5 @@ def test_the_main_job_runs_on_a_gpu_and_resumes(precision, tmp_path, run_recipe,
     assert run_recipe("generate_and_attribute", "--run", root, "--num-images", 4, "--closed-form") == 0
     assert run_recipe("attribute", "--run", root, root / "samples" / "00000.png") == 0
     assert run_recipe("analyze", "--run", root) == 0
-    losses = [
-        row["denoising_loss"] for row in read_metrics(root / "metrics.jsonl") if "denoising_loss" in row
-    ]
+    losses = [row["denoising_loss"] for row in read_metrics(root / "metrics.jsonl") if "denoising_loss" in row]
     assert torch.tensor(losses).isfinite().all()

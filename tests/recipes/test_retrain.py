@@ -10,7 +10,7 @@ from provgen.data.splits import subset_masks
 from provgen.run import RunFolder
 from provgen.studies.faithfulness import retraining
 from provgen.studies.faithfulness.retraining import RetrainedFolder, _rectangle
-from provgen.studies.jobs import Part
+from provgen.studies.jobs import Shard
 
 ASKED = ("--num-subsets", 3, "--seeds", 2, "--num-queries", 3)
 
@@ -52,9 +52,7 @@ def test_a_loss_is_that_of_a_model_trained_by_hand(retrained, root, trained_of, 
     for step in range(settings.training.max_steps):
         trainer.step(stream.batch(step), step)
     network = evaluation.averaged_networks(trainer)["denoiser"]
-    losses = retraining.query_losses(
-        network, settings, trained.data.train, retraining.make_queries(trained, 3)
-    )
+    losses = retraining.query_losses(network, settings, trained.data.train, retraining.make_queries(trained, 3))
     for kind, expected in losses.items():
         found = retrained.load().level_losses[kind][seed, :, subset]
         torch.testing.assert_close(found, expected)
@@ -73,15 +71,13 @@ def test_the_same_command_trains_nothing_twice(retrained, root, run_recipe, caps
     assert kept.stat().st_mtime_ns == stamp
 
 
-def test_more_subsets_leave_the_first_as_they_are_and_parts_share_the_rest(
-    retrained, root, run_recipe, capsys
-):
+def test_more_subsets_leave_the_first_as_they_are_and_parts_share_the_rest(retrained, root, run_recipe, capsys):
     more = ("--num-subsets", 4, "--seeds", 2, "--num-queries", 3)
     copy = shutil.copytree(root, root.parent / "more")
-    assert run_recipe("retrain", "--run", copy, *more, "--part", "1/2") == 0
+    assert run_recipe("retrain", "--run", copy, *more, "--shard", "1/2") == 0
     folder = RetrainedFolder(copy / "retrained")
     assert len(folder.load().masks) == 3, "a subset without all of its seeds is left out"
-    assert run_recipe("retrain", "--run", copy, *more, "--part", "2/2") == 0
+    assert run_recipe("retrain", "--run", copy, *more, "--shard", "2/2") == 0
     assert "8 of 8 models" in capsys.readouterr().out
     assert torch.equal(folder.load().masks[:3], retrained.load().masks)
     assert torch.equal(folder.load().losses["holdout"][:, :, :3], retrained.load().losses["holdout"])
@@ -103,10 +99,10 @@ def test_too_many_queries_are_refused(root_of, run_recipe, capsys):
 
 
 def test_what_is_logged_may_change_what_is_trained_may_not(tiny_settings):
-    made = retraining.made_of(tiny_settings())
-    assert retraining.made_of(tiny_settings("training.log_every=7", "output_dir=elsewhere")) == made
-    assert retraining.made_of(tiny_settings("training.max_steps=21")) != made
-    assert retraining.made_of(tiny_settings(), fraction=0.5) != made
+    made = retraining.fingerprint(tiny_settings())
+    assert retraining.fingerprint(tiny_settings("training.log_every=7", "output_dir=elsewhere")) == made
+    assert retraining.fingerprint(tiny_settings("training.max_steps=21")) != made
+    assert retraining.fingerprint(tiny_settings(), fraction=0.5) != made
 
 
 @pytest.mark.parametrize(
@@ -146,5 +142,5 @@ def test_a_stopped_run_is_its_generator_alone(tiny_settings, tiny_data, accelera
 
 
 def test_parts_cover_everything_once():
-    shares = [Part(number, 3).share(list(range(10))) for number in (1, 2, 3)]
+    shares = [Shard(number, 3).share(list(range(10))) for number in (1, 2, 3)]
     assert sorted(number for share in shares for number in share) == list(range(10))

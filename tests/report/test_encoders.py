@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from provgen.data.images import to_unit_range
-from provgen.models.diffusion import record_stages
+from provgen.models.diffusion import record_feature_maps
 from provgen.report.encoders import classifier_encoder, features_of, make_encoder
 
 
@@ -38,19 +38,17 @@ def test_a_denoisers_own_features_are_its_last_stage_at_little_noise(images, tra
     hook = unet.conv_in.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     found = features_of(images, make_encoder("own", trained.pipeline))
     hook.remove()
-    with record_stages(unet) as stages:
+    with record_feature_maps(unet) as feature_maps:
         timestep = (trained.pipeline.scheduler.alphas_cumprod - 0.9).abs().argmin()
         unet(seen[0], timestep, class_labels=torch.full((5,), trained.pipeline.null_label))
-    torch.testing.assert_close(found, stages[-1].flatten(1))
+    torch.testing.assert_close(found, feature_maps[-1].flatten(1))
 
 
 def test_a_classifier_gives_what_its_last_layer_is_given(images):
     torch.manual_seed(0)
     network = torchvision.models.resnet18(weights=None).eval()
     weight, bias = network.fc.weight, network.fc.bias
-    pixels = torch.nn.functional.interpolate(
-        to_unit_range(images), size=(64, 64), mode="bilinear", antialias=True
-    )
+    pixels = torch.nn.functional.interpolate(to_unit_range(images), size=(64, 64), mode="bilinear", antialias=True)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = ((pixels.expand(-1, 3, -1, -1) + 1) / 2 - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     expected = network(normal)
@@ -59,9 +57,7 @@ def test_a_classifier_gives_what_its_last_layer_is_given(images):
     torch.testing.assert_close(found @ weight.T + bias, expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("vit_b_16", "cannot read images"), ("squeezenet1_1", "no linear layer")]
-)
+@pytest.mark.parametrize(("name", "why"), [("vit_b_16", "cannot read images"), ("squeezenet1_1", "no linear layer")])
 def test_classifiers_of_no_use_are_refused(name, why, message_of):
     network = torchvision.models.get_model(name, weights=None).eval()
     assert why in message_of(classifier_encoder, network, name)
@@ -82,6 +78,4 @@ def test_an_encoder_of_ones_own_is_imported(images, trained, tmp_path, monkeypat
     assert "cannot be imported" in message_of(make_encoder, "no_such_module:encode", trained.pipeline)
     assert "must be a function" in message_of(make_encoder, "my_encoder:number", trained.pipeline)
     flat = make_encoder("my_encoder:flat", trained.pipeline)
-    assert "must give a tensor (query, feature), got Tensor (1, 8, 8)" in message_of(
-        features_of, images, flat
-    )
+    assert "must give a tensor (query, feature), got Tensor (1, 8, 8)" in message_of(features_of, images, flat)

@@ -35,19 +35,19 @@ def metrics():
 def quality_rows():
     return [
         {
-            "signal": signal,
+            "alpha_bar": alpha_bar,
             "rows": kind,
-            "cross_entropy": 5 - 4 * signal + gap,
-            "cross_entropy_ceiling": 5 - 4 * signal,
+            "cross_entropy": 5 - 4 * alpha_bar + gap,
+            "cross_entropy_ceiling": 5 - 4 * alpha_bar,
             "kl_gap": gap,
-            "top1": signal - gap,
-            "top1_ceiling": signal,
-            "top5": signal - gap / 2,
-            "top5_ceiling": signal,
+            "top1": alpha_bar - gap,
+            "top1_ceiling": alpha_bar,
+            "top5": alpha_bar - gap / 2,
+            "top5_ceiling": alpha_bar,
             "n": 100,
         }
-        for kind, gap in (("null", 0.1), ("labelled", 0.05))
-        for signal in (0.9, 0.1, 0.5)
+        for kind, gap in (("unconditional", 0.1), ("conditional", 0.05))
+        for alpha_bar in (0.9, 0.1, 0.5)
     ]
 
 
@@ -84,24 +84,24 @@ def test_metrics_without_losses_are_refused():
 
 def test_index_quality_draws_network_solid_and_closed_form_dashed_in_one_color(quality_rows):
     figure = plot_index_quality(quality_rows)
-    labelled = [row for row in quality_rows if row["rows"] == "labelled"]
+    labelled = [row for row in quality_rows if row["rows"] == "conditional"]
     for axes, key in zip(figure.axes, ("cross_entropy", "top1", "top5"), strict=True):
         ceiling, network, *of_null = axes.get_lines()
-        by_signal = sorted(labelled, key=lambda row: row["signal"])
+        by_alpha_bar = sorted(labelled, key=lambda row: row["alpha_bar"])
         np.testing.assert_array_equal(network.get_xdata(), [0.1, 0.5, 0.9])
-        np.testing.assert_array_equal(network.get_ydata(), [row[key] for row in by_signal])
-        np.testing.assert_array_equal(ceiling.get_ydata(), [row[f"{key}_ceiling"] for row in by_signal])
+        np.testing.assert_array_equal(network.get_ydata(), [row[key] for row in by_alpha_bar])
+        np.testing.assert_array_equal(ceiling.get_ydata(), [row[f"{key}_ceiling"] for row in by_alpha_bar])
         assert (network.get_linestyle(), ceiling.get_linestyle()) == ("-", "--")
         assert network.get_color() == ceiling.get_color() != of_null[0].get_color()
     assert rendered(figure).std() > 0
 
 
 def test_index_quality_without_classes_has_null_rows_only(quality_rows):
-    figure = plot_index_quality([row for row in quality_rows if row["rows"] == "null"])
+    figure = plot_index_quality([row for row in quality_rows if row["rows"] == "unconditional"])
     assert [len(axes.get_lines()) for axes in figure.axes] == [2, 2, 2]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "network, null rows",
-        "closed form, null rows",
+        "network, unconditional rows",
+        "closed form, unconditional rows",
     ]
 
 

@@ -57,9 +57,7 @@ def html(image):
     rows = [[ATTACK, 0.123456, 12, "0.31 [0.28, 0.34]", None], ["b", float("nan"), 3, "97 %", "text"]]
     table = Table([f"file {ATTACK}", "share", "n", "ratio", "remark"], rows, f"Note {ATTACK}")
     sections = [Section(f"First {ATTACK}", f"One {ATTACK}.\n\nTwo.", pictures, table), Section("Second", "")]
-    return render_report(
-        title=f"Run {ATTACK}", facts={f"name {ATTACK}": f"value {ATTACK}"}, sections=sections
-    )
+    return render_report(title=f"Run {ATTACK}", facts={f"name {ATTACK}": f"value {ATTACK}"}, sections=sections)
 
 
 def test_page_is_well_formed_and_declares_itself(html):
@@ -94,9 +92,7 @@ def test_every_picture_has_an_alternative_text(html):
 
 def test_section_links_lead_to_sections(html):
     page = Page(html)
-    assert [link["href"] for link in page.all("a")] == [
-        f"#{section['id']}" for section in page.all("section")
-    ]
+    assert [link["href"] for link in page.all("a")] == [f"#{section['id']}" for section in page.all("section")]
 
 
 def test_numeric_columns_alone_are_marked(html):

@@ -40,9 +40,7 @@ def test_tile_pixels_equal_the_source_pixels():
     pixels = np.random.default_rng(0).integers(1, 255, size=(8, 8, 3), dtype=np.uint8)
     page = sample_grid([flat("red")], [[Image.fromarray(pixels)]], [["1.00"]], ["sample"])
     left, top, _, _ = place(page, (255, 0, 0))
-    source_left = next(
-        x for x in range(left + 57, page.width) if tuple(page.getpixel((x, top))) == tuple(pixels[0, 0])
-    )
+    source_left = next(x for x in range(left + 57, page.width) if tuple(page.getpixel((x, top))) == tuple(pixels[0, 0]))
     tile = np.asarray(page)[top : top + 56, source_left : source_left + 56]
     np.testing.assert_array_equal(tile, pixels.repeat(7, axis=0).repeat(7, axis=1))
 

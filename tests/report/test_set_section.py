@@ -28,7 +28,7 @@ def test_table_and_metrics_hold_all_columns(measures):
     ]
     assert [metric.name for metric in metrics] == [name for name in READ if name != "share_memorized"]
     assert (metrics[0].value, metrics[0].low, metrics[0].high) == (1, 0.5, 2)
-    assert (metrics[0].null, metrics[0].ceiling, metrics[0].n) == (1.25, 1.5, 30)
+    assert (metrics[0].baseline, metrics[0].ceiling, metrics[0].n) == (1.25, 1.5, 30)
 
 
 def test_the_figure_has_a_panel_for_every_measure(measures):

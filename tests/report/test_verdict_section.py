@@ -62,7 +62,7 @@ def test_shares_stand_beside_those_of_held_out_images_and_copies(judged, evidenc
     assert [cell.split()[0] for cell in section.table.rows[0][1:4]] == ["0.250", "0.000", "1.000"]
     by_name = {metric.name: metric for metric in metrics}
     novel = by_name["share_novel"]
-    assert (novel.value, novel.null, novel.ceiling, novel.n) == (0.5, 1, 0, 4)
+    assert (novel.value, novel.baseline, novel.ceiling, novel.n) == (0.5, 1, 0, 4)
     assert by_name["share_near_copy"].value == 0.25
     assert sum(metric.value for metric in metrics) == 1
 

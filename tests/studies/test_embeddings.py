@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from provgen.data.images import to_unit_range
 from provgen.data.random import seeded_generator
-from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler, record_stages
+from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler, record_feature_maps
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.baselines import EmbeddingCosine
 from provgen.tracing.diffusion_tracer import DiffusionTracer
@@ -24,9 +24,7 @@ def denoiser(train, tiny_networks):
 
 
 def queries_of(images):
-    none = NoisyQueries(
-        images=images[None], timesteps=torch.zeros(1, dtype=torch.int64), signal=torch.ones(1)
-    )
+    none = NoisyQueries(images=images[None], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.ones(1))
     return Queries(images=images, class_labels=torch.zeros(len(images), dtype=torch.int64), noisy=none)
 
 
@@ -43,9 +41,9 @@ def test_by_hand(train, denoiser):
     features = []
     for image in pixels:
         noisy = level.sqrt() * image + (1 - level).sqrt() * noise
-        with record_stages(denoiser) as stages:
+        with record_feature_maps(denoiser) as feature_maps:
             denoiser(noisy[None], timestep, class_labels=torch.tensor([3]))
-        features.append(stages[-1].flatten())
+        features.append(feature_maps[-1].flatten())
     expected = [[F.cosine_similarity(features[q], f, dim=0) for f in features] for q in (4, 1)]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
     assert found.argmax(dim=1).tolist() == [4, 1]

@@ -10,7 +10,7 @@ import pytest
 
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
-from provgen.studies.jobs import Part
+from provgen.studies.jobs import Shard
 from provgen.studies.paper.experiments import Experiment, load_experiment
 from provgen.studies.paper.measurement import is_trained, read_measured, write_measured
 
@@ -67,11 +67,7 @@ def shipped(repository):
     """Every shipped experiment, full and quick."""
     files = sorted((repository / "recipes" / "paper").glob("*.yaml"))
     assert len(files) == 10
-    return [
-        load_experiment(path, repository / "recipes", quick=quick)
-        for path in files
-        for quick in (False, True)
-    ]
+    return [load_experiment(path, repository / "recipes", quick=quick) for path in files for quick in (False, True)]
 
 
 def test_every_combination_is_a_variant_and_every_seed_a_run(load_text, tmp_path):
@@ -161,16 +157,16 @@ def test_shipped_variants_differ_in_their_settings(shipped):
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
 def test_parts_cover_every_run_exactly_once(count, shipped):
     runs = [run for chosen in shipped[::2] for run in chosen.runs()]
-    parts = [Part(number, count).share(runs) for number in range(1, count + 1)]
+    parts = [Shard(number, count).share(runs) for number in range(1, count + 1)]
     names = [run.name for part in parts for run in part]
     assert sorted(names) == sorted(run.name for run in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_a_part_is_read_as_number_of_count(message_of):
-    assert Part.parse("2/3") == Part(2, 3)
+    assert Shard.parse("2/3") == Shard(2, 3)
     for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2", ""):
-        assert text in message_of(Part.parse, text)
+        assert text in message_of(Shard.parse, text)
 
 
 MISTAKES = {

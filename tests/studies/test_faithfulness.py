@@ -10,7 +10,7 @@ from provgen.studies.faithfulness.attributor import AttributionScores
 from provgen.studies.faithfulness.methods import make_methods, trace_queries, tuned_scores
 from provgen.studies.faithfulness.tuning import Split, Tuned, tune
 
-TRACE = "class told, probabilities, 0.05 < a_t < 0.9, temperature 1"
+TRACE = "conditional, probabilities, 0.05 < alpha_bar < 0.9, temperature 1"
 """What an uncalibrated trace says."""
 
 
@@ -47,7 +47,7 @@ def test_tuning_finds_the_setting_that_is_true(linear):
     scores = AttributionScores(
         values=torch.stack([rand(12, 40, seed=5), effects, -effects]),
         settings=("a", "b", "c"),
-        steps_from_usual=(0, 0, 0),
+        distance_to_default=(0, 0, 0),
     )
     split = Split.first(torch.arange(30), 12, calibration=10)
     assert tune({"a kind": scores}, masks, {"a kind": outputs}, split) == "b"
@@ -60,12 +60,12 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
         "first": AttributionScores(
             values=torch.stack([effects, half, -effects]),
             settings=("a", "b", "c"),
-            steps_from_usual=(0, 0, 0),
+            distance_to_default=(0, 0, 0),
         ),
         "second": AttributionScores(
             values=torch.stack([-effects, half, effects]),
             settings=("a", "b", "c"),
-            steps_from_usual=(0, 0, 0),
+            distance_to_default=(0, 0, 0),
         ),
     }
     split = Split.first(torch.arange(30), 12, calibration=10)
@@ -75,9 +75,7 @@ def test_tuning_on_two_kinds_takes_the_best_of_both(linear):
 def test_tuning_looks_at_nothing_that_is_reported(linear):
     """Turn everything that is reported around: the choice stays."""
     masks, effects, outputs = linear
-    scores = AttributionScores(
-        values=torch.stack([effects, -effects]), settings=("a", "b"), steps_from_usual=(0, 0)
-    )
+    scores = AttributionScores(values=torch.stack([effects, -effects]), settings=("a", "b"), distance_to_default=(0, 0))
     split = Split.first(torch.arange(30), 12, calibration=10)
     changed = -outputs
     changed[torch.outer(split.queries, split.subsets)] = outputs[torch.outer(split.queries, split.subsets)]
@@ -95,7 +93,7 @@ def test_of_settings_that_may_be_the_best_the_usual_one_is_taken(linear):
         scores = AttributionScores(
             values=torch.stack([values[name] for name in unusual]),
             settings=tuple(unusual),
-            steps_from_usual=tuple(unusual.values()),
+            distance_to_default=tuple(unusual.values()),
         )
         return tune({"a kind": scores}, masks, {"a kind": outputs}, split)
 
@@ -138,9 +136,7 @@ def test_every_method_scores_every_example_for_every_query(scored):
             assert tuned.scores[kind].isfinite().all(), name
         assert (tuned.cost.stored_bytes == 0) == (name == "random")
         assert tuned.cost.seconds_per_query > 0
-    pixels, weights = (
-        found[f"{name}, noised"].cost.stored_bytes for name in ("closed form", "provenance network")
-    )
+    pixels, weights = (found[f"{name}, noised"].cost.stored_bytes for name in ("closed form", "provenance network"))
     assert pixels == trained.data.train.images.numel() == 40 * 64
     assert weights == 4 * sum(p.numel() for p in trained.pipeline.provenance.parameters())
 
@@ -155,7 +151,7 @@ def test_queries_are_those_of_the_subset_models(scored):
     assert generated.class_labels.tolist() == [0, 1, 2, 3]
     # The last step of the trajectory is nearly the image: the same seeds were sampled again.
     last = generated.trajectory.images[-1]
-    assert float(generated.trajectory.signal[-1]) > 0.99
+    assert float(generated.trajectory.alpha_bar[-1]) > 0.99
     assert (last - generated.images).abs().mean() < 0.2
 
 

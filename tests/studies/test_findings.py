@@ -9,9 +9,7 @@ RISES = Claim(text="It rises.", metric="kl_gap", along="x", expected="rises", to
 
 def rows_of(curves: list[dict], **fixed) -> list[dict]:
     """One row per seed and x, from one curve {x: metric} per seed."""
-    return [
-        {"seed": s, "x": x, "kl_gap": y, **fixed} for s, curve in enumerate(curves) for x, y in curve.items()
-    ]
+    return [{"seed": s, "x": x, "kl_gap": y, **fixed} for s, curve in enumerate(curves) for x, y in curve.items()]
 
 
 def planned(*xs, **fixed) -> list[dict]:

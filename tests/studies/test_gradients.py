@@ -13,10 +13,10 @@ from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.gradient_store import GradientStore
 from provgen.studies.faithfulness.gradients import (
     RIDGES,
-    CountSketch,
     GradientDot,
     GradientFeatures,
     LossGradients,
+    RandomProjection,
     Trak,
 )
 from provgen.tracing.noisy_queries import NoisyQueries
@@ -54,8 +54,8 @@ def test_gradients_are_those_of_a_plain_loop(denoiser, pixels, target, way):
         total = 0
         for timestep in range(0, 1000, 50):
             noise = torch.randn(1, 8, 8, generator=seeded_generator(0, 9, timestep))
-            signal = SCHEDULER.alphas_cumprod[timestep]
-            noisy = (signal.sqrt() * pixels[row] + (1 - signal).sqrt() * noise)[None]
+            alpha_bar = SCHEDULER.alphas_cumprod[timestep]
+            noisy = (alpha_bar.sqrt() * pixels[row] + (1 - alpha_bar).sqrt() * noise)[None]
             output = denoiser(noisy, timestep, class_labels=labels[row : row + 1]).sample[0]
             total = total + (output - (noise if target == "noise" else 0)).square().mean() / 20
         by_hand = torch.autograd.grad(total, list(denoiser.parameters()))
@@ -77,7 +77,7 @@ def test_a_sketch_keeps_inner_products_on_average():
     exact = features @ features.T
     device = torch.device("cpu")
     draws = torch.stack([
-        (s := CountSketch(500, 64, seed=seed, device=device)(features)) @ s.T for seed in range(400)
+        (s := RandomProjection(500, 64, seed=seed, device=device)(features)) @ s.T for seed in range(400)
     ])  # fmt: skip
     spread = draws.std(dim=0)
     assert ((draws.mean(dim=0) - exact).abs() < 5 * spread / 20).all()
@@ -85,31 +85,27 @@ def test_a_sketch_keeps_inner_products_on_average():
     squares = features.square()
     first, second = squares[0], squares[1]
     crossed = features[0] * features[1]
-    variance = (
-        first.sum() * second.sum() - (first * second).sum() + crossed.sum() ** 2 - crossed.square().sum()
-    ) / 64
+    variance = (first.sum() * second.sum() - (first * second).sum() + crossed.sum() ** 2 - crossed.square().sum()) / 64
     assert spread[0, 1] == pytest.approx(float(variance.sqrt()), rel=0.15)
 
 
 def test_a_sketch_with_enough_columns_only_moves_and_signs():
-    sketch = CountSketch(3, 10**6, seed=1, device=torch.device("cpu"))
+    projection = RandomProjection(3, 10**6, seed=1, device=torch.device("cpu"))
     row = torch.tensor([[1.0, 2.0, 4.0]])
-    assert sorted(sketch(row).abs().sum(dim=0).nonzero().flatten().tolist()) == sorted(
-        sketch.columns.tolist()
-    )
-    assert sketch(row).abs().sum() == 7
-    assert torch.equal(sketch(2 * row), 2 * sketch(row))
+    assert sorted(projection(row).abs().sum(dim=0).nonzero().flatten().tolist()) == sorted(projection.columns.tolist())
+    assert projection(row).abs().sum() == 7
+    assert torch.equal(projection(2 * row), 2 * projection(row))
 
 
 @pytest.fixture
 def features(denoiser, tmp_path):
-    return GradientFeatures(gradients_of(denoiser, num_timesteps=5), tmp_path / "store", sketch_size=None)
+    return GradientFeatures(gradients_of(denoiser, num_timesteps=5), tmp_path / "store", proj_dim=None)
 
 
 @pytest.fixture
 def queries(pixels):
     nothing = NoisyQueries(
-        images=pixels[None, :4], timesteps=torch.zeros(1, dtype=torch.int64), signal=torch.ones(1)
+        images=pixels[None, :4], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.ones(1)
     )
     return Queries(images=pixels[:4].flip(3), class_labels=torch.tensor([0, 1, 2, 3]), noisy=nothing)
 
@@ -150,7 +146,7 @@ def test_training_images_name_themselves(images, pixels, features, queries):
 def test_the_store_goes_on_where_it_was_stopped(denoiser, images, tmp_path, monkeypatch):
     monkeypatch.setattr("provgen.studies.faithfulness.gradients.IMAGES_AT_ONCE", 4)
     gradients = gradients_of(denoiser, num_timesteps=2)
-    whole = GradientFeatures(gradients, tmp_path / "whole", sketch_size=32)
+    whole = GradientFeatures(gradients, tmp_path / "whole", proj_dim=32)
     whole.fit(images)
 
     class Stopped(LossGradients):
@@ -163,7 +159,7 @@ def test_the_store_goes_on_where_it_was_stopped(denoiser, images, tmp_path, monk
             return super().__call__(images, class_labels)
 
     made = {"target": "noise", "num_timesteps": 2, "seed": 0}
-    part = GradientFeatures(Stopped(denoiser, SCHEDULER, **made), tmp_path / "part", sketch_size=32)
+    part = GradientFeatures(Stopped(denoiser, SCHEDULER, **made), tmp_path / "part", proj_dim=32)
     with pytest.raises(KeyboardInterrupt):
         part.fit(images)
     assert json.loads((tmp_path / "part" / "state.json").read_text())["done"] == 8
@@ -176,26 +172,26 @@ def test_the_store_goes_on_where_it_was_stopped(denoiser, images, tmp_path, monk
 def test_a_store_of_something_else_is_started_again(denoiser, images, tmp_path):
     for changed in ({"target": "zero"}, {"seed": 1}, {"num_timesteps": 4}):
         made = {"target": "noise", "num_timesteps": 2, "seed": 0}
-        first = GradientFeatures(gradients_of(denoiser, **made), tmp_path, sketch_size=16)
+        first = GradientFeatures(gradients_of(denoiser, **made), tmp_path, proj_dim=16)
         first.fit(images)
         before = first.store.rows(0, 9)
-        second = GradientFeatures(gradients_of(denoiser, **made | changed), tmp_path, sketch_size=16)
+        second = GradientFeatures(gradients_of(denoiser, **made | changed), tmp_path, proj_dim=16)
         second.fit(images)
         assert second.store.done == 9
         assert not torch.equal(second.store.rows(0, 9), before)
 
 
 def test_a_kill_before_the_first_batch_leaves_no_rows_of_something_else(tmp_path):
-    first = GradientStore(tmp_path, shape=(4, 2), made_of={"weights": "a"})
+    first = GradientStore(tmp_path, shape=(4, 2), fingerprint={"weights": "a"})
     first.fill(lambda start, stop: torch.ones(stop - start, 2), batch_size=4)
-    assert GradientStore(tmp_path, shape=(4, 2), made_of={"weights": "a"}).done == 4
-    GradientStore(tmp_path, shape=(4, 2), made_of={"weights": "b"})  # and is killed
-    assert GradientStore(tmp_path, shape=(4, 2), made_of={"weights": "a"}).done == 0
+    assert GradientStore(tmp_path, shape=(4, 2), fingerprint={"weights": "a"}).done == 4
+    GradientStore(tmp_path, shape=(4, 2), fingerprint={"weights": "b"})  # and is killed
+    assert GradientStore(tmp_path, shape=(4, 2), fingerprint={"weights": "a"}).done == 0
 
 
 def test_products_and_gram_in_slices(tmp_path):
     rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    store = GradientStore(tmp_path, shape=(7, 5), made_of={})
+    store = GradientStore(tmp_path, shape=(7, 5), fingerprint={})
     store.fill(lambda start, stop: rows[start:stop], batch_size=3)
     torch.testing.assert_close(store.gram(rows_at_once=2), rows.double() @ rows.double().T)
     torch.testing.assert_close(store.products(rows[:2], rows_at_once=3), rows[:2].double() @ rows.double().T)
@@ -217,7 +213,7 @@ class LinearGradients:
         residual = self.model(pixels).detach()[:, 0] - class_labels
         return 2 * residual[:, None] * torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1)
 
-    def made_of(self):
+    def fingerprint(self):
         return {}
 
 
@@ -234,9 +230,7 @@ def test_trak_agrees_with_dattri(random_images, tmp_path):
 
     def loss(parameters, batch):
         pixels, labels = batch
-        return (
-            (torch.func.functional_call(gradients.model, parameters, pixels)[..., 0] - labels).square().sum()
-        )
+        return (torch.func.functional_call(gradients.model, parameters, pixels)[..., 0] - labels).square().sum()
 
     pixels = to_unit_range(narrow.images)
     rows = torch.utils.data.TensorDataset(pixels.flatten(1), narrow.labels.float())
@@ -249,10 +243,10 @@ def test_trak_agrees_with_dattri(random_images, tmp_path):
     attributor.cache(loader)
     theirs = attributor.attribute(loader).T.double()
 
-    method = Trak(GradientFeatures(gradients, tmp_path, sketch_size=None))
+    method = Trak(GradientFeatures(gradients, tmp_path, proj_dim=None))
     method.fit(narrow)
     queries = Queries(images=pixels, class_labels=narrow.labels, noisy=NoisyQueries(
-        images=pixels[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), signal=torch.ones(1)
+        images=pixels[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.ones(1)
     ))  # fmt: skip
     ours = method.attribute(queries).of("lambda=1e-06")
     scale = (ours * theirs).sum() / theirs.square().sum()

@@ -19,23 +19,23 @@ COSTS = {
 }  # fmt: skip
 INDEX = {
     "index_top1", "index_top1_ceiling", "index_top5", "index_top5_ceiling", "cross_entropy",
-    "cross_entropy_ceiling", "kl_gap", "kl_gap_labelled", "steps_to_gap_half", "beam_recall10",
+    "cross_entropy_ceiling", "kl_gap", "kl_gap_conditional", "steps_to_gap_half", "beam_recall10",
 }  # fmt: skip
 CLASS = {
     f"{name}{ending}"
-    for name in ("consistency_top1", "consistency_top5", "exemplar_accuracy", "class_accuracy")
-    for ending in ("", "_closed_form", "_null")
+    for name in ("consistency_top1", "consistency_top5", "knn_accuracy", "class_accuracy")
+    for ending in ("", "_closed_form", "_baseline")
 }
 SAMPLES = {
-    "share_memorized", "share_memorized_null", "nearest_distance", "nearest_distance_null",
-    "confidence_realism", "confidence_realism_closed_form", "confidence_realism_null",
+    "share_memorized", "share_memorized_baseline", "nearest_distance", "nearest_distance_baseline",
+    "confidence_realism", "confidence_realism_closed_form", "confidence_realism_baseline",
 }  # fmt: skip
-PROBES = {"linear_probe_accuracy", "linear_probe_own_accuracy", "linear_probe_null"}
+PROBES = {"linear_probe_accuracy", "linear_probe_own_accuracy", "linear_probe_baseline"}
 
 MAY_BE_NONE = {
     "diffusion": {"steps_to_gap_half", "beam_recall10"},
-    "vae": {"steps_to_gap_half", "beam_recall10", "kl_gap_labelled"},
-    "none": {"steps_to_gap_half", "beam_recall10", "kl_gap_labelled"},
+    "vae": {"steps_to_gap_half", "beam_recall10", "kl_gap_conditional"},
+    "none": {"steps_to_gap_half", "beam_recall10", "kl_gap_conditional"},
 }
 
 
@@ -97,9 +97,7 @@ def test_costs_are_those_of_the_networks_that_were_saved(kind, measured, trained
 
 
 @pytest.mark.parametrize("kind", MAY_BE_NONE)
-def test_what_a_step_keeps_for_its_backward_pass_grows_linearly_with_the_batch(
-    kind, tiny_settings, tiny_data
-):
+def test_what_a_step_keeps_for_its_backward_pass_grows_linearly_with_the_batch(kind, tiny_settings, tiny_data):
     def kept(size):
         settings = tiny_settings(f"generator.kind={kind}", f"training.batch_size={size}")
         return measurement._activation_bytes(settings, tiny_data)
@@ -117,14 +115,12 @@ def test_a_layer_keeps_its_input_once():
 
 def test_index_metrics_are_the_mean_over_the_window_of_the_last_evaluation(measured, root_of):
     row = measured("diffusion")
-    last = [
-        line for line in read_metrics(RunFolder(root_of("diffusion")).metrics) if "index_quality" in line
-    ][-1]
-    inside = [q for q in last["index_quality"] if q["rows"] == "null" and 0.05 < q["signal"] < 0.9]
+    last = [line for line in read_metrics(RunFolder(root_of("diffusion")).metrics) if "index_quality" in line][-1]
+    inside = [q for q in last["index_quality"] if q["rows"] == "unconditional" and 0.05 < q["alpha_bar"] < 0.9]
     assert len(inside) >= 5
     assert row["index_top1"] == pytest.approx(sum(q["top1"] for q in inside) / len(inside))
     assert row["kl_gap"] == pytest.approx(row["cross_entropy"] - row["cross_entropy_ceiling"], abs=1e-6)
-    assert row["kl_gap_labelled"] == last["kl_gap_labelled"]
+    assert row["kl_gap_conditional"] == last["kl_gap_conditional"]
 
 
 def test_measuring_again_gives_the_same_numbers_but_times_and_changes_nothing(measured, root_of, tmp_path):
@@ -156,7 +152,7 @@ def test_a_run_without_held_out_images_leaves_out_what_needs_them(run_recipe, ti
     assert run_recipe("train", *tiny_overrides, *chosen) == 0
     row = measure_run(RunFolder(root))
     assert row["share_memorized"] >= 0
-    assert not (CLASS | PROBES | {"share_memorized_null", "confidence_realism"}) & set(row)
+    assert not (CLASS | PROBES | {"share_memorized_baseline", "confidence_realism"}) & set(row)
     assert "holdout_loss" not in row or row["holdout_loss"] is None
     assert math.isfinite(row["train_loss"])
 

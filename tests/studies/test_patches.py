@@ -53,9 +53,9 @@ def test_small_patches_by_a_loop(train, pixels, noisy):
 def test_a_collage_has_both_sources_where_the_closed_form_has_none(train, pixels):
     """Left half of one image, right half of another, hardly any noise: places touching one half alone say which."""
     collage = torch.cat([pixels[1][:, :, :4], pixels[4][:, :, 4:]], dim=2)[None]
-    signal = torch.tensor(0.99, dtype=torch.float64)
+    alpha_bar = torch.tensor(0.99, dtype=torch.float64)
     found = posterior_of(train, pixels, 2)(
-        signal.sqrt() * collage, torch.tensor(1), signal, torch.tensor([2])
+        alpha_bar.sqrt() * collage, torch.tensor(1), alpha_bar, torch.tensor([2])
     ).exp()[0]
     assert found[1] >= 3 / 7 - 1e-6
     assert found[4] >= 3 / 7 - 1e-6
@@ -64,17 +64,15 @@ def test_a_collage_has_both_sources_where_the_closed_form_has_none(train, pixels
 def test_slices_and_batches_change_nothing(train, pixels, noisy, monkeypatch):
     whole = posterior_of(train, pixels, 3)(noisy, torch.tensor(500), SIGNAL, LABELS)
     monkeypatch.setattr(patches, "MAX_BYTES", 1)
-    torch.testing.assert_close(
-        posterior_of(train, pixels, 3)(noisy, torch.tensor(500), SIGNAL, LABELS), whole
-    )
+    torch.testing.assert_close(posterior_of(train, pixels, 3)(noisy, torch.tensor(500), SIGNAL, LABELS), whole)
     assert whole[0, train.labels == 1].exp().max() == 0
     assert whole.exp().sum(dim=1).tolist() == pytest.approx([1, 1, 1])
 
 
 def test_with_hardly_any_noise_the_order_of_far_images_is_kept(train, pixels):
-    signal = torch.tensor(0.9999, dtype=torch.float32)
+    alpha_bar = torch.tensor(0.9999, dtype=torch.float32)
     posterior = PatchPosterior(pixels.float(), train.labels, null_label=2, patch_size=3)
-    found = posterior(pixels[:1].float(), torch.tensor(0), signal, torch.tensor([2]))[0]
+    found = posterior(pixels[:1].float(), torch.tensor(0), alpha_bar, torch.tensor([2]))[0]
     assert found.isfinite().all()
     assert len(found.unique()) == 6
     assert int(found.argmax()) == 0

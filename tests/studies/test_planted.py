@@ -47,9 +47,7 @@ def test_the_ideal_tracer_reaches_the_bayes_accuracy_and_a_worse_one_does_not(im
     best = precision_at(kernel(planted, images, bandwidth), planted.parents, groups, k)
     assert best.value == pytest.approx(float(hits.double().mean()))
     assert best.value == pytest.approx(float(sure.mean()), abs=0.03)
-    ranked = torch.nn.functional.cosine_similarity(
-        planted.images.flatten(1)[:, None], images.flatten(1)[None], dim=2
-    )
+    ranked = torch.nn.functional.cosine_similarity(planted.images.flatten(1)[:, None], images.flatten(1)[None], dim=2)
     other = precision_at(ranked, planted.parents, groups, k)
     assert other.high < best.value + 1e-9 or bandwidth < 0.5
     assert precision_at(kernel(planted, images, bandwidth), planted.parents, groups, 30).value == 1

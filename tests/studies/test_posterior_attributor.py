@@ -16,7 +16,7 @@ from provgen.tracing.diffusion_tracer import DiffusionTracer
 from provgen.tracing.tracer import Request
 
 NULL = 3
-DEFAULT = "probabilities, 0.05 < a_t < 0.9, temperature 1"
+DEFAULT = "probabilities, 0.05 < alpha_bar < 0.9, temperature 1"
 LABELS = torch.tensor([0, 2, NULL])
 
 
@@ -56,10 +56,10 @@ def queries(tracer):
 
 @pytest.fixture(scope="module")
 def posteriors(tracer, images, closed_form_of):
-    oracle = closed_form_of(images, torch.float32)
+    closed_form = closed_form_of(images, torch.float32)
     return {
         "network": lambda _: network_steps(tracer.unet, tracer.provenance),
-        "closed form": lambda _: closed_form_steps(oracle),
+        "closed form": lambda _: closed_form_steps(closed_form),
     }
 
 
@@ -73,13 +73,11 @@ def attributed(make_posterior, images, queries, along):
 def test_what_is_recorded_is_what_is_generated(tracer, queries):
     made = tracer.generate(request())
     assert torch.equal(queries.images, made.images)
-    assert len(queries.trajectory.images) == len(queries.noisy.images) == len(queries.trajectory.signal)
-    assert (queries.trajectory.signal.diff() > 0).all()
-    level = queries.noisy.signal[:, None, None, None, None]
+    assert len(queries.trajectory.images) == len(queries.noisy.images) == len(queries.trajectory.alpha_bar)
+    assert (queries.trajectory.alpha_bar.diff() > 0).all()
+    level = queries.noisy.alpha_bar[:, None, None, None, None]
     noise = (queries.noisy.images - level.sqrt() * queries.images) / (1 - level).sqrt()
-    torch.testing.assert_close(
-        noise[:, :1].expand_as(noise), noise, atol=1e-4, rtol=0
-    )  # the same for every query
+    torch.testing.assert_close(noise[:, :1].expand_as(noise), noise, atol=1e-4, rtol=0)  # the same for every query
     assert noise[:, 0].std() == pytest.approx(1, abs=0.1)
 
 
@@ -88,38 +86,30 @@ def test_along_the_trajectory_the_default_is_the_trace(tracer, images, queries, 
     made = tracer.generate(request(closed_form_of(images, torch.float32)))
     for name, trace in (("network", made.trace), ("closed form", made.closed_trace)):
         scores = attributed(posteriors[name], images, queries, "trajectory")
-        torch.testing.assert_close(
-            scores.of(f"class told, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(scores.of(f"conditional, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_noised_again_the_default_is_the_trace_of_an_outside_image(
-    tracer, images, queries, posteriors, closed_form_of
-):
+def test_noised_again_the_default_is_the_trace_of_an_outside_image(tracer, images, queries, posteriors, closed_form_of):
     asked = {"num_inference_steps": 20, "trace_every": 1, "seed": 5}
-    oracle = closed_form_of(images, torch.float32)
-    for name, closed_form in (("network", None), ("closed form", oracle)):
-        trace = tracer.trace(queries.images, LABELS, closed_form=closed_form, **asked)
+    closed_form = closed_form_of(images, torch.float32)
+    for name, posterior in (("network", None), ("closed form", closed_form)):
+        trace = tracer.trace(queries.images, LABELS, closed_form=posterior, **asked)
         scores = attributed(posteriors[name], images, queries, "noised")
-        torch.testing.assert_close(
-            scores.of(f"class told, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(scores.of(f"conditional, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_class_excludes_others_unless_it_is_not_told(images, queries, posteriors):
     scores = attributed(posteriors["network"], images, queries, "trajectory")
-    told, untold = scores.of(f"class told, {DEFAULT}"), scores.of(f"no class told, {DEFAULT}")
-    assert told[0, images.labels != 0].max() < 1e-12
+    is_conditional, untold = scores.of(f"conditional, {DEFAULT}"), scores.of(f"unconditional, {DEFAULT}")
+    assert is_conditional[0, images.labels != 0].max() < 1e-12
     assert untold[0, images.labels != 0].max() > 1e-6
-    torch.testing.assert_close(told[2], untold[2])
+    torch.testing.assert_close(is_conditional[2], untold[2])
 
 
 def test_images_from_outside_are_noised_whatever_is_asked(images, queries, posteriors):
     outside = Queries(images=queries.images, class_labels=LABELS, noisy=queries.noisy)
-    one, other = (
-        attributed(posteriors["closed form"], images, outside, along) for along in ("trajectory", "noised")
-    )
+    one, other = (attributed(posteriors["closed form"], images, outside, along) for along in ("trajectory", "noised"))
     assert torch.equal(one.values, other.values)
 
 
@@ -129,7 +119,7 @@ def test_averages_by_hand():
     log_probs = torch.stack([odds.log(), torch.zeros(3)], dim=1).log_softmax(dim=1)[:, None]
 
     def found(of, high, temperature):
-        scores = Average(is_told=False, of=of, low=0.05, high=high, temperature=temperature)(
+        scores = Average(is_conditional=False, of=of, low=0.05, high=high, temperature=temperature)(
             log_probs, torch.tensor([0.3, 0.4, 0.95])
         )
         assert float(scores.sum()) == pytest.approx(1)

@@ -30,9 +30,7 @@ def train(random_images):
 
 
 def queries_of(images, labels) -> Queries:
-    none = NoisyQueries(
-        images=images[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), signal=torch.zeros(1)
-    )
+    none = NoisyQueries(images=images[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.zeros(1))
     return Queries(images=images, class_labels=torch.tensor(labels), noisy=none)
 
 

@@ -34,9 +34,7 @@ def test_sizes_without_room_for_two_halves_have_one():
 
 @pytest.mark.parametrize("size", [1, 4, 101])
 def test_impossible_sizes_are_refused(size):
-    with pytest.raises(
-        InputError, match=f"5 to 100, an image of each class to all training images, got {size}"
-    ):
+    with pytest.raises(InputError, match=f"5 to 100, an image of each class to all training images, got {size}"):
         plan([size], 1, num_train=100, num_classes=5)
 
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from provgen.metrics.statistics import mean_over_seeds, proportion
-from provgen.studies.memorization.curves import copy_prediction, curve_point, early_prediction, redraw_effect
+from provgen.studies.memorization.curves import (
+    copy_prediction,
+    curve_point,
+    early_prediction,
+    resampling_effect,
+)
 
 
 def model(ratios, **more):
@@ -31,7 +36,7 @@ def traced(ratios, late, **more):
     }
     found["commitment"] = torch.ones(len(late))
     closed = {f"closed_form_{name}": values for name, values in found.items()}
-    return model(ratios, **{"signal": torch.tensor([0.8]), **found, **closed, **more})
+    return model(ratios, **{"alpha_bar": torch.tensor([0.8]), **found, **closed, **more})
 
 
 def test_a_point_pools_the_samples_of_all_models():
@@ -81,26 +86,21 @@ def test_within_a_class_its_size_does_not_tell():
 @pytest.mark.parametrize("ratios", [[0.1] * 12, [0.9] * 12, [0.1] * 4 + [0.9] * 8])
 def test_too_few_of_either_kind_are_not_told_apart(ratios):
     assert copy_prediction([traced(ratios, [0.5] * 12)]) == {}
-    assert (
-        early_prediction([model(ratios, step_entropy=torch.rand(12, 2), signal=torch.tensor([0.1, 0.9]))])
-        == []
-    )
+    assert early_prediction([model(ratios, step_entropy=torch.rand(12, 2), alpha_bar=torch.tensor([0.1, 0.9]))]) == []
 
 
 def test_every_sampling_step_tells_what_it_knows():
     known = torch.stack([torch.ones(12), torch.tensor([0.0] * 6 + [1.0] * 6)], dim=1)
-    found = early_prediction(
-        [model([0.1] * 6 + [0.9] * 6, step_entropy=known, signal=torch.tensor([0.25, 0.75]))]
-    )
+    found = early_prediction([model([0.1] * 6 + [0.9] * 6, step_entropy=known, alpha_bar=torch.tensor([0.25, 0.75]))])
     assert [(level, estimate.value) for level, estimate in found] == [(0.25, 0.5), (0.75, 1)]
 
 
 def test_what_drawing_again_did():
     first = model([0.1] * 4, **{"ratio_below_0.01": torch.tensor([0.1, 0.9, 0.9, 0.9])})
     second = model([0.9] * 4, **{"ratio_below_0.01": torch.tensor([0.9] * 4)})
-    for made, redraws in ((first, [4, 1, 1, 2]), (second, [0] * 4)):
-        made["redraws_below_0.01"] = torch.tensor(redraws)
-    left, draws = redraw_effect([first, second], below=0.01)
+    for made, resamplings in ((first, [4, 1, 1, 2]), (second, [0] * 4)):
+        made["resamplings_below_0.01"] = torch.tensor(resamplings)
+    left, draws = resampling_effect([first, second], below=0.01)
     assert (left.value, left.n, draws.value) == (1 / 8, 8, 2)
 
 
@@ -125,9 +125,7 @@ def test_auroc_of_three_trainings_is_the_mean_of_theirs():
     late = [[0.1] * 6 + [0.2] * 6, [5.0] * 12, [7.0] * 6 + [8.0] * 6]
     models = [traced(ratios, some, commitment=torch.ones(12)) for some in late]
     for some in models:
-        some |= {
-            f"closed_form_{name}": some[name] for name in ("entropy", "step_entropy", "top", "commitment")
-        }
+        some |= {f"closed_form_{name}": some[name] for name in ("entropy", "step_entropy", "top", "commitment")}
     found = copy_prediction(models)["late_entropy"]
     over = mean_over_seeds([1, 0.5, 1])
     assert (found.value, found.n) == (pytest.approx(5 / 6), 3)

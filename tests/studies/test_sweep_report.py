@@ -8,7 +8,7 @@ from provgen.studies.memorization.curves import SweepCurves
 from provgen.studies.memorization.report import (
     onset,
     plot_prediction,
-    plot_redrawing,
+    plot_resampling,
     plot_sweep,
     plot_time,
     tables_in_words,
@@ -34,7 +34,7 @@ def curves():
         within={64: {"entropy": around(0.7)}},
         overall={"entropy": around(0.8)},
         early={64: [(0.2, around(0.6)), (0.8, around(0.9))]},
-        redrawing={64: {0.5: (around(0.125), around(1.5))}},
+        resampling={64: {0.5: (around(0.125), around(1.5))}},
     )
 
 
@@ -65,7 +65,7 @@ def test_figures_show_what_was_measured(curves):
     over_time = plot_time(curves)
     assert over_time.axes[1].lines[1].get_xdata().tolist() == [10 / 64, 20 / 64]
     assert plot_prediction(curves).axes[0].lines[0].get_ydata().tolist() == [0.6, 0.9]
-    (drawn,) = plot_redrawing(curves).axes[0].containers
+    (drawn,) = plot_resampling(curves).axes[0].containers
     assert drawn.lines[0].get_xydata().tolist() == [[1, 0.25], [1.5, 0.125]]
 
 
@@ -81,5 +81,5 @@ def test_everything_is_written(curves, tmp_path):
         "step": 10,
         "name": "share_memorized",
     }
-    for name in ("sweep.md", "sweep.png", "time.png", "prediction.png", "redrawing.png"):
+    for name in ("sweep.md", "sweep.png", "time.png", "prediction.png", "resampling.png"):
         assert (tmp_path / name).stat().st_size > 0

@@ -45,9 +45,7 @@ def variance(fitted, query, label, points, labels, ridge):
     return float(own - near @ torch.linalg.solve(observed, near.T))
 
 
-@pytest.mark.parametrize(
-    ("across", "gradients"), [(1.0, 0.0), (0.5, 0.0), (0.0, 0.0), (0.5, 0.25), (0.5, 1.0)]
-)
+@pytest.mark.parametrize(("across", "gradients"), [(1.0, 0.0), (0.5, 0.0), (0.0, 0.0), (0.5, 0.25), (0.5, 1.0)])
 def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, labels, across, gradients):
     kernel = Kernel(bandwidth=0.8, across=across, gradient_share=gradients)
     parts = Parts(places=(3,), num_gradients=2)
@@ -60,9 +58,7 @@ def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, 
     for query, label, share in zip(queries, asked, shares, strict=True):
         with_all = variance(fitted, query, label, points, labels, ridge)
         rows = [torch.arange(20) != left_out for left_out in range(20)]
-        grown = [
-            variance(fitted, query, label, points[some], labels[some], ridge) - with_all for some in rows
-        ]
+        grown = [variance(fitted, query, label, points[some], labels[some], ridge) - with_all for some in rows]
         expected = torch.tensor(grown, dtype=torch.float64) / sum(grown)
         torch.testing.assert_close(share.double(), expected, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(4))
@@ -122,8 +118,8 @@ def test_copies_share_the_credit_that_one_would_have(points, labels):
 def test_a_class_of_its_own_has_all_the_credit(points, labels):
     fitted = FittedKernel(points, labels, Kernel(bandwidth=1.0, across=0.0), null_label=NULL)
     head = fitted.credit_head(1.0)
-    told = head(points[:1].float(), torch.tensor([1]))[0]
-    assert told[labels != 1].max() < 1e-6
+    is_conditional = head(points[:1].float(), torch.tensor([1]))[0]
+    assert is_conditional[labels != 1].max() < 1e-6
     untold = head(points[:1].float(), torch.tensor([NULL]))[0]
     assert untold[labels != 1].max() > 1e-3
 
@@ -170,7 +166,7 @@ def test_a_head_from_before_there_were_gradients_is_loaded(points, labels, tmp_p
 def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_images):
     train, some = random_images(15, num_classes=NULL), random_images(4, num_classes=NULL, seed=2)
     images = some.images.float() / 127.5 - 1
-    noisy = NoisyQueries(images=images[None], timesteps=torch.zeros(1).long(), signal=torch.ones(1))
+    noisy = NoisyQueries(images=images[None], timesteps=torch.zeros(1).long(), alpha_bar=torch.ones(1))
     queries = Queries(images=images, class_labels=some.labels, noisy=noisy)
     method = VarianceCredit(pixel_coordinates)
     method.fit(train)
@@ -186,18 +182,18 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     head.register_to_config(level_power=2)
     kept = CalibratedTrace(head, pixel_coordinates).attribute(queries)
     setting = f"{process.name}, levels by (a / (1 - a))^2"
-    assert (kept.settings, kept.steps_from_usual) == ((setting,), (0,))
+    assert (kept.settings, kept.distance_to_default) == ((setting,), (0,))
     assert torch.equal(kept.of(setting), by_head)
     kinds = method.attribute_all({"all": queries, "first": queries.first(2)})
     assert torch.equal(kinds["all"].values, everything.values)
     torch.testing.assert_close(kinds["first"].values, everything.values[:, :2], atol=1e-6, rtol=1e-4)
     assert len({process.name for process in EVERYTHING.processes}) == 243
-    far = dict(zip(everything.settings, everything.steps_from_usual, strict=True))
+    far = dict(zip(everything.settings, everything.distance_to_default, strict=True))
     assert far["s=1 apart, across classes 0.5, lambda=3"] == 0
     assert far["s=0.7 apart, across classes 0.5, lambda=10"] == 2
     assert (
-        method.attribute(queries, everything.settings[0]).steps_from_usual
-        == everything.steps_from_usual[:1]
+        method.attribute(queries, everything.settings[0]).distance_to_default
+        == everything.distance_to_default[:1]
         == (3,)
     )
     far = dict(zip((process.name for process in EVERYTHING.processes), EVERYTHING.steps, strict=True))

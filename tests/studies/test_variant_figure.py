@@ -33,7 +33,7 @@ def sweep():
             "index_top1": 0.9 - 0.5 * x + 0.01 * seed - 0.1 * (size == "tiny"),
             "index_top1_ceiling": 0.95 - 0.4 * x,
             "consistency_top1": 0.8 + 0.05 * x + 0.01 * seed,
-            "consistency_top1_null": 0.1,
+            "consistency_top1_baseline": 0.1,
         }
         for x in (0.0, 0.5, 1.0)
         for size in ("tiny", "small")

@@ -65,12 +65,12 @@ def test_the_table_sets_every_metric_beside_its_bounds():
 
 
 def test_what_stands_beside_a_metric_is_named_for_it():
-    rows = rows_of("a", {"share_memorized": 0.25, "share_memorized_null": 0.125})
+    rows = rows_of("a", {"share_memorized": 0.25, "share_memorized_baseline": 0.125})
     assert markdown_table(rows, ["share_memorized"]).splitlines()[0] == (
         "| variant | seeds | share memorized | held-out images |"
     )
     assert "held-out" not in markdown_table([rows[0] | {"share_memorized": None}], ["share_memorized"])
-    assert bounds_of("linear_probe_own_accuracy")["linear_probe_null"] == "guessing"
+    assert bounds_of("linear_probe_own_accuracy")["linear_probe_baseline"] == "guessing"
     assert bounds_of("step_ms")["step_ms_alone"] == "generator alone"
 
 

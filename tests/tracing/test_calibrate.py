@@ -47,16 +47,14 @@ def test_what_is_chosen_is_what_the_head_gives(traced, power):
         shown.extend(processes)
         return processes
 
-    head = calibrate.fit_credit_head(
-        trained, queries, choose, calibration_subsets=7, progress_bar=progress_bar
-    )
+    head = calibrate.fit_credit_head(trained, queries, choose, calibration_subsets=7, progress_bar=progress_bar)
     assert shown == EVERYTHING.processes
     assert (head.config.level_power, head.config.calibration_subsets) == (power, 7)
     assert head.setting == f"{NARROW.name}, levels by (a / (1 - a))^{power}"
     processes, levels = asked
     for kind, some in queries.items():
         # Weights of levels are compared under the process that was chosen, the usual ones among them.
-        assert (levels[kind].settings, levels[kind].steps_from_usual) == (("0", "1", "2"), (1, 0, 1))
+        assert (levels[kind].settings, levels[kind].distance_to_default) == (("0", "1", "2"), (1, 0, 1))
         torch.testing.assert_close(levels[kind].of("1"), processes[kind].of(NARROW.name))
         torch.testing.assert_close(levels[kind].of(f"{power}"), scores_of(trained, queries, power)[kind])
         assert not torch.allclose(levels[kind].of("0"), levels[kind].of("2"), rtol=1e-2)

@@ -8,7 +8,7 @@ import torch
 
 from provgen.data.splits import entropy_coverage
 from provgen.generators.closed_form import ClosedFormPosterior
-from provgen.tracing.coverage_entropy import SIGNAL_LEVELS, posterior_entropies
+from provgen.tracing.coverage_entropy import ALPHA_BARS, posterior_entropies
 from provgen.tracing.trace import WINDOW
 
 
@@ -26,20 +26,20 @@ def planted(generator):
 
 
 def test_levels_lie_in_the_trace_window():
-    assert all(WINDOW[0] < signal < WINDOW[1] for signal in SIGNAL_LEVELS)
+    assert all(WINDOW[0] < alpha_bar < WINDOW[1] for alpha_bar in ALPHA_BARS)
 
 
-@pytest.mark.parametrize("signal", [0.1, 0.4, 0.8])
-def test_two_images_have_the_entropy_of_a_binary_choice(signal):
+@pytest.mark.parametrize("alpha_bar", [0.1, 0.4, 0.8])
+def test_two_images_have_the_entropy_of_a_binary_choice(alpha_bar):
     """The log odds of the parent are normal with mean m and variance 2 m, m = a d^2 / (2 (1-a))."""
     images = torch.tensor([[[[0.3, -0.4]]], [[[-0.6, 0.5]]]], dtype=torch.float64)
-    mean = signal * float((images[0] - images[1]).square().sum()) / (2 * (1 - signal))
+    mean = alpha_bar * float((images[0] - images[1]).square().sum()) / (2 * (1 - alpha_bar))
     points, weights = np.polynomial.hermite_e.hermegauss(80)
     right = torch.tensor(mean + math.sqrt(2 * mean) * points).sigmoid()
     binary = torch.special.entr(right) + torch.special.entr(1 - right)
     expected = float(binary @ torch.tensor(weights)) / math.sqrt(2 * math.pi)
     drawn = torch.cat(
-        [posterior_entropies(posterior_over(images), seed=s, signal_levels=(signal,)) for s in range(1000)]
+        [posterior_entropies(posterior_over(images), seed=s, alpha_bars=(alpha_bar,)) for s in range(1000)]
     )
     error = float(drawn.std()) / math.sqrt(len(drawn))
     assert abs(float(drawn.mean()) - expected) < 4 * error
@@ -64,13 +64,13 @@ def test_near_copies_are_covered_first_and_lone_images_last(planted):
 
 def test_levels_are_averaged_and_noise_is_the_seeds_alone(planted, monkeypatch):
     posterior = posterior_over(planted)
-    both = posterior_entropies(posterior, seed=7, signal_levels=(0.1, 0.4))
-    first = posterior_entropies(posterior, seed=7, signal_levels=(0.1,))
-    assert torch.equal(posterior_entropies(posterior, seed=7, signal_levels=(0.1, 0.4)), both)
-    assert not torch.equal(posterior_entropies(posterior, seed=8, signal_levels=(0.1, 0.4)), both)
-    twice = posterior_entropies(posterior, seed=7, signal_levels=(0.1, 0.1))
+    both = posterior_entropies(posterior, seed=7, alpha_bars=(0.1, 0.4))
+    first = posterior_entropies(posterior, seed=7, alpha_bars=(0.1,))
+    assert torch.equal(posterior_entropies(posterior, seed=7, alpha_bars=(0.1, 0.4)), both)
+    assert not torch.equal(posterior_entropies(posterior, seed=8, alpha_bars=(0.1, 0.4)), both)
+    twice = posterior_entropies(posterior, seed=7, alpha_bars=(0.1, 0.1))
     assert not torch.equal(twice, first), "every level has noise of its own"
     # The noisier level alone is more undecided than its mean with a cleaner one.
     assert first.mean() > both.mean()
     monkeypatch.setattr("provgen.generators.closed_form.MAX_CHUNK_BYTES", 3 * 20 * 8)
-    torch.testing.assert_close(posterior_entropies(posterior, seed=7, signal_levels=(0.1, 0.4)), both)
+    torch.testing.assert_close(posterior_entropies(posterior, seed=7, alpha_bars=(0.1, 0.4)), both)

@@ -28,7 +28,7 @@ def attribution_of(count, *, first=0, k=3) -> Attribution:
         entropy=rows / 10,
         commitment_step=torch.where(rows % 2 == 0, rows, -1),
         step_entropy=rows[:, None] + torch.tensor([2.0, 1.0]),
-        signal=torch.tensor([0.25, 0.75]),
+        alpha_bar=torch.tensor([0.25, 0.75]),
     )
 
 
@@ -61,7 +61,7 @@ def generate(folder, manifest):
                     samples=[sample],
                     seeds=[100 + sample],
                     class_labels=[sample % 3 if sample else None],
-                    redraws=[sample % 2],
+                    resamplings=[sample % 2],
                 )
             writer.close()
         publish(folder)
@@ -99,13 +99,13 @@ def test_samples_come_back_with_their_evidence(generate, folder):
         "commitment_step": None,
         "path": "samples/00003.png",
         "mass_not_shown": 0.125,
-        "step_signal": [0.25, 0.75],
+        "step_alpha_bar": [0.25, 0.75],
         "step_entropy": [5.0, 4.0],
         "closed_form_entropy": pytest.approx(0.3),
         "closed_form_commitment_step": None,
         "closed_form_step_entropy": [5.0, 4.0],
         "closed_form_mass_unreachable": pytest.approx(0.15),
-        "redraws": 1,
+        "resamplings": 1,
     }
     assert rows[4]["commitment_step"] == rows[4]["closed_form_commitment_step"] == 4
     assert len(records.read_parts(folder.closed_form_traces, ["sample"])) == 10
@@ -119,9 +119,7 @@ def test_without_a_closed_form_its_columns_are_null_and_its_folder_is_not_there(
     assert not folder.closed_form_traces.exists()
 
 
-@pytest.mark.parametrize(
-    ("kind", "schema"), [("traces", records.TRACE_SCHEMA), ("samples", records.SAMPLE_SCHEMA)]
-)
+@pytest.mark.parametrize(("kind", "schema"), [("traces", records.TRACE_SCHEMA), ("samples", records.SAMPLE_SCHEMA)])
 def test_files_have_the_schema_and_its_version_even_without_rows(kind, schema, generate, folder):
     generate(1, 3)
     parts = sorted(getattr(folder, kind).glob("part-*.parquet"))
@@ -157,7 +155,7 @@ def test_a_killed_call_leaves_the_samples_of_the_one_before(generate, folder, ma
     start_staging(folder)
     writer = SampleWriter(folder, manifest, 0)
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    writer.add(image, attribution_of(1), None, samples=[7], seeds=[7], class_labels=[None], redraws=[0])
+    writer.add(image, attribution_of(1), None, samples=[7], seeds=[7], class_labels=[None], resamplings=[0])
     writer.close()
     assert records.read_parts(folder.samples, ["sample"]) == before
     assert not (folder.samples / "00007.png").exists()

@@ -1,4 +1,4 @@
-"""Samples drawn again: only those with too few sources, from their own generators, and not for ever."""
+"""Samples resampled: only those with too few sources, from their own generators, and not for ever."""
 
 import pytest
 import torch
@@ -21,9 +21,7 @@ def pipe(trained):
     trained.pipeline.set_progress_bar_config(disable=True)
 
     def call(labels, generators, **more):
-        return trained.pipeline(
-            labels, generator=generators, top_k=3, num_inference_steps=12, output_type="pt", **more
-        )
+        return trained.pipeline(labels, generator=generators, top_k=3, num_inference_steps=12, output_type="pt", **more)
 
     return call
 
@@ -34,7 +32,7 @@ def plain(pipe):
 
 
 def late(attribution):
-    inside = attribution.signal < WINDOW[1]
+    inside = attribution.alpha_bar < WINDOW[1]
     return attribution.step_entropy[:, inside][:, -1]
 
 
@@ -45,10 +43,10 @@ def below(plain):
 
 
 def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe, plain, below):
-    found = pipe(LABELS, seeds(*range(6)), redraw_below=below, max_redraws=1)
+    found = pipe(LABELS, seeds(*range(6)), resample_below=below, max_resamplings=1)
     collapsed = late(plain.attribution) < below
     assert collapsed.sum() == 3
-    assert torch.equal(found.redraws > 0, collapsed)
+    assert torch.equal(found.resamplings > 0, collapsed)
     assert torch.equal(found.images[~collapsed], plain.images[~collapsed])
     for row in range(6):
         generator = seeds(row)
@@ -64,7 +62,7 @@ def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe
 
 
 def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, below):
-    """Coordinates and gradients are put into the rows that were drawn again."""
+    """Coordinates and gradients are put into the rows that were resampled."""
     pipeline = trained.pipeline
     coordinates = credit_coordinates(pipeline, "noised")
     method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
@@ -72,8 +70,8 @@ def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, 
     kernel = Kernel(1.0, 0.5, (0.5, 0.5), gradient_share=0.25)
     pipeline.register_modules(credit=method.credit_head(Process(kernel, ridge=3.0)))
     try:
-        found = pipe(LABELS, seeds(*range(6)), redraw_below=below, max_redraws=1)
-        for row, times in enumerate(found.redraws.tolist()):
+        found = pipe(LABELS, seeds(*range(6)), resample_below=below, max_resamplings=1)
+        for row, times in enumerate(found.resamplings.tolist()):
             generator = seeds(row)
             for _ in range(times + 1):
                 alone = pipe([LABELS[row]], generator)
@@ -81,24 +79,25 @@ def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, 
             torch.testing.assert_close(found.attribution.weight[row], expected, atol=1e-4, rtol=1e-3)
     finally:
         pipeline.register_modules(credit=None)
-    assert found.redraws.sum() == 3
+    assert found.resamplings.sum() == 3
 
 
 def test_what_can_not_be_helped_is_kept_after_so_many_draws(pipe):
-    found = pipe(LABELS, seeds(*range(6)), redraw_below=100.0, max_redraws=3)
-    assert found.redraws.tolist() == [3] * 6
+    found = pipe(LABELS, seeds(*range(6)), resample_below=100.0, max_resamplings=3)
+    assert found.resamplings.tolist() == [3] * 6
 
 
 def test_nothing_is_drawn_again_unless_asked_for(plain):
-    assert plain.redraws.tolist() == [0] * 6
+    assert plain.resamplings.tolist() == [0] * 6
 
 
 @pytest.mark.parametrize(
-    "options", [{"redraw_below": 0.0}, {"redraw_below": -1.0}, {"redraw_below": 0.5, "max_redraws": 0}]
+    "options",
+    [{"resample_below": 0.0}, {"resample_below": -1.0}, {"resample_below": 0.5, "max_resamplings": 0}],
 )
 def test_impossible_bounds_are_refused(options, pipe, message_of):
-    assert "redraw_below must be positive" in message_of(pipe, LABELS, seeds(*range(6)), **options)
+    assert "resample_below must be positive" in message_of(pipe, LABELS, seeds(*range(6)), **options)
 
 
 def test_redraws_need_traces(trained, message_of):
-    assert "give top_k as well" in message_of(trained.pipeline, [0], top_k=None, redraw_below=0.5)
+    assert "give top_k as well" in message_of(trained.pipeline, [0], top_k=None, resample_below=0.5)

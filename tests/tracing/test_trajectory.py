@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 
-from provgen.models.classifier import CLEAN_SIGNAL
+from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.tracing.attribution import Attribution, check_top_k, entropy
 from provgen.tracing.trace import WINDOW, TrajectoryTrace
 from provgen.tracing.tracer import ALL_LEVELS
 
 
-def trace_of(*steps, signals=None) -> TrajectoryTrace:
+def trace_of(*steps, alpha_bars=None) -> TrajectoryTrace:
     """Trace one query through posteriors over three examples, all inside the window unless told otherwise."""
     trace = TrajectoryTrace()
-    for probs, signal in zip(steps, signals or [0.5] * len(steps), strict=True):
-        trace.add(torch.tensor([probs], dtype=torch.float64), signal)
+    for probs, alpha_bar in zip(steps, alpha_bars or [0.5] * len(steps), strict=True):
+        trace.add(torch.tensor([probs], dtype=torch.float64), alpha_bar)
     return trace
 
 
@@ -43,9 +43,7 @@ HALF, UNDECIDED = [0.5, 0.3, 0.2], [0.4, 0.3, 0.3]
 )
 def test_commitment_is_the_first_step_from_which_the_final_source_holds_more_than_half(steps, expected):
     assert trace_of(*steps).commitment_step().tolist() == [expected]
-    assert trace_of(*steps).attribution(1, is_trajectory=True, reachable=ALL).commitment_step.tolist() == [
-        expected
-    ]
+    assert trace_of(*steps).attribution(1, is_trajectory=True, reachable=ALL).commitment_step.tolist() == [expected]
 
 
 def test_commitment_is_decided_query_by_query():
@@ -70,7 +68,7 @@ def test_steps_between_traced_ones_count_as_the_next():
 
 
 def test_the_late_entropy_is_that_of_the_cleanest_level_of_the_window():
-    trace = trace_of(UNDECIDED, HALF, FIRST, signals=[0.2, 0.85, 0.97])
+    trace = trace_of(UNDECIDED, HALF, FIRST, alpha_bars=[0.2, 0.85, 0.97])
     expected = -sum(p * math.log(p) for p in HALF)
     assert trace.late_entropy().tolist() == pytest.approx([expected])
 
@@ -83,8 +81,8 @@ def test_outside_images_have_no_commitment():
 
 def test_the_posterior_is_the_mean_over_the_levels_inside_the_window():
     low, high = WINDOW
-    signals = [low / 2, low, 0.3, 0.7, high, (1 + high) / 2]
-    trace = trace_of(SECOND, SECOND, FIRST, UNDECIDED, SECOND, SECOND, signals=signals)
+    alpha_bars = [low / 2, low, 0.3, 0.7, high, (1 + high) / 2]
+    trace = trace_of(SECOND, SECOND, FIRST, UNDECIDED, SECOND, SECOND, alpha_bars=alpha_bars)
     expected = torch.tensor([[0.6, 0.2, 0.2]], dtype=torch.float64)
     torch.testing.assert_close(trace.posterior(), expected)
 
@@ -92,20 +90,20 @@ def test_the_posterior_is_the_mean_over_the_levels_inside_the_window():
 def test_another_window_takes_other_levels_and_all_levels_take_the_clean_image():
     for window, expected in (((0.0, 0.4), SECOND), ((0.4, 0.95), UNDECIDED), ((0.95, 1.0), FIRST)):
         trace = TrajectoryTrace(window=window)
-        for probs, signal in ((SECOND, 0.3), (UNDECIDED, 0.7), (FIRST, 0.9999)):
-            trace.add(torch.tensor([probs], dtype=torch.float64), signal)
+        for probs, alpha_bar in ((SECOND, 0.3), (UNDECIDED, 0.7), (FIRST, 0.9999)):
+            trace.add(torch.tensor([probs], dtype=torch.float64), alpha_bar)
         assert trace.posterior().tolist() == [expected]
     alone = TrajectoryTrace(window=ALL_LEVELS)
-    alone.add(torch.tensor([FIRST]), CLEAN_SIGNAL)
+    alone.add(torch.tensor([FIRST]), CLEAN_ALPHA_BAR)
     torch.testing.assert_close(alone.posterior(), torch.tensor([FIRST]))
 
 
 def test_levels_outside_the_window_still_count_as_steps():
-    trace = trace_of(UNDECIDED, FIRST, FIRST, signals=[0.01, 0.5, 0.99])
+    trace = trace_of(UNDECIDED, FIRST, FIRST, alpha_bars=[0.01, 0.5, 0.99])
     attribution = trace.attribution(1, is_trajectory=True, reachable=ALL)
     assert attribution.commitment_step.tolist() == [1]
     assert attribution.step_entropy.shape == (1, 3)
-    torch.testing.assert_close(attribution.signal, torch.tensor([0.01, 0.5, 0.99]))
+    torch.testing.assert_close(attribution.alpha_bar, torch.tensor([0.01, 0.5, 0.99]))
 
 
 def test_the_top_k_is_sorted_and_the_rest_is_named():
@@ -120,9 +118,7 @@ def test_the_top_k_is_sorted_and_the_rest_is_named():
     torch.testing.assert_close(attribution.weight, expected)
     torch.testing.assert_close(attribution.mass_not_shown, torch.tensor([0.2, 0.2], dtype=torch.float64))
     torch.testing.assert_close(attribution.mass_unreachable, torch.tensor([0.5, 0.35], dtype=torch.float64))
-    entropies = [
-        -sum(p * math.log(p) for p in row) for row in ([0.15, 0.45, 0.05, 0.35], [0.6, 0.2, 0.15, 0.05])
-    ]
+    entropies = [-sum(p * math.log(p) for p in row) for row in ([0.15, 0.45, 0.05, 0.35], [0.6, 0.2, 0.15, 0.05])]
     torch.testing.assert_close(attribution.entropy, torch.tensor(entropies, dtype=torch.float64))
     assert len(attribution) == 2
 
@@ -139,9 +135,7 @@ def test_everything_shown_leaves_nothing_and_never_less_than_nothing():
 
 @pytest.mark.parametrize("count", [1, 2, 1000])
 def test_entropy_of_a_uniform_row_is_the_log_of_its_length(count):
-    assert float(entropy(torch.full((1, count), 1 / count, dtype=torch.float64))) == pytest.approx(
-        math.log(count)
-    )
+    assert float(entropy(torch.full((1, count), 1 / count, dtype=torch.float64))) == pytest.approx(math.log(count))
 
 
 def test_entropy_of_a_certain_row_is_zero():
@@ -149,12 +143,10 @@ def test_entropy_of_a_certain_row_is_zero():
 
 
 def test_entropies_are_kept_level_by_level():
-    attribution = trace_of([1 / 3] * 3, [1, 0, 0], signals=[0.2, 0.6]).attribution(
+    attribution = trace_of([1 / 3] * 3, [1, 0, 0], alpha_bars=[0.2, 0.6]).attribution(
         1, is_trajectory=True, reachable=ALL
     )
-    torch.testing.assert_close(
-        attribution.step_entropy, torch.tensor([[math.log(3), 0]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(attribution.step_entropy, torch.tensor([[math.log(3), 0]], dtype=torch.float64))
 
 
 def test_joining_attributions_joins_their_queries():

@@ -37,11 +37,11 @@ def test_lines_of_later_steps_are_dropped_on_resuming(step, kept, resume, path):
 def test_lines_are_appended_after_those_that_were_kept(resume, path):
     tracker = resume(10)
     tracker.log({"loss": 7.0}, step=12)
-    tracker.log({"index_quality": [{"signal": 0.5}]}, step=15)
+    tracker.log({"index_quality": [{"alpha_bar": 0.5}]}, step=15)
     assert read_metrics(path) == [
         *ROWS[:2],
         {"step": 12, "loss": 7.0},
-        {"step": 15, "index_quality": [{"signal": 0.5}]},
+        {"step": 15, "index_quality": [{"alpha_bar": 0.5}]},
     ]
 
 

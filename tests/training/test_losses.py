@@ -90,9 +90,7 @@ def test_rows_of_uncovered_examples_leave_no_gradient(is_covered, dtype, logits)
     assert float(loss.detach()) == pytest.approx(float((expected * is_covered).sum()) / 4, rel=1e-5)
 
 
-def test_the_index_loss_over_drawn_rows_is_on_average_the_mean_over_covered_examples(
-    logits, targets, generator
-):
+def test_the_index_loss_over_drawn_rows_is_on_average_the_mean_over_covered_examples(logits, targets, generator):
     # Eight examples, half of them covered; each batch draws five of them with replacement.
     draws = torch.randint(8, (4000, 5), generator=generator)
     losses = torch.stack([index_loss(logits[r], targets[r], IS_COVERED[r], 0.5) for r in draws])

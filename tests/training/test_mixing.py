@@ -50,9 +50,7 @@ def rows(generator):
 
 
 def test_mixing_two_classes_by_hand():
-    probs = torch.tensor(
-        [[0.5, 0.1, 0.0, 0.4], [0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64
-    )
+    probs = torch.tensor([[0.5, 0.1, 0.0, 0.4], [0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     mixed = ClassMixing(torch.tensor([0, 0, 0, 1]), num_classes=2, share=0.25)(probs)
     # Three quarters of each, and a quarter of (class mass / class size): 0.6 / 3 = 0.2 and 0.4 / 1.
     expected = [
@@ -128,16 +126,16 @@ def test_the_entropy_of_the_mixed_posterior_is_the_least_cross_entropy(kind, cov
 
 
 def make_network(generator):
-    """Make a head whose weights are all random, and the stages of two rows."""
+    """Make a head whose weights are all random, and the feature maps of two rows."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         head = ClassIndependentHead([(2, 4), (3, 2)], num_examples=6, width=5).double()
         torch.nn.init.normal_(head.embedding.projection.weight)
-    stages = [
+    feature_maps = [
         torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in ((2, 4, 4), (3, 2, 2))
     ]
-    signal = torch.tensor([0.1, 0.6], dtype=torch.float64)
-    return head, lambda: head(stages, signal, torch.full((2,), 2), None)
+    alpha_bar = torch.tensor([0.1, 0.6], dtype=torch.float64)
+    return head, lambda: head(feature_maps, alpha_bar, torch.full((2,), 2), None)
 
 
 def random_labels(kind, covered, share, examples):

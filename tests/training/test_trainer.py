@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from provgen import build, evaluation
+from provgen.data.batches import BatchStream
 from provgen.data.manifest import Manifest
 from provgen.run import RunFolder
-from provgen.training.batches import BatchStream
 from provgen.training.trainer import MAX_GRADIENT_NORM
 
 LOSSES = {
@@ -74,15 +74,13 @@ def test_a_stopped_gradient_leaves_the_generator_bit_identical_to_one_trained_al
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_no_head_reaches_the_generator_past_a_stopped_gradient(kind, train):
     chosen = (f"generator.kind={kind}", "provenance.gradient=stop", "provenance.loss_weight=10")
-    # On two stages of the generator and two of its own.
+    # On two feature maps of the generator and two of its own.
     heads = [f"provenance.index_head={head}" for head in ("none", "class_conditional", "two_stage")]
     alone, *stopped = (train(2, head, "provenance.shared_stages=2", *chosen)[0] for head in heads)
     assert all(is_same(weights(alone), weights(each)) for each in stopped)
 
 
-@pytest.mark.parametrize(
-    ("kind", "precision"), [("diffusion", ()), ("diffusion", (BF16,)), ("vae", ()), ("none", ())]
-)
+@pytest.mark.parametrize(("kind", "precision"), [("diffusion", ()), ("diffusion", (BF16,)), ("vae", ()), ("none", ())])
 def test_a_joint_gradient_reaches_the_generator(kind, precision, train):
     chosen = (f"generator.kind={kind}", *precision)
     alone, _ = train(3, "provenance.index_head=none", *chosen)
@@ -104,9 +102,7 @@ def test_a_stopped_provenance_network_learns_all_the_same(kind, train):
     chosen = (f"generator.kind={kind}", "provenance.gradient=stop")
     before = weights(train(0, *chosen)[0], "provenance")
     trainer, _ = train(3, *chosen)
-    moved = {
-        key for key, value in weights(trainer, "provenance").items() if not torch.equal(value, before[key])
-    }
+    moved = {key for key, value in weights(trainer, "provenance").items() if not torch.equal(value, before[key])}
     assert moved == {key for key, _ in trainer.networks["provenance"].named_parameters()}
 
 
@@ -159,9 +155,7 @@ def test_training_is_a_function_of_its_settings(kind, train):
     assert not is_same(weights(first), weights(other))
 
 
-@pytest.mark.parametrize(
-    "head", [HEADS[0], *[pytest.param(head, marks=pytest.mark.slow) for head in HEADS[1:]]]
-)
+@pytest.mark.parametrize("head", [HEADS[0], *[pytest.param(head, marks=pytest.mark.slow) for head in HEADS[1:]]])
 def test_losses_fall_on_sixteen_images(head, new_accelerator, tiny_settings, tiny_data):
     settings = tiny_settings(
         f"provenance.index_head={head}",

@@ -12,14 +12,14 @@ from provgen.report.metrics import Metric
 MEASURED = {
     "consistency_top1": "first source has the class",
     "consistency_top5": "one of five sources has the class",
-    "exemplar_accuracy": "class read off the sources",
+    "knn_accuracy": "class read off the sources",
     "class_accuracy": "class head",
 }
 """Metrics of `ClassQuality` that are shown, and what they are called."""
 
 
 def class_section(by_level: Mapping[float, ClassQuality]) -> tuple[Section, list[Metric]]:
-    """Show class metrics on held-out images, by the signal level they were noised to."""
+    """Show class metrics on held-out images, by the alpha_bar they were noised to."""
     rows: list[list[TableCell]] = []
     metrics = []
     for level, quality in by_level.items():
@@ -27,15 +27,15 @@ def class_section(by_level: Mapping[float, ClassQuality]) -> tuple[Section, list
             estimate: Estimate | None = getattr(quality, name)
             if estimate is None:
                 continue
-            reference, null = (getattr(quality, f"{name}_{kind}") for kind in ("closed_form", "null"))
+            reference, null = (getattr(quality, f"{name}_{kind}") for kind in ("closed_form", "baseline"))
             interval = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
             rows.append([f"{level:.2f}", what, interval, reference, null])
             metrics.append(
                 Metric.from_estimate(
-                    f"holdout_{name}_at_signal_{level:.1f}",
+                    f"holdout_{name}_at_alpha_bar_{level:.1f}",
                     estimate,
                     "learned provenance",
-                    null=null,
+                    baseline=null,
                     ceiling=1.0,
                 )
             )
@@ -44,7 +44,7 @@ def class_section(by_level: Mapping[float, ClassQuality]) -> tuple[Section, list
         "Held-out images, shown without their class. The closed form answers for the same input, noise included; it "
         "knows pixels alone, so a network can do better. Guessing is one training image, or class, at random.",
         table=Table(
-            ["a_t", "share of held-out images", "network", "closed form", "guessing"],
+            ["alpha_bar", "share of held-out images", "network", "closed form", "guessing"],
             rows,
             "95 % intervals in brackets.",
         ),

@@ -45,21 +45,19 @@ def generalization_section(
     seen, unseen = (mean_estimate(losses.mean(dim=1), seed=0) for losses in (train_losses, holdout_losses))
     ratios = loss_ratios(train_losses, holdout_losses)
     metrics = [
-        Metric.from_estimate(f"holdout_{name}", unseen, "model fit", null=seen.value),
-        Metric.from_estimate(f"train_{name}", seen, "model fit", null=unseen.value),
-        Metric.from_estimate(f"{name}_ratio", ratios["all"], "model fit", null=1.0),
+        Metric.from_estimate(f"holdout_{name}", unseen, "model fit", baseline=seen.value),
+        Metric.from_estimate(f"train_{name}", seen, "model fit", baseline=unseen.value),
+        Metric.from_estimate(f"{name}_ratio", ratios["all"], "model fit", baseline=1.0),
     ]
     pictures = []
     if divergence is not None:
         far = mean_estimate(torch.stack(list(divergence.values())).mean(dim=0), seed=0)
         metrics += [
-            Metric.from_estimate(f"{name}_ratio_{third}", ratio, "model fit", null=1.0)
+            Metric.from_estimate(f"{name}_ratio_{third}", ratio, "model fit", baseline=1.0)
             for third, ratio in ratios.items()
             if third != "all"
         ]
-        metrics.append(
-            Metric.from_estimate("divergence_from_closed_form_nats", far, "model fit", ceiling=0.0)
-        )
+        metrics.append(Metric.from_estimate("divergence_from_closed_form_nats", far, "model fit", ceiling=0.0))
         pictures.append(
             picture_of_figure(
                 plot_by_level(train_losses, holdout_losses, divergence),
@@ -102,9 +100,7 @@ def loss_ratios(train_losses: Tensor, holdout_losses: Tensor) -> dict[str, Estim
         ends = [round(draws * place / len(THIRDS)) for place in range(len(THIRDS) + 1)]
         edges |= dict(zip(THIRDS, pairwise(ends), strict=True))
     return {
-        name: ratio_estimate(
-            holdout_losses[:, low:high].mean(dim=1), train_losses[:, low:high].mean(dim=1), seed=0
-        )
+        name: ratio_estimate(holdout_losses[:, low:high].mean(dim=1), train_losses[:, low:high].mean(dim=1), seed=0)
         for name, (low, high) in edges.items()
     }
 
@@ -128,9 +124,7 @@ def plot_by_level(train_losses: Tensor, holdout_losses: Tensor, divergence: Mapp
 
 
 def _band(axes: Axes, places: list[float], estimates: list[Estimate], name: str, color: str) -> None:
-    axes.plot(
-        places, [estimate.value for estimate in estimates], color=color, marker="o", markersize=3, label=name
-    )
+    axes.plot(places, [estimate.value for estimate in estimates], color=color, marker="o", markersize=3, label=name)
     lows, highs = [estimate.low for estimate in estimates], [estimate.high for estimate in estimates]
     axes.fill_between(places, lows, highs, color=color, alpha=0.2)
 

@@ -59,38 +59,36 @@ def training_section(metrics: Rows) -> Section:
         alt="Denoising, index and class loss against optimiser steps",
         caption="Losses of single batches (faint) and their running mean.",
     )
-    return Section(
-        "Training", "The generator and the provenance network are trained in the same steps.", [picture]
-    )
+    return Section("Training", "The generator and the provenance network are trained in the same steps.", [picture])
 
 
 def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -> Part:
     """Show index metrics beside their closed-form ceilings, from the line of one evaluation."""
     rows = last["index_quality"]
-    header, names = ["a_t", "rows", "gap (nats)"], ("cross_entropy", "top1", "top5")
+    header, names = ["alpha_bar", "rows", "gap (nats)"], ("cross_entropy", "top1", "top5")
     for name in ("cross-entropy", "top-1", "top-5"):
         header += [name, "ceiling"]
     table_rows = [
-        [f"{row['signal']:.2f}", row["rows"], float(row["kl_gap"])]
+        [f"{row['alpha_bar']:.2f}", row["rows"], float(row["kl_gap"])]
         + [row[key] for name in names for key in (name, f"{name}_ceiling")]
         for row in rows
     ]
     note = "Parents are averaged over the closed-form posterior; see docs/metrics.md."
     asked = "For training images, as this generator shows them to its provenance network"
     pictures = []
-    if len({row["signal"] for row in rows}) > 1:
+    if len({row["alpha_bar"] for row in rows}) > 1:
         asked = "For noised training images"
         pictures = [
             picture_of_figure(
                 plot_index_quality(rows),
-                alt="Cross-entropy, top-1 and top-5 of the index against the signal level, network and closed form",
+                alt="Cross-entropy, top-1 and top-5 of the index against the alpha_bar, network and closed form",
                 caption="Noise on the left, image on the right. Dashed: the closed form, which nothing can beat.",
             )
         ]
     section = Section(
         "Does the network know the index?",
-        f"{asked}: how well the network says which one it was, told its class (labelled rows) and told nothing (null "
-        "rows), beside the best possible answer for the very same input.",
+        f"{asked}: how well the network says which one it was, told its class (conditional rows) and told nothing "
+        "(unconditional rows), beside the best possible answer for the very same input.",
         pictures,
         Table(header, table_rows, note),
     )
@@ -99,16 +97,17 @@ def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -
 
 def entropy_section(samples: Rows) -> Section:
     """Show how the posterior narrows along the sampling trajectories."""
-    signal = torch.tensor(samples[0]["step_signal"])
+    alpha_bar = torch.tensor(samples[0]["step_alpha_bar"])
     network = torch.tensor([sample["step_entropy"] for sample in samples])
     closed = None
     if samples[0]["closed_form_step_entropy"] is not None:
         closed = torch.tensor([sample["closed_form_step_entropy"] for sample in samples])
     picture = picture_of_figure(
-        plot_entropy(signal, network, closed),
-        alt="Entropy of the posterior over training images against the signal level along sampling",
-        caption="Line: median over samples; band: 10 to 90 %. Near a_t = 1 the closed form is a nearest-neighbour "
-        "look-up of the finished image, whatever it came from. Where the line falls says when sources were settled.",
+        plot_entropy(alpha_bar, network, closed),
+        alt="Entropy of the posterior over training images against alpha_bar along sampling",
+        caption="Line: median over samples; band: 10 to 90 %. Near alpha_bar = 1 the closed form is a "
+        "nearest-neighbour look-up of the finished image, whatever it came from. Where the line falls says when "
+        "sources were settled.",
     )
     steps = [sample["commitment_step"] for sample in samples if sample["commitment_step"] is not None]
     median = f"{torch.tensor(steps).median()}" if steps else "none"
@@ -132,9 +131,7 @@ def agreement_section(samples: Rows, traces: Rows, closed_traces: Rows, num_trai
         (f"agreement_top{first.shape[1]}_overlap", found.overlap, chance.overlap if chance else None),
     ]
     metrics = [
-        Metric.from_estimate(
-            name, estimate, "learned provenance", null=null.value if null else None, ceiling=1.0
-        )
+        Metric.from_estimate(name, estimate, "learned provenance", baseline=null.value if null else None, ceiling=1.0)
         for name, estimate, null in pairs
     ]
     rows: list[list[TableCell]] = [
@@ -160,9 +157,7 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
     """Apply the 1/3 rule to three image sets, each (query, feature); `train` is (train, feature)."""
     sets = {"generated": generated, "held-out": holdout, "copied": copies}
     distinct = distinct_rows(train)
-    ratios = {
-        name: distance_ratio(nearest(images, distinct, 2)) for name, images in sets.items() if len(images)
-    }
+    ratios = {name: distance_ratio(nearest(images, distinct, 2)) for name, images in sets.items() if len(images)}
     shares = {name: share_memorized(values) for name, values in ratios.items()}
     picture = picture_of_figure(
         plot_ratio_histogram(ratios),
@@ -173,7 +168,7 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
     rows: list[list[TableCell]] = [[name, _interval(share), share.n] for name, share in shares.items()]
     null = shares["held-out"].value if "held-out" in shares else None
     metric = Metric.from_estimate(
-        "share_memorized", shares["generated"], "similarity", null=null, ceiling=shares["copied"].value
+        "share_memorized", shares["generated"], "similarity", baseline=null, ceiling=shares["copied"].value
     )
     section = Section(
         "Is it copying?",
@@ -188,10 +183,10 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
 def _index_metrics(last: Mapping[str, Any], num_covered: int, num_classes: int) -> list[Metric]:
     metrics = []
     rows = last["index_quality"]
-    place = "_at_signal_0.9" if len({row["signal"] for row in rows}) > 1 else ""
+    place = "_at_alpha_bar_0.9" if len({row["alpha_bar"] for row in rows}) > 1 else ""
     for kind in sorted({row["rows"] for row in rows}):
-        level = min((r for r in rows if r["rows"] == kind), key=lambda row: abs(row["signal"] - 0.9))
-        chance = 1 / num_covered if kind == "null" else max(num_classes, 1) / num_covered
+        level = min((r for r in rows if r["rows"] == kind), key=lambda row: abs(row["alpha_bar"] - 0.9))
+        chance = 1 / num_covered if kind == "unconditional" else max(num_classes, 1) / num_covered
         for name, null in (("top1", chance), ("top5", min(1.0, 5 * chance))):
             estimate = Estimate(level[name], level[f"{name}_low"], level[f"{name}_high"], level["n"])
             metrics.append(
@@ -199,7 +194,7 @@ def _index_metrics(last: Mapping[str, Any], num_covered: int, num_classes: int) 
                     f"index_{name}_{kind}{place}",
                     estimate,
                     "learned provenance",
-                    null=null,
+                    baseline=null,
                     ceiling=level[f"{name}_ceiling"],
                 )
             )

@@ -47,7 +47,7 @@ def set_section(measures: Mapping[str, SetMeasure], features: str) -> tuple[Sect
     ]
     metrics = [
         Metric.from_estimate(
-            name, found.generated, "similarity", null=found.holdout.value, ceiling=found.copies.value
+            name, found.generated, "similarity", baseline=found.holdout.value, ceiling=found.copies.value
         )
         for name, found in measures.items()
         if name != "share_memorized"
@@ -88,9 +88,7 @@ def plot_set_measures(measures: Mapping[str, SetMeasure]) -> Figure:
         for place, (column, (title, color)) in enumerate(COLUMNS.items()):
             estimate: Estimate = getattr(found, column)
             ends = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
-            axes.errorbar(
-                [place], [estimate.value], yerr=ends, color=color, marker="o", capsize=3, label=title
-            )
+            axes.errorbar([place], [estimate.value], yerr=ends, color=color, marker="o", capsize=3, label=title)
         axes.set_title(READ[name][0], fontsize=9, color=INK)
         axes.set_xticks(range(len(COLUMNS)), [title for title, _ in COLUMNS.values()], fontsize=7)
         axes.tick_params(axis="y", labelsize=7)

@@ -63,9 +63,7 @@ def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=len(SET_COLORS), frameon=False, fontsize=8
-    )
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(SET_COLORS), frameon=False, fontsize=8)
     figure.supylabel("share of images below", fontsize=8)
     return figure
 
@@ -106,7 +104,7 @@ def verdict_section(
             f"share_{kind.replace(' ', '_')}",
             shares["generated"][kind],
             "similarity" if kind in ("copy", "near copy") else "learned provenance",
-            null=shares["held-out"][kind].value,
+            baseline=shares["held-out"][kind].value,
             ceiling=shares["copies"][kind].value,
         )
         for kind in KINDS
@@ -157,9 +155,7 @@ def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
         for kind, share in _shares(verdicts).items():
             axes.barh(place, share.value, left=left, color=COLORS[kind], label=kind if place == 0 else None)
             if share.value >= 0.05:
-                axes.text(
-                    left + share.value / 2, place, f"{share.value:.0%}", ha="center", va="center", fontsize=8
-                )
+                axes.text(left + share.value / 2, place, f"{share.value:.0%}", ha="center", va="center", fontsize=8)
             left += share.value
     axes.set_yticks(range(len(judged)), list(judged), color=INK)
     axes.invert_yaxis()
@@ -189,9 +185,7 @@ def write_verdicts(
 
 
 def _shares(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
-    return {
-        kind: proportion(sum(verdict.kind == kind for verdict in verdicts), len(verdicts)) for kind in KINDS
-    }
+    return {kind: proportion(sum(verdict.kind == kind for verdict in verdicts), len(verdicts)) for kind in KINDS}
 
 
 def _rule(kind: str, limits: Limits) -> str:

@@ -45,7 +45,7 @@ class AttributionScores:
     """Floating (setting, query, train)."""
     settings: tuple[str, ...]
     """Their names, such as `lambda=0.01`; a single empty one where there is nothing to tune."""
-    steps_from_usual: tuple[int, ...]
+    distance_to_default: tuple[int, ...]
     """How many steps each is from the usual one, such as the middle of what is tried: one that is no worse, for all
     that is known, is taken rather than one further off."""
 
@@ -56,7 +56,7 @@ class AttributionScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class Cache:
     """What a fitted method keeps of the training set."""
 
     num_bytes: int
@@ -93,14 +93,14 @@ class Attributor(Protocol):
         """
         ...
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Say what answers need."""
         ...
 
 
 def untuned(values: Tensor) -> AttributionScores:
     """Wrap scores (query, train) of a method with nothing to tune."""
-    return AttributionScores(values=values[None], settings=("",), steps_from_usual=(0,))
+    return AttributionScores(values=values[None], settings=("",), distance_to_default=(0,))
 
 
 def steps_from_middle(count: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.studies.faithfulness.attributor import (
     AttributionScores,
-    Kept,
+    Cache,
     Queries,
     steps_from_middle,
     untuned,
@@ -36,13 +36,11 @@ class RandomScores:
     def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
         """Draw scores, the same for a query whatever else is asked."""
         generator = torch.Generator().manual_seed(self.seed)
-        return untuned(
-            torch.stack([torch.rand(self.num_examples, generator=generator) for _ in queries.images])
-        )
+        return untuned(torch.stack([torch.rand(self.num_examples, generator=generator) for _ in queries.images]))
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Nothing."""
-        return Kept(num_bytes=0)
+        return Cache(num_bytes=0)
 
 
 class SameClass:
@@ -58,9 +56,9 @@ class SameClass:
         same = queries.class_labels[:, None] == self.labels
         return untuned((same | (queries.class_labels == self.null_label)[:, None]).double())
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Labels."""
-        return Kept(num_bytes=self.labels.nbytes)
+        return Cache(num_bytes=self.labels.nbytes)
 
 
 class PixelCosine:
@@ -74,9 +72,9 @@ class PixelCosine:
         """Compare directions."""
         return untuned(F.normalize(queries.images.flatten(1).double(), dim=1) @ self.directions.T)
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Pixels."""
-        return Kept(num_bytes=self.directions.numel())
+        return Cache(num_bytes=self.directions.numel())
 
 
 class PixelNeighbors:
@@ -93,13 +91,11 @@ class PixelNeighbors:
         counts = [k for k in NEIGHBORS if k < len(self.pixels)]
         values = torch.stack([(ranks < k).double() for k in counts])
         names = tuple(f"k={k}" for k in counts)
-        return AttributionScores(
-            values=values, settings=names, steps_from_usual=steps_from_middle(len(names))
-        )
+        return AttributionScores(values=values, settings=names, distance_to_default=steps_from_middle(len(names)))
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Pixels."""
-        return Kept(num_bytes=self.pixels.numel())
+        return Cache(num_bytes=self.pixels.numel())
 
 
 class PixelKernel:
@@ -121,12 +117,12 @@ class PixelKernel:
         values = [_kernel(squares, share * self.scale) for share in BANDWIDTHS]
         names = tuple(f"s={share:g} apart" for share in BANDWIDTHS)
         return AttributionScores(
-            values=torch.stack(values), settings=names, steps_from_usual=steps_from_middle(len(names))
+            values=torch.stack(values), settings=names, distance_to_default=steps_from_middle(len(names))
         )
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Pixels."""
-        return Kept(num_bytes=self.pixels.numel())
+        return Cache(num_bytes=self.pixels.numel())
 
 
 def _kernel(squares: Tensor, bandwidth: float) -> Tensor:
@@ -141,7 +137,7 @@ IMAGES_AT_ONCE = 256
 
 
 class EmbeddingCosine:
-    """Cosine of the generator's last encoder stages."""
+    """Cosine of the generator's last encoder feature maps."""
 
     def __init__(self, tracer: Tracer, device: torch.device) -> None:
         """Take the tracer of a generator, and where its networks are."""
@@ -156,9 +152,9 @@ class EmbeddingCosine:
         """Compare directions."""
         return untuned(self._directions(queries.images) @ self.directions.T)
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Embeddings."""
-        return Kept(num_bytes=self.directions.nbytes)
+        return Cache(num_bytes=self.directions.nbytes)
 
     @torch.no_grad()
     def _directions(self, images: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class LdsRow:
     moved: Mapping[str, Estimate | None]
     """How far samples moved without the sources it names, by what was left out; None where that was not tried."""
     cost: Cost | None
-    """None for a mixture, which costs what its parts do."""
+    """None for a ensemble, which costs what its parts do."""
 
 
 def markdown_table(rows: Sequence[LdsRow]) -> str:
@@ -57,9 +57,7 @@ def _table(kind: str, rows: Sequence[LdsRow]) -> str:
     ceiling = rows[0].ceiling
     best = "unknown (one training seed)"
     if ceiling is not None:
-        best = (
-            f"{_percent(ceiling.estimate)} % (correlation of training seeds {ceiling.seed_correlation:.2f})"
-        )
+        best = f"{_percent(ceiling.estimate)} % (correlation of training seeds {ceiling.seed_correlation:.2f})"
     titles = [
         "method",
         "LDS, %",
@@ -112,16 +110,9 @@ def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
             "setting": row.setting,
             "subsets": row.lds.n,
             **_columns("lds", row.lds),
+            **{key: value for name, e in row.over.items() for key, value in _columns(f"over {name}", e).items()},
             **{
-                key: value
-                for name, e in row.over.items()
-                for key, value in _columns(f"over {name}", e).items()
-            },
-            **{
-                key: value
-                for name, e in row.moved.items()
-                if e is not None
-                for key, value in _columns(name, e).items()
+                key: value for name, e in row.moved.items() if e is not None for key, value in _columns(name, e).items()
             },
             **_ceiling(row.ceiling),
             **({} if row.cost is None else asdict(row.cost)),
@@ -166,7 +157,7 @@ class Prediction:
     ranks: Tensor
     """Of the predicted outputs among all subsets, ties averaged: float64 (query, subset)."""
     cost: Cost | None
-    """None for a mixture, which costs what its parts do."""
+    """None for a ensemble, which costs what its parts do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +228,7 @@ def _prediction(row: Mapping[str, Any]) -> Prediction:
     )
 
 
-def predict(
-    scores: Tensor, masks: Tensor, *, method: str, queries: str, setting: str, cost: Cost | None
-) -> Prediction:
+def predict(scores: Tensor, masks: Tensor, *, method: str, queries: str, setting: str, cost: Cost | None) -> Prediction:
     """Rank subsets by the sum of the scores (query, train) of their examples, masks (subset, train)."""
     ranks = torch.from_numpy(rankdata(predicted_outputs(scores, masks).numpy(), axis=1))
     return Prediction(method=method, queries=queries, setting=setting, ranks=ranks, cost=cost)

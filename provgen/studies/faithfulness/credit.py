@@ -11,7 +11,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.models.credit import CreditHead
 from provgen.models.diffusion import num_last_layer
-from provgen.studies.faithfulness.attributor import AttributionScores, Kept, Queries
+from provgen.studies.faithfulness.attributor import AttributionScores, Cache, Queries
 from provgen.studies.faithfulness.posteriors import Along
 from provgen.tracing.diffusion_tracer import DiffusionTracer
 from provgen.tracing.gaussian_process import MAX_LANDMARKS, PIXELS, FittedKernel, Grid, Kernel, Parts, Process
@@ -73,7 +73,7 @@ class VarianceCredit:
                 values[kind].append(fitted.credit(places[kind], some.class_labels, process.ridge).float())
         names, far = tuple(process.name for process in steps), tuple(steps.values())
         return {
-            kind: AttributionScores(values=torch.stack(some), settings=names, steps_from_usual=far)
+            kind: AttributionScores(values=torch.stack(some), settings=names, distance_to_default=far)
             for kind, some in values.items()
         }
 
@@ -84,16 +84,14 @@ class VarianceCredit:
     def _fitted(self, kernel: Kernel) -> FittedKernel:
         """Fit a kernel; only the last one stays in memory."""
         if kernel not in self.fitted:
-            fitted = FittedKernel(
-                self.points, self.labels, kernel, null_label=self.null_label, parts=self.parts
-            )
+            fitted = FittedKernel(self.points, self.labels, kernel, null_label=self.null_label, parts=self.parts)
             self.fitted = {kernel: fitted}
         return self.fitted[kernel]
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Landmarks and read-out, in four bytes a number."""
         landmarks = min(MAX_LANDMARKS, len(self.points))
-        return Kept(num_bytes=4 * landmarks * (self.points.shape[1] + len(self.points)))
+        return Cache(num_bytes=4 * landmarks * (self.points.shape[1] + len(self.points)))
 
 
 class CalibratedTrace:
@@ -110,11 +108,11 @@ class CalibratedTrace:
         """Ask the credit head."""
         points = self.coordinates(queries).to(self.credit.dtype)
         shares = self.credit(points, queries.class_labels.to(points.device)).cpu()
-        return AttributionScores(values=shares[None], settings=(self.credit.setting,), steps_from_usual=(0,))
+        return AttributionScores(values=shares[None], settings=(self.credit.setting,), distance_to_default=(0,))
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """The credit head."""
-        return Kept(num_bytes=sum(buffer.nbytes for buffer in self.credit.buffers()))
+        return Cache(num_bytes=sum(buffer.nbytes for buffer in self.credit.buffers()))
 
 
 def pixel_coordinates(images: Queries | ImageSet) -> Tensor:
@@ -130,9 +128,7 @@ NETWORK_BATCH = 256
 class NetworkCoordinates:
     """What the provenance network sees of images at clear levels, their pixels, and gradients of the last layer."""
 
-    def __init__(
-        self, tracer: DiffusionTracer, *, along: Along, num_inference_steps: int, level_power: float
-    ) -> None:
+    def __init__(self, tracer: DiffusionTracer, *, along: Along, num_inference_steps: int, level_power: float) -> None:
         """Take a tracer that finds coordinates; images without a trajectory are noised to the sampler's levels."""
         self.tracer = tracer
         self.along = along

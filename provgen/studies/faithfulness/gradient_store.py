@@ -22,17 +22,17 @@ class GradientStore:
     another network or of other settings is started again and never mixed with this one.
     """
 
-    def __init__(self, folder: Path, *, shape: tuple[int, int], made_of: Mapping[str, str | int]) -> None:
+    def __init__(self, folder: Path, *, shape: tuple[int, int], fingerprint: Mapping[str, str | int]) -> None:
         """Open the store, or start a new one.
 
         Args:
             folder: Made if it is not there.
             shape: (train, feature).
-            made_of: Everything that the features depend on, such as a digest of the weights.
+            fingerprint: Everything that the features depend on, such as a digest of the weights.
         """
         self.folder = folder
         self.shape = shape
-        self.made_of = {"schema_version": 1, "shape": list(shape), **made_of}
+        self.fingerprint = {"schema_version": 1, "shape": list(shape), **fingerprint}
         self.done, self.seconds_before = self._read_state()
         folder.mkdir(parents=True, exist_ok=True)
         mode = "r+" if self.done else "w+"
@@ -80,11 +80,11 @@ class GradientStore:
             state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return 0, 0.0
-        is_ours = state.get("made_of") == self.made_of and (self.folder / "features.npy").is_file()
+        is_ours = state.get("fingerprint") == self.fingerprint and (self.folder / "features.npy").is_file()
         return (int(state["done"]), float(state["seconds"])) if is_ours else (0, 0.0)
 
     def _write_state(self, done: int, seconds: float) -> None:
         with atomic_path(self.folder / "state.json") as partial:
-            state = {"made_of": self.made_of, "done": done, "seconds": seconds}
+            state = {"fingerprint": self.fingerprint, "done": done, "seconds": seconds}
             partial.write_text(json.dumps(state) + "\n", encoding="utf-8")
         self.done = done

@@ -17,7 +17,7 @@ from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.studies.faithfulness.attributor import (
     AttributionScores,
-    Kept,
+    Cache,
     Queries,
     steps_from_middle,
     untuned,
@@ -25,7 +25,7 @@ from provgen.studies.faithfulness.attributor import (
 from provgen.studies.faithfulness.gradient_store import GradientStore
 
 
-class CountSketch:
+class RandomProjection:
     """Adds every feature, with a random sign, to a random one of fewer columns.
 
     Inner products are kept in expectation: E<Sa, Sb> = <a, b>, with variance of order |a|^2 |b|^2 / size (Charikar et
@@ -42,8 +42,8 @@ class CountSketch:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Project (query, feature) to (query, size)."""
-        sketch = features.new_zeros(len(features), self.size)
-        return sketch.index_add_(1, self.columns, features * self.signs)
+        projection = features.new_zeros(len(features), self.size)
+        return projection.index_add_(1, self.columns, features * self.signs)
 
 
 TIMESTEPS_AT_ONCE = {"vectorised": 10, "one by one": 100}
@@ -92,9 +92,7 @@ class LossGradients:
         total = images.new_zeros(len(images), self.size)
         for timesteps in self.timesteps.split(TIMESTEPS_AT_ONCE[self.way]):
             noise = self._noise(timesteps, images)
-            total += self._rows(images, class_labels, timesteps, noise) * (
-                len(timesteps) / len(self.timesteps)
-            )
+            total += self._rows(images, class_labels, timesteps, noise) * (len(timesteps) / len(self.timesteps))
         return total
 
     def _rows(self, images: Tensor, class_labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
@@ -114,7 +112,7 @@ class LossGradients:
         device: torch.device = self.unet.device
         return device
 
-    def made_of(self) -> dict[str, str | int]:
+    def fingerprint(self) -> dict[str, str | int]:
         """Say everything that the gradients depend on."""
         weights = hashlib.sha256()
         for name, parameter in self.parameters.items():
@@ -173,7 +171,7 @@ class Gradients(Protocol):
         """Give float32 (query, parameter) for images (query, channel, height, width) with labels (query,)."""
         ...
 
-    def made_of(self) -> dict[str, str | int]:
+    def fingerprint(self) -> dict[str, str | int]:
         """Say everything that they depend on."""
         ...
 
@@ -184,27 +182,27 @@ class GradientFeatures:
     A generated image is treated like any other: noised again.
     """
 
-    def __init__(self, gradients: Gradients, folder: Path, *, sketch_size: int | None, seed: int = 0) -> None:
+    def __init__(self, gradients: Gradients, folder: Path, *, proj_dim: int | None, seed: int = 0) -> None:
         """Choose the features.
 
         Args:
             gradients: Of the generator that is explained.
             folder: Of the store.
-            sketch_size: Columns of the projection; None keeps the whole gradient, exact and large.
+            proj_dim: Columns of the projection; None keeps the whole gradient, exact and large.
             seed: Of the projection.
         """
         self.gradients = gradients
         self.folder = folder
         self.seed = seed
-        self.sketch = None
-        if sketch_size is not None:
+        self.projection = None
+        if proj_dim is not None:
             device = gradients.device
-            self.sketch = CountSketch(gradients.size, sketch_size, seed=seed, device=device)
+            self.projection = RandomProjection(gradients.size, proj_dim, seed=seed, device=device)
 
     def fit(self, train: ImageSet) -> None:
         """Make, or finish, the features of the training images."""
-        size = self.gradients.size if self.sketch is None else self.sketch.size
-        self.store = GradientStore(self.folder, shape=(len(train), size), made_of=self._made_of(train))
+        size = self.gradients.size if self.projection is None else self.projection.size
+        self.store = GradientStore(self.folder, shape=(len(train), size), fingerprint=self._fingerprint(train))
 
         def make_rows(start: int, stop: int) -> Tensor:
             some = slice(start, stop)
@@ -214,26 +212,24 @@ class GradientFeatures:
 
     def products(self, queries: Queries) -> Tensor:
         """Give inner products of queries and training images, float64 (query, train)."""
-        batches = zip(
-            queries.images.split(IMAGES_AT_ONCE), queries.class_labels.split(IMAGES_AT_ONCE), strict=True
-        )
+        batches = zip(queries.images.split(IMAGES_AT_ONCE), queries.class_labels.split(IMAGES_AT_ONCE), strict=True)
         return torch.cat([self.store.products(self.project(*batch)) for batch in batches])
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """The store."""
-        return Kept(num_bytes=self.store.num_bytes(), seconds=self.store.seconds_before)
+        return Cache(num_bytes=self.store.num_bytes(), seconds=self.store.seconds_before)
 
     def project(self, images: Tensor, labels: Tensor) -> Tensor:
         """Give the features (query, feature) of images in [-1, 1] with labels (query,), on the CPU."""
         device = self.gradients.device
         found = self.gradients(images.to(device), labels.to(device))
-        return (found if self.sketch is None else self.sketch(found)).cpu()
+        return (found if self.projection is None else self.projection(found)).cpu()
 
-    def _made_of(self, train: ImageSet) -> dict[str, str | int]:
+    def _fingerprint(self, train: ImageSet) -> dict[str, str | int]:
         images = hashlib.sha256()
         for tensor in (train.images, train.labels):
             images.update(tensor.cpu().numpy().tobytes())
-        return self.gradients.made_of() | {"images": images.hexdigest(), "projection_seed": self.seed}
+        return self.gradients.fingerprint() | {"images": images.hexdigest(), "projection_seed": self.seed}
 
 
 class GradientDot:
@@ -250,7 +246,7 @@ class GradientDot:
         """Multiply."""
         return untuned(self.features.products(queries))
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Gradients."""
         return self.features.kept()
 
@@ -280,21 +276,19 @@ class Trak:
         inverses = 1 / (self.values + torch.tensor(RIDGES)[:, None] * self.values.mean())
         scores = torch.stack([self._scores(turned, inverse) for inverse in inverses])
         names = tuple(f"lambda={ridge:g}" for ridge in RIDGES)
-        return AttributionScores(
-            values=scores, settings=names, steps_from_usual=steps_from_middle(len(names))
-        )
+        return AttributionScores(values=scores, settings=names, distance_to_default=steps_from_middle(len(names)))
 
     def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:
         """Give (query, train) from products with eigenvectors (query, eigenvector) and inverse eigenvalues."""
         scores: Tensor = (turned * inverse) @ self.vectors.T
         return scores
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Gradients."""
         return self.features.kept()
 
 
-class SquaredTrak(Trak):
+class DasWithoutResidual(Trak):
     """What the variance of a linear model in the gradients grows by at the query without example i.
 
     With alpha = phi_q Phi^T B of TRAK and B = (Phi Phi^T + lambda I)^-1 that is alpha_i^2 / B_ii, as in

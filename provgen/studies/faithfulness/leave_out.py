@@ -28,9 +28,7 @@ def strongest_first(scores: Tensor, distances: Tensor) -> Tensor:
     return near.gather(1, scores.gather(1, near).argsort(dim=1, descending=True, stable=True))
 
 
-def paired_effect(
-    effects: Mapping[str, Tensor], method: str, other: str | None, *, seed: int = 0
-) -> Estimate:
+def paired_effect(effects: Mapping[str, Tensor], method: str, other: str | None, *, seed: int = 0) -> Estimate:
     """Give the mean effect of a method over queries, or by how much it exceeds that of another.
 
     Args:
@@ -173,13 +171,8 @@ def leave_out_effects(
     ]
     effects: dict[str, dict[str, Tensor]] = {MOVED: {}, LOSS: {}, OF_CLASS: {}}
     for method in methods if queries else []:
-        models = [
-            [LeftOut(seed=seed, share=share, query=query, method=method) for query in queries]
-            for seed in seeds
-        ]
-        pairs = [
-            [(outcomes[m], outcomes[replace(m, share=0.0, method=NOTHING)]) for m in row] for row in models
-        ]
+        models = [[LeftOut(seed=seed, share=share, query=query, method=method) for query in queries] for seed in seeds]
+        pairs = [[(outcomes[m], outcomes[replace(m, share=0.0, method=NOTHING)]) for m in row] for row in models]
         effects[MOVED][method] = torch.stack([
             distance_moved(torch.stack([b.image for _, b in row]), torch.stack([a.image for a, _ in row]))
             for row in pairs
@@ -203,9 +196,7 @@ def effect_table(effects: Mapping[str, Tensor], references: Sequence[str]) -> st
     lines.append(["---", *["---:"] * (len(references) + 2)])
     means = {method: paired_effect(effects, method, None) for method in effects}
     for method in sorted(means, key=lambda name: -means[name].value):
-        differences = [
-            "-" if method == name else _text(paired_effect(effects, method, name)) for name in references
-        ]
+        differences = ["-" if method == name else _text(paired_effect(effects, method, name)) for name in references]
         lines.append([method, str(means[method].n), _text(means[method]), *differences])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

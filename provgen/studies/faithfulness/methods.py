@@ -34,10 +34,10 @@ from provgen.studies.faithfulness.credit import (
     pixel_coordinates,
 )
 from provgen.studies.faithfulness.gradients import (
+    DasWithoutResidual,
     GradientDot,
     GradientFeatures,
     LossGradients,
-    SquaredTrak,
     Target,
     Trak,
 )
@@ -56,7 +56,7 @@ from provgen.tracing.gaussian_process import EVERYTHING, PIXELS_AND_GRADIENTS
 from provgen.tracing.trace import INVERSE_VARIANCE
 from provgen.tracing.tracer import Request
 
-SKETCH_SIZE = 32768
+PROJ_DIM = 32768
 """Columns that gradients are projected to, as published; fewer parameters are kept whole."""
 
 NUM_INFERENCE_STEPS = 50
@@ -70,9 +70,7 @@ SAME_IMAGE = 3
 """Levels of 255 by which two samples of the same noise may differ: another machine rounds otherwise."""
 
 
-def make_methods(
-    trained: TrainedRun, folder: Path, *, num_timesteps: tuple[int, ...]
-) -> dict[str, Attributor]:
+def make_methods(trained: TrainedRun, folder: Path, *, num_timesteps: tuple[int, ...]) -> dict[str, Attributor]:
     """Make every method that can explain a run.
 
     Args:
@@ -94,9 +92,7 @@ def make_methods(
     }
     for name, (make_posterior, num_bytes) in _posteriors(trained).items():
         for along in ALONG:
-            methods[f"{name}, {along}"] = PosteriorAttributor(
-                make_posterior, along=along, num_bytes=num_bytes
-            )
+            methods[f"{name}, {along}"] = PosteriorAttributor(make_posterior, along=along, num_bytes=num_bytes)
     methods |= _variance_methods(trained)
     return methods | _gradient_methods(trained, folder, num_timesteps)
 
@@ -138,9 +134,7 @@ def credit_coordinates(
         finds_coordinates=True,
         finds_gradients=finds_gradients,
     )
-    return NetworkCoordinates(
-        tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS, level_power=level_power
-    )
+    return NetworkCoordinates(tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS, level_power=level_power)
 
 
 def _posteriors(trained: TrainedRun) -> dict[str, tuple[Callable[[ImageSet], StepPosterior], int]]:
@@ -162,9 +156,7 @@ def _closed_form(train: ImageSet) -> StepPosterior:
     return closed_form_steps(ClosedFormPosterior(pixels, train.labels, null_label=train.num_classes))
 
 
-def _gradient_methods(
-    trained: TrainedRun, folder: Path, num_timesteps: tuple[int, ...]
-) -> dict[str, Attributor]:
+def _gradient_methods(trained: TrainedRun, folder: Path, num_timesteps: tuple[int, ...]) -> dict[str, Attributor]:
     unet = trained.pipeline.unet
     scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
     methods: dict[str, Attributor] = {
@@ -174,13 +166,13 @@ def _gradient_methods(
     for steps in num_timesteps:
         for name, target in targets.items():
             gradients = LossGradients(unet, scheduler, target=target, num_timesteps=steps, seed=0)
-            sketch_size = SKETCH_SIZE if gradients.size > SKETCH_SIZE else None
+            proj_dim = PROJ_DIM if gradients.size > PROJ_DIM else None
             store = folder / f"{name.lower()}-{steps}"
-            features = GradientFeatures(gradients, store, sketch_size=sketch_size)
+            features = GradientFeatures(gradients, store, proj_dim=proj_dim)
             if name == "TRAK":
                 methods[f"gradient dot, {steps} timesteps"] = GradientDot(features)
             methods[f"{name}, {steps} timesteps"] = Trak(features)
-            methods[f"{name}, {steps} timesteps, squared"] = SquaredTrak(features)
+            methods[f"{name}, {steps} timesteps, squared"] = DasWithoutResidual(features)
     return methods
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.metrics.statistics import Estimate, mean_estimate, proportion
 from provgen.tracing.noisy_queries import NoisyQueries
-from provgen.tracing.trace import LEAST_SIGNAL
+from provgen.tracing.trace import LEAST_ALPHA_BAR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,7 @@ def plant(train_images: Tensor, count: int, *, bandwidth: float, seed: int) -> P
     generator = torch.Generator().manual_seed(seed)
     parents = torch.randint(len(train_images), (count,), generator=generator)
     noise = torch.randn((count, *train_images.shape[1:]), generator=generator, dtype=train_images.dtype)
-    return PlantedQueries(
-        images=train_images[parents] + bandwidth * noise, parents=parents, bandwidth=bandwidth
-    )
+    return PlantedQueries(images=train_images[parents] + bandwidth * noise, parents=parents, bandwidth=bandwidth)
 
 
 def source_groups(train_images: Tensor) -> Tensor:
@@ -50,9 +48,7 @@ def source_groups(train_images: Tensor) -> Tensor:
     return groups
 
 
-def bayes_hits(
-    planted: PlantedQueries, train_images: Tensor, groups: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def bayes_hits(planted: PlantedQueries, train_images: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Trace as well as can be done: by the exact posterior of the parent's group.
 
     Returns:
@@ -84,9 +80,7 @@ def precision_at(scores: Tensor, parents: Tensor, groups: Tensor, k: int) -> Est
     return proportion(int(hits.sum()), len(hits))
 
 
-def reliability(
-    posterior: Tensor, parents: Tensor, groups: Tensor, edges: Tensor
-) -> list[tuple[Estimate, Estimate]]:
+def reliability(posterior: Tensor, parents: Tensor, groups: Tensor, edges: Tensor) -> list[tuple[Estimate, Estimate]]:
     """Compare what a tracer believes of its first source with how often that is the parent.
 
     Args:
@@ -137,7 +131,7 @@ def ideal_samples(
     images, traced = noise, []
     for timestep in scheduler.timesteps:
         level = scheduler.alphas_cumprod[timestep].to(noise)
-        if level >= LEAST_SIGNAL:
+        if level >= LEAST_ALPHA_BAR:
             traced.append(images)
         probs = closed_form.probs(images, level.expand(len(images)), class_labels)
         denoised = (probs @ closed_form.rows).view_as(images)
@@ -145,7 +139,7 @@ def ideal_samples(
         images = scheduler.step(predicted_noise, timestep, images).prev_sample
     timesteps = scheduler.timesteps[-len(traced) :]
     return images, NoisyQueries(
-        images=torch.stack(traced), timesteps=timesteps, signal=scheduler.alphas_cumprod[timesteps]
+        images=torch.stack(traced), timesteps=timesteps, alpha_bar=scheduler.alphas_cumprod[timesteps]
     )
 
 
@@ -159,9 +153,7 @@ RANKS = (1, FIRST)
 """Numbers of sources that are looked at."""
 
 
-def precision_table(
-    scores: Mapping[str, Tensor], parents: Tensor, groups: Tensor, best: Sequence[Estimate]
-) -> str:
+def precision_table(scores: Mapping[str, Tensor], parents: Tensor, groups: Tensor, best: Sequence[Estimate]) -> str:
     """Lay out how often the parent is the first source, or one of the first five, for every tracer.
 
     Args:

@@ -14,10 +14,10 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
-from provgen.generators.closed_form import Oracle, impossible
-from provgen.models.diffusion import encoder_stages
+from provgen.generators.closed_form import Posterior, impossible
+from provgen.models.diffusion import encoder_feature_maps
 from provgen.models.provenance import ProvenanceNetwork
-from provgen.studies.faithfulness.attributor import AttributionScores, Kept, Queries
+from provgen.studies.faithfulness.attributor import AttributionScores, Cache, Queries
 
 MAX_BYTES = 256 * 2**20
 """Of the (query, train, height, width) array that is held at once."""
@@ -31,9 +31,7 @@ class PatchPosterior:
     patches at its own place.
     """
 
-    def __init__(
-        self, train_images: Tensor, train_labels: Tensor, *, null_label: int, patch_size: int
-    ) -> None:
+    def __init__(self, train_images: Tensor, train_labels: Tensor, *, null_label: int, patch_size: int) -> None:
         """Keep the training set.
 
         Args:
@@ -48,17 +46,17 @@ class PatchPosterior:
         self.null_label = null_label
         self.patch_size = patch_size
 
-    def __call__(self, noisy: Tensor, timestep: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, noisy: Tensor, timestep: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002
         """Give log-probabilities (query, train); see `StepPosterior`."""
         ruled_out = impossible(class_labels, self.labels, self.null_label, None)
         size = max(1, MAX_BYTES // self.images.nbytes)
         batches = zip(noisy.split(size), ruled_out.split(size), strict=True)
-        return torch.cat([self._log_probs(images.to(self.images), signal, out) for images, out in batches])
+        return torch.cat([self._log_probs(images.to(self.images), alpha_bar, out) for images, out in batches])
 
-    def _log_probs(self, noisy: Tensor, signal: Tensor, ruled_out: Tensor) -> Tensor:
-        squares = (noisy[:, None] - signal.sqrt() * self.images).square().sum(dim=2)
+    def _log_probs(self, noisy: Tensor, alpha_bar: Tensor, ruled_out: Tensor) -> Tensor:
+        squares = (noisy[:, None] - alpha_bar.sqrt() * self.images).square().sum(dim=2)
         patches = F.avg_pool2d(squares, self.patch_size, stride=1) * self.patch_size**2
-        logits = -patches / (2 * (1 - signal))
+        logits = -patches / (2 * (1 - alpha_bar))
         logits = logits.masked_fill(ruled_out[:, :, None, None], torch.finfo(logits.dtype).min)
         # In logarithms: at little noise all places of most images underflow, and their order would be lost.
         places = logits.shape[2] * logits.shape[3]
@@ -66,7 +64,7 @@ class PatchPosterior:
 
 
 LOWEST, HIGHEST = (0.01, 0.05, 0.2), (0.5, 0.9, 0.99)
-"""Ends of the windows of signal levels that are tried."""
+"""Ends of the windows of values of alpha_bar that are tried."""
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -79,24 +77,24 @@ OF: tuple[Of, ...] = ("probabilities", "logarithms")
 class StepPosterior(Protocol):
     """log p(i | x_t, y) of one noise level, up to a constant of each query."""
 
-    def __call__(self, noisy: Tensor, timestep: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, noisy: Tensor, timestep: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give logits (query, train) for x_t (query, channel, height, width) with labels (query,)."""
         ...
 
 
-def closed_form_steps(oracle: Oracle) -> StepPosterior:
+def closed_form_steps(closed_form: Posterior) -> StepPosterior:
     """Take the closed form."""
-    return lambda noisy, _, signal, labels: oracle.logits(noisy, signal.expand(len(noisy)), labels)
+    return lambda noisy, _, alpha_bar, labels: closed_form.logits(noisy, alpha_bar.expand(len(noisy)), labels)
 
 
 def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPosterior:
-    """Take the provenance network on the denoiser's stages."""
+    """Take the provenance network on the denoiser's feature maps."""
 
     @torch.no_grad()
-    def logits(noisy: Tensor, timestep: Tensor, signal: Tensor, class_labels: Tensor) -> Tensor:
+    def logits(noisy: Tensor, timestep: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         noisy, labels = noisy.to(unet.device), class_labels.to(unet.device)
-        stages = encoder_stages(unet, noisy, timestep, labels)
-        found: Tensor = provenance.index_logits(stages, signal.to(unet.device).expand(len(noisy)), labels)
+        feature_maps = encoder_feature_maps(unet, noisy, timestep, labels)
+        found: Tensor = provenance.index_logits(feature_maps, alpha_bar.to(unet.device).expand(len(noisy)), labels)
         return found.cpu()
 
     return logits
@@ -106,12 +104,12 @@ def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPoste
 class Average:
     """One way to make one attribution of posteriors at many levels."""
 
-    is_told: bool
+    is_conditional: bool
     """Whether the posteriors are told the query's class, so that other classes have nothing."""
     of: Of
     """What is averaged."""
     low: float
-    """End of the window of signal levels."""
+    """End of the window of values of alpha_bar."""
     high: float
     """Its other end; both are excluded."""
     temperature: float
@@ -120,41 +118,41 @@ class Average:
     @property
     def name(self) -> str:
         """All of it in words."""
-        told = "class told" if self.is_told else "no class told"
-        return f"{told}, {self.of}, {self.low:g} < a_t < {self.high:g}, temperature {self.temperature:g}"
+        told = "conditional" if self.is_conditional else "unconditional"
+        return f"{told}, {self.of}, {self.low:g} < alpha_bar < {self.high:g}, temperature {self.temperature:g}"
 
-    def inside(self, signal: Tensor) -> Tensor:
+    def inside(self, alpha_bar: Tensor) -> Tensor:
         """Say which levels (step,) are in the window, bool (step,)."""
-        return (self.low < signal) & (signal < self.high)
+        return (self.low < alpha_bar) & (alpha_bar < self.high)
 
     def steps_from(self, other: Average) -> int:
         """Count the steps on the grid of what is tried."""
         return (
-            (self.is_told != other.is_told)
+            (self.is_conditional != other.is_conditional)
             + (self.of != other.of)
             + abs(LOWEST.index(self.low) - LOWEST.index(other.low))
             + abs(HIGHEST.index(self.high) - HIGHEST.index(other.high))
             + abs(TEMPERATURES.index(self.temperature) - TEMPERATURES.index(other.temperature))
         )
 
-    def __call__(self, log_probs: Tensor, signal: Tensor) -> Tensor:
+    def __call__(self, log_probs: Tensor, alpha_bar: Tensor) -> Tensor:
         """Average log-posteriors (step, query, train) at levels (step,).
 
         Returns:
             Scores (query, train) that sum to 1 for each query.
         """
-        chosen = log_probs[self.inside(signal)] / self.temperature
+        chosen = log_probs[self.inside(alpha_bar)] / self.temperature
         if self.of == "probabilities":
             return chosen.softmax(dim=2).mean(dim=0)
         return chosen.mean(dim=0).softmax(dim=1)
 
 
 AVERAGES = tuple(
-    Average(is_told, of, low, high, temperature)
-    for is_told, low, high, temperature, of in product((True, False), LOWEST, HIGHEST, TEMPERATURES, OF)
+    Average(is_conditional, of, low, high, temperature)
+    for is_conditional, low, high, temperature, of in product((True, False), LOWEST, HIGHEST, TEMPERATURES, OF)
 )
 
-USUAL = Average(is_told=True, of="probabilities", low=0.05, high=0.9, temperature=1.0)
+DEFAULT = Average(is_conditional=True, of="probabilities", low=0.05, high=0.9, temperature=1.0)
 """What the pipeline calls the posterior of a trace."""
 
 
@@ -193,29 +191,26 @@ class PosteriorAttributor:
         """Ask at every level once, and average in every way, or in the `only` one."""
         is_along = self.along == "trajectory" and queries.trajectory is not None
         noisy = queries.trajectory if is_along and queries.trajectory is not None else queries.noisy
-        wanted = [a for a in AVERAGES if only in (None, a.name) and a.inside(noisy.signal).any()]
-        levels = (
-            torch.stack([average.inside(noisy.signal) for average in wanted]).any(dim=0).nonzero().flatten()
-        )
-        signal = noisy.signal[levels]
+        wanted = [a for a in AVERAGES if only in (None, a.name) and a.inside(noisy.alpha_bar).any()]
+        levels = torch.stack([average.inside(noisy.alpha_bar) for average in wanted]).any(dim=0).nonzero().flatten()
+        alpha_bar = noisy.alpha_bar[levels]
         null = torch.full_like(queries.class_labels, self.null_label)
         named: dict[str, Tensor] = {}
-        for is_told, labels in ((True, queries.class_labels), (False, null)):
-            some = [average for average in wanted if average.is_told == is_told]
+        for is_conditional, labels in ((True, queries.class_labels), (False, null)):
+            some = [average for average in wanted if average.is_conditional == is_conditional]
             if some:
                 logits = [
-                    self.posterior(noisy.images[n], noisy.timesteps[n], noisy.signal[n], labels)
-                    for n in levels
+                    self.posterior(noisy.images[n], noisy.timesteps[n], noisy.alpha_bar[n], labels) for n in levels
                 ]
                 log_probs = torch.stack([given.float().log_softmax(dim=1) for given in logits])
-                named |= {average.name: average(log_probs, signal) for average in some}
-        steps = {average.name: average.steps_from(USUAL) for average in wanted}
+                named |= {average.name: average(log_probs, alpha_bar) for average in some}
+        steps = {average.name: average.steps_from(DEFAULT) for average in wanted}
         return AttributionScores(
             values=torch.stack(list(named.values())),
             settings=tuple(named),
-            steps_from_usual=tuple(steps[name] for name in named),
+            distance_to_default=tuple(steps[name] for name in named),
         )
 
-    def kept(self) -> Kept:
+    def kept(self) -> Cache:
         """Pixels, or the provenance network."""
-        return Kept(num_bytes=self.num_bytes)
+        return Cache(num_bytes=self.num_bytes)

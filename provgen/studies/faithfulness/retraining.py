@@ -56,23 +56,23 @@ class Retrained:
 
 
 class RetrainedFolder:
-    """made_of.json, masks.npz, queries.npz, and a small file for every model, each whole or not there."""
+    """fingerprint.json, masks.npz, queries.npz, and a small file for every model, each whole or not there."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def start(self, masks: Tensor, queries: Mapping[str, QueryImages], made_of: Mapping[str, Any]) -> None:
+    def start(self, masks: Tensor, queries: Mapping[str, QueryImages], fingerprint: Mapping[str, Any]) -> None:
         """Start the folder, or go on with it.
 
         Args:
             masks: bool (subset, train); a folder may be started again with more or fewer subsets.
             queries: By kind; those that are there already stay.
-            made_of: What the models are of.
+            fingerprint: What the models are of.
 
         Raises:
             InputError: There are models of something else in it.
         """
-        claim_folder(self.root, made_of)
+        claim_folder(self.root, fingerprint)
         if not (self.root / "queries.npz").is_file():
             arrays = {f"{k}_{name}": v.numpy() for k in KINDS for name, v in vars(queries[k]).items()}
             self._write(self.root / "queries.npz", **arrays)
@@ -263,7 +263,7 @@ def as_image_set(queries: QueryImages, train: ImageSet) -> ImageSet:
     )
 
 
-def made_of(settings: Settings, **more: Any) -> dict[str, Any]:
+def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     """Say what models depend on, so that those of other settings are never mixed with them."""
     free = MAY_CHANGE - {"training.max_steps"}
     return {**{key: value for key, value in flat_settings(settings).items() if key not in free}, **more}

@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 """A row of what `faithfulness_table.write_parquet` writes."""
 
 TITLES = {"generated": "generated images", "holdout": "held-out images"}
-WITH_NETWORK = ("calibrated trace, trajectory", "calibrated trace, noised", "mixture")
+WITH_NETWORK = ("calibrated trace, trajectory", "calibrated trace, noised", "ensemble")
 """What uses the provenance network without saying so."""
 
 
@@ -49,9 +49,7 @@ def _plot_kind(axes: Axes, rows: Sequence[Row]) -> None:
     if (ceiling := rows[0]["noise_ceiling"]) is not None:
         axes.axvline(ceiling, color=INK, linewidth=1, linestyle="--")
         axes.axvspan(rows[0]["noise_ceiling low"], rows[0]["noise_ceiling high"], color=INK, alpha=0.07)
-        axes.annotate(
-            "noise ceiling", (ceiling, 0), rotation=90, ha="right", va="bottom", fontsize=7.5, color=INK
-        )
+        axes.annotate("noise ceiling", (ceiling, 0), rotation=90, ha="right", va="bottom", fontsize=7.5, color=INK)
 
 
 def _uses_network(method: str) -> bool:
@@ -109,7 +107,7 @@ def faithfulness_section(rows: Sequence[Row]) -> tuple[Section, list[Metric]]:
             row["lds"],
             row["lds low"],
             row["lds high"],
-            null=0.0,
+            baseline=0.0,
             ceiling=row["noise_ceiling"],
             n=row["subsets"],
             kind="counterfactual",

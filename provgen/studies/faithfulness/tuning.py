@@ -55,9 +55,7 @@ class Split:
         return cls(subsets=is_first, queries=order < max(1, num_queries // 4))
 
 
-def tune(
-    scores: Mapping[str, AttributionScores], masks: Tensor, outputs: Mapping[str, Tensor], split: Split
-) -> str:
+def tune(scores: Mapping[str, AttributionScores], masks: Tensor, outputs: Mapping[str, Tensor], split: Split) -> str:
     """Choose by the LDS on the calibration part, mean over kinds of queries.
 
     The setting with the largest is not taken, but the one nearest to a method's usual setting that is not worse by
@@ -74,15 +72,13 @@ def tune(
     wanted = {kind: outputs[kind][split.queries][:, split.subsets] for kind in scores}
     some = next(iter(scores.values()))
     means = {
-        name: float(
-            np.mean([datamodeling_scores(predicted[kind][name], wanted[kind]).mean() for kind in scores])
-        )
+        name: float(np.mean([datamodeling_scores(predicted[kind][name], wanted[kind]).mean() for kind in scores]))
         for name in some.settings
     }
     best = max(means, key=lambda name: means[name])
     errors = _standard_errors(predicted, wanted, best)
     good = [name for name in some.settings if means[best] - means[name] <= errors[name]]
-    steps = dict(zip(some.settings, some.steps_from_usual, strict=True))
+    steps = dict(zip(some.settings, some.distance_to_default, strict=True))
     return min(good, key=lambda name: (steps[name], -means[name]))
 
 
@@ -91,21 +87,15 @@ def _standard_errors(
 ) -> dict[str, float]:
     """Give the standard error of by how much the best setting is better than each, by name."""
     # The same seed draws the same subsets for all kinds.
-    draws = [
-        LdsComparison(predicted[kind], wanted[kind], seed=0, resamples=RESAMPLES).draws for kind in wanted
-    ]
-    return {
-        name: float(np.mean([found[best] - found[name] for found in draws], axis=0).std())
-        for name in draws[0]
-    }
+    draws = [LdsComparison(predicted[kind], wanted[kind], seed=0, resamples=RESAMPLES).draws for kind in wanted]
+    return {name: float(np.mean([found[best] - found[name] for found in draws], axis=0).std()) for name in draws[0]}
 
 
 def _predictions(scores: AttributionScores, masks: Tensor, split: Split) -> dict[str, Tensor]:
     """Give what every setting predicts of the calibration part, (query, subset) by name."""
     seen = scores.values[:, split.queries]
     return {
-        name: predicted_outputs(some, masks[split.subsets])
-        for name, some in zip(scores.settings, seen, strict=True)
+        name: predicted_outputs(some, masks[split.subsets]) for name, some in zip(scores.settings, seen, strict=True)
     }
 
 
@@ -160,7 +150,7 @@ RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Ensemble:
     """Weights of kinds of evidence, none negative, that sum to 1."""
 
     weights: Mapping[str, float]
@@ -181,7 +171,7 @@ def standardised(scores: Tensor) -> Tensor:
     return torch.where(deviation > 0, centred / deviation.clamp_min(1e-300), 0.0)
 
 
-def fit_mixture(evidence: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -> Mixture:
+def fit_ensemble(evidence: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -> Ensemble:
     """Fit how much of each kind predicts the outputs of subset models best, by non-negative least squares.
 
     Args:
@@ -203,7 +193,7 @@ def fit_mixture(evidence: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) 
     found, _ = nnls(left, right)
     total = found.sum()
     weights = found / total if total > 0 else np.full(count, 1 / count)
-    return Mixture(dict(zip(evidence, map(float, weights), strict=True)))
+    return Ensemble(dict(zip(evidence, map(float, weights), strict=True)))
 
 
 def _centred(values: Tensor) -> Tensor:

@@ -84,14 +84,12 @@ class SweepCurves:
     overall: Mapping[str, Estimate]
     """AUROC by predictor, of all sizes together at the last step."""
     early: Mapping[int, Sequence[tuple[float, Estimate]]]
-    """AUROC of the entropy at every sampling step by size, with a_t."""
-    redrawing: Mapping[int, Mapping[float, tuple[Estimate, Estimate]]]
-    """What drawing again does (`redraw_effect`), by size, then by bound."""
+    """AUROC of the entropy at every sampling step by size, with alpha_bar."""
+    resampling: Mapping[int, Mapping[float, tuple[Estimate, Estimate]]]
+    """What resampling does (`redraw_effect`), by size, then by bound."""
 
 
-def curve_point(
-    models: Sequence[Measured], halves: Sequence[tuple[Measured, Measured]]
-) -> dict[str, Estimate]:
+def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Measured]]) -> dict[str, Estimate]:
     """Summarise the models of one size at one step.
 
     Args:
@@ -105,9 +103,7 @@ def curve_point(
     }
     if halves:
         point["halves_agreement"] = _agreement(halves)
-    seen, unseen = (
-        [model[name].mean(dim=1) for model in models] for name in ("train_losses", "holdout_losses")
-    )
+    seen, unseen = ([model[name].mean(dim=1) for model in models] for name in ("train_losses", "holdout_losses"))
     point |= {"train_loss": _mean(seen), "holdout_loss": _mean(unseen), "loss_ratio": _ratio(unseen, seen)}
     point["divergence"] = _mean([model["divergence"].mean(dim=1) for model in models])
     for name in ("entropy", "closed_form_entropy"):
@@ -121,9 +117,7 @@ def curve_point(
     return point
 
 
-def copy_prediction(
-    models: Sequence[Measured], *, within: bool = False, pooled: bool = False
-) -> dict[str, Estimate]:
+def copy_prediction(models: Sequence[Measured], *, within: bool = False, pooled: bool = False) -> dict[str, Estimate]:
     """Say how well each predictor of a trace tells copies under the 1/3 rule from other samples: AUROC by name.
 
     Entropy and commitment count as telling where they are small, the top posterior where it is large. Nothing where
@@ -154,33 +148,31 @@ def _strata(models: Sequence[Measured]) -> Tensor:
 
 
 def early_prediction(models: Sequence[Measured]) -> list[tuple[float, Estimate]]:
-    """Say how well the entropy at every sampling step tells copies: (a_t, AUROC), from noise to image."""
+    """Say how well the entropy at every sampling step tells copies: (alpha_bar, AUROC), from noise to image."""
     if not all("step_entropy" in model for model in models):
         return []
-    levels = models[0]["signal"].tolist()
+    levels = models[0]["alpha_bar"].tolist()
     found = [
         (
             level,
-            _auroc(
-                models, [-model["step_entropy"][:, place] for model in models], within=False, resamples=200
-            ),
+            _auroc(models, [-model["step_entropy"][:, place] for model in models], within=False, resamples=200),
         )
         for place, level in enumerate(levels)
     ]
     return [(level, estimate) for level, estimate in found if estimate is not None]
 
 
-def redrawn_names(below: float) -> tuple[str, str]:
-    """Name what is measured of samples that were drawn again below a bound: distance ratios and redraws."""
-    return f"ratio_below_{below:g}", f"redraws_below_{below:g}"
+def resampled_names(below: float) -> tuple[str, str]:
+    """Name what is measured of samples that were resampled below a bound: distance ratios and redraws."""
+    return f"ratio_below_{below:g}", f"resamplings_below_{below:g}"
 
 
-def redraw_effect(models: Sequence[Measured], *, below: float) -> tuple[Estimate, Estimate]:
-    """Give the share of copies among samples that were drawn again below a bound, and the draws a sample took."""
-    ratio, redraws = redrawn_names(below)
+def resampling_effect(models: Sequence[Measured], *, below: float) -> tuple[Estimate, Estimate]:
+    """Give the share of copies among samples that were resampled below a bound, and the draws a sample took."""
+    ratio, resamplings = resampled_names(below)
     return (
         _share_below([model[ratio] for model in models]),
-        _mean([1 + model[redraws].double() for model in models]),
+        _mean([1 + model[resamplings].double() for model in models]),
     )
 
 
@@ -196,7 +188,7 @@ def _telling(name: str, model: Measured) -> Tensor:
 
 
 def _late_entropy(model: Measured, who: str = "") -> Tensor:
-    return model[f"{who}step_entropy"][:, late_level(model["signal"].tolist())]
+    return model[f"{who}step_entropy"][:, late_level(model["alpha_bar"].tolist())]
 
 
 def _mean(by_model: Sequence[Tensor]) -> Estimate:
@@ -212,9 +204,7 @@ def _share_below(by_model: Sequence[Tensor]) -> Estimate:
     if len(by_model) < FEWEST_MODELS:
         return pooled
     over = _mean([ratios < MEMORIZED for ratios in by_model])
-    return Estimate(
-        over.value, max(0.0, min(pooled.low, over.low)), min(1.0, max(pooled.high, over.high)), over.n
-    )
+    return Estimate(over.value, max(0.0, min(pooled.low, over.low)), min(1.0, max(pooled.high, over.high)), over.n)
 
 
 def _agreement(halves: Sequence[tuple[Measured, Measured]]) -> Estimate:
@@ -237,9 +227,7 @@ def _ratio(above: Sequence[Tensor], below: Sequence[Tensor]) -> Estimate:
     return ratio_estimate(torch.stack(list(above)).mean(dim=0), torch.cat(list(below)), seed=0)
 
 
-def _auroc(
-    models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool, resamples: int
-) -> Estimate | None:
+def _auroc(models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool, resamples: int) -> Estimate | None:
     """Say how well scores tell copies from other samples; None where there are too few of either kind.
 
     Where enough models have both kinds, the mean of theirs with an interval over trainings; else of all pooled.

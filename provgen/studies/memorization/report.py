@@ -58,7 +58,7 @@ def onset(curves: SweepCurves, name: str) -> float | None:
 
 
 def sweep_tables(curves: SweepCurves) -> dict[str, Table]:
-    """Lay out what was measured at the last step, the prediction of copies, and drawing again, by name."""
+    """Lay out what was measured at the last step, the prediction of copies, and resampling, by name."""
     tables = {"sweep": _points_table(curves)}
     if curves.predictions:
         tables["prediction"] = _prediction_table(
@@ -69,8 +69,8 @@ def sweep_tables(curves: SweepCurves) -> dict[str, Table]:
         tables["within"] = _prediction_table(
             curves.within, "AUROC of telling copies from other samples of the same generator and class."
         )
-    if curves.redrawing:
-        tables["redrawing"] = _redrawing_table(curves)
+    if curves.resampling:
+        tables["resampling"] = _resampling_table(curves)
     return tables
 
 
@@ -84,8 +84,7 @@ def onsets_in_words(curves: SweepCurves) -> list[str]:
     ends = (("memorization ends", "share_memorized"), ("generalization begins", "halves_agreement"))
     places = [(what, onset(curves, name)) for what, name in ends]
     return [
-        f"{what} (half) at {place:.0f} images" if place else f"{what}: not within these sizes"
-        for what, place in places
+        f"{what} (half) at {place:.0f} images" if place else f"{what}: not within these sizes" for what, place in places
     ]
 
 
@@ -93,8 +92,7 @@ def _points_table(curves: SweepCurves) -> Table:
     first, *others = [(name, title.lower()) for name, title, _ in PANELS]
     columns = [first, ("share_memorized_holdout", "held-out copies"), *others]
     rows: list[list[TableCell]] = [
-        [str(size), *(_text(point.get(name)) for name, _ in columns)]
-        for size, point in last_points(curves).items()
+        [str(size), *(_text(point.get(name)) for name, _ in columns)] for size, point in last_points(curves).items()
     ]
     return Table(
         ["images", *(title for _, title in columns)],
@@ -110,16 +108,16 @@ def _prediction_table(predictions: Mapping[Any, Mapping[str, Estimate]], note: s
     return Table(["images", *map(str, predictions)], rows, note)
 
 
-def _redrawing_table(curves: SweepCurves) -> Table:
-    bounds = next(iter(curves.redrawing.values()))
+def _resampling_table(curves: SweepCurves) -> Table:
+    bounds = next(iter(curves.resampling.values()))
     rows: list[list[TableCell]] = []
-    for size, found in curves.redrawing.items():
+    for size, found in curves.resampling.items():
         cells = [f"{_text(left)}, {_text(draws)} draws" for left, draws in found.values()]
         rows.append([str(size), _text(last_points(curves)[size]["share_memorized"]), *cells])
     return Table(
         ["images", "as drawn", *(f"below {below:g}" for below in bounds)],
         rows,
-        "Copies left, and draws for each sample, where samples with less late entropy (nats) are drawn again.",
+        "Copies left, and draws for each sample, where samples with less late entropy (nats) are resampled.",
     )
 
 
@@ -158,9 +156,9 @@ SECTIONS = {
         "1/3 rule from others of generators of the same size. Sizes with fewer than 5 of either kind are left out.",
         "Bands: 95 % intervals. 0.5 is guessing.",
     ),
-    "redrawing": (
-        "What does drawing again cost and prevent?",
-        "The same samples, but those whose late entropy is below a bound were drawn again, up to four times.",
+    "resampling": (
+        "What does resampling cost and prevent?",
+        "The same samples, but those whose late entropy is below a bound were resampled, up to four times.",
         "Each line begins at the samples as they were drawn first; then one point for every bound, the smallest first.",
     ),
 }
@@ -187,8 +185,8 @@ def write_sweep_report(root: Path, curves: SweepCurves) -> str:
     with atomic_path(root / "sweep.md") as partial:
         partial.write_text(text, encoding="utf-8")
     figures = {"sweep": plot_sweep(curves), "time": plot_time(curves), "prediction": plot_prediction(curves)}
-    if curves.redrawing:
-        figures["redrawing"] = plot_redrawing(curves)
+    if curves.resampling:
+        figures["resampling"] = plot_resampling(curves)
     for name, figure in figures.items():
         with atomic_path(root / f"{name}.png") as partial:
             figure.savefig(partial, format="png", dpi=110)
@@ -255,22 +253,20 @@ def plot_prediction(curves: SweepCurves) -> Figure:
         color = str(0.75 * number / max(1, len(curves.early) - 1))
         levels = [level for level, _ in found]
         axes.plot(levels, [estimate.value for _, estimate in found], color=color, label=f"{size} images")
-        axes.fill_between(
-            levels, [e.low for _, e in found], [e.high for _, e in found], color=color, alpha=0.15
-        )
+        axes.fill_between(levels, [e.low for _, e in found], [e.high for _, e in found], color=color, alpha=0.15)
     axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
-    label_axes(axes, "signal level $a_t$ (0 noise, 1 image)", "AUROC", "Which samples will be copies?")
+    label_axes(axes, "$\\bar\\alpha_t$ (0 noise, 1 image)", "AUROC", "Which samples will be copies?")
     if curves.early:
         axes.legend(fontsize=8, frameon=False)
     return figure
 
 
-def plot_redrawing(curves: SweepCurves) -> Figure:
+def plot_resampling(curves: SweepCurves) -> Figure:
     """Plot the share of copies that is left against the draws of a sample, from samples drawn once on."""
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")
     axes = figure.subplots()
-    for number, (size, found) in enumerate(curves.redrawing.items()):
-        color = str(0.75 * number / max(1, len(curves.redrawing) - 1))
+    for number, (size, found) in enumerate(curves.resampling.items()):
+        color = str(0.75 * number / max(1, len(curves.resampling) - 1))
         shares = [last_points(curves)[size]["share_memorized"], *(left for left, _ in found.values())]
         ends = [[e.value - e.low for e in shares], [e.high - e.value for e in shares]]
         places = [1.0, *(draws.value for _, draws in found.values())]
@@ -283,14 +279,12 @@ def plot_redrawing(curves: SweepCurves) -> Figure:
             markersize=3,
             label=f"{size}",
         )
-    label_axes(axes, "draws of a sample", "share under the 1/3 rule", "Copies left by drawing again")
+    label_axes(axes, "draws of a sample", "share under the 1/3 rule", "Copies left by resampling")
     axes.legend(title="images", fontsize=7, title_fontsize=7, frameon=False)
     return figure
 
 
-def _draw(
-    axes: Axes, points: Mapping[int, Mapping[str, Estimate]], name: str, color: str, label: str
-) -> None:
+def _draw(axes: Axes, points: Mapping[int, Mapping[str, Estimate]], name: str, color: str, label: str) -> None:
     there = {size: point[name] for size, point in points.items() if name in point}
     values = [estimate.value for estimate in there.values()]
     ends = [
@@ -298,6 +292,4 @@ def _draw(
         [estimate.high - estimate.value for estimate in there.values()],
     ]
     if there:
-        axes.errorbar(
-            list(there), values, yerr=ends, color=color, marker="o", markersize=4, capsize=2, label=label
-        )
+        axes.errorbar(list(there), values, yerr=ends, color=color, marker="o", markersize=4, capsize=2, label=label)

@@ -26,8 +26,8 @@ from provgen.studies.memorization.curves import (
     copy_prediction,
     curve_point,
     early_prediction,
-    redraw_effect,
-    redrawn_names,
+    resampled_names,
+    resampling_effect,
 )
 from provgen.tracing.attribution import Attribution
 from provgen.training.trainer import CoTrainer
@@ -36,7 +36,7 @@ MAX_LOSSES = 200
 """Training images, and held-out ones, that losses are measured on."""
 
 BOUNDS = (1e-4, 1e-3, 1e-2)
-"""Of the late entropy in nats, below which samples are drawn again."""
+"""Of the late entropy in nats, below which samples are resampled."""
 
 Arrays = dict[str, Any]
 """NumPy arrays by name."""
@@ -118,7 +118,7 @@ def measure(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images
     return {name: values.cpu().numpy() for name, values in arrays.items()}
 
 
-def measure_redrawn(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images: int) -> Arrays:
+def measure_resampled(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images: int) -> Arrays:
     """Generate the same images again, but draw once more what has less late entropy than each of `BOUNDS`.
 
     Returns:
@@ -130,11 +130,9 @@ def measure_redrawn(trainer: CoTrainer, settings: Settings, data: RunData, *, nu
     pipeline = evaluation.make_pipeline(trainer, settings, data)
     arrays: Arrays = {}
     for below in BOUNDS:
-        made = evaluation.sample(pipeline, settings, data, count=num_images, redraw_below=below)
-        found = (_ratios(made.images, data.train), made.redraws)
-        arrays |= {
-            name: values.cpu().numpy() for name, values in zip(redrawn_names(below), found, strict=True)
-        }
+        made = evaluation.sample(pipeline, settings, data, count=num_images, resample_below=below)
+        found = (_ratios(made.images, data.train), made.resamplings)
+        arrays |= {name: values.cpu().numpy() for name, values in zip(resampled_names(below), found, strict=True)}
     return arrays
 
 
@@ -149,7 +147,7 @@ def _trace(attribution: Attribution) -> dict[str, Tensor]:
         "top": attribution.posterior[:, 0],
         "commitment": attribution.commitment_step,
         "step_entropy": attribution.step_entropy,
-        "signal": attribution.signal,
+        "alpha_bar": attribution.alpha_bar,
     }
 
 
@@ -178,8 +176,8 @@ def curves(folder: SweepFolder, models: Sequence[SweepModel], steps: Sequence[in
         within={size: copy_prediction(some, within=True) for size, some in last.items() if predictions[size]},
         overall=copy_prediction([model for some in last.values() for model in some], pooled=True),
         early={size: found for size, found in early.items() if found},
-        redrawing={
-            size: {below: redraw_effect(some, below=below) for below in BOUNDS}
+        resampling={
+            size: {below: resampling_effect(some, below=below) for below in BOUNDS}
             for size, some in last.items()
             if all("entropy" in model for model in some)
         },

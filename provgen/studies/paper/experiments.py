@@ -71,9 +71,7 @@ def read_description(path: Path, *, quick: bool) -> Description:
     small = _mapping(path, "quick", content.pop("quick", {}))
     _require_known(path, "quick.", small, QUICK_KEYS)
     if quick:
-        small["settings"] = _mapping(path, "settings", content.get("settings", {})) | small.get(
-            "settings", {}
-        )
+        small["settings"] = _mapping(path, "settings", content.get("settings", {})) | small.get("settings", {})
         content |= small | {"title": f"{content.get('title')} (quick)"}
     return _description(path, content)
 
@@ -276,9 +274,7 @@ class VariantRun:
         return {**head, **self.variant.values, **measured}
 
 
-def load_experiment(
-    path: Path, configs: Path, *, quick: bool = False, overrides: Sequence[str] = ()
-) -> Experiment:
+def load_experiment(path: Path, configs: Path, *, quick: bool = False, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment and check the settings of every variant.
 
     Args:
@@ -309,9 +305,7 @@ def load_experiment(
     _require_distinct(path, variants)
     if not quick:
         _require_matches(path, variants, description)
-    return Experiment(
-        name=path.stem, config=config, common=common, description=description, variants=tuple(variants)
-    )
+    return Experiment(name=path.stem, config=config, common=common, description=description, variants=tuple(variants))
 
 
 def _combinations(description: Description) -> list[tuple[str, Values]]:
@@ -326,16 +320,12 @@ def _combinations(description: Description) -> list[tuple[str, Values]]:
     return found
 
 
-def _refuse_varied(
-    path: Path, varied: Sequence[str], description: Description, overrides: Sequence[str]
-) -> None:
+def _refuse_varied(path: Path, varied: Sequence[str], description: Description, overrides: Sequence[str]) -> None:
     """Refuse settings that would make variants alike, and those that the driver sets."""
     given = [override.partition("=")[0] for override in overrides]
     for key in OF_THE_DRIVER:
         if key in {*varied, *description.settings, *given}:
-            raise InputError(
-                f"{path.name}: {key} is different in every run, and cannot be set for all of them"
-            )
+            raise InputError(f"{path.name}: {key} is different in every run, and cannot be set for all of them")
     for key in varied:
         if key in given:
             raise InputError(f"{path.name}: {key} is what varies here, so it cannot be set for all variants")
@@ -346,9 +336,7 @@ def _require_varied(path: Path, varied: Sequence[str], description: Description)
     axes = [*([] if description.x is None else [description.x]), *description.lines]
     for key in axes + [key for claim in description.claims for key in (claim.along, *claim.where)]:
         if key not in varied:
-            raise InputError(
-                f"{path.name}: {key} does not vary; x, lines and claims name {', '.join(varied)}"
-            )
+            raise InputError(f"{path.name}: {key} does not vary; x, lines and claims name {', '.join(varied)}")
     mixed = [key for key in varied if key not in axes]
     if description.x is not None and mixed:
         raise InputError(f"{path.name}: {mixed[0]} varies and is neither x nor in lines; add it to lines")
@@ -386,9 +374,7 @@ def _changed(path: Path, name: str, base: Settings, own: Values) -> Settings:
     try:
         for key, override in zip(own, _pairs(own), strict=True):
             section, _, field = key.partition(".")
-            base = replace(
-                base, **{section: replace(getattr(base, section), **{field: _typed(key, override)})}
-            )
+            base = replace(base, **{section: replace(getattr(base, section), **{field: _typed(key, override)})})
     except InputError as error:
         raise InputError(f"{path.name}, variant {name}: {error}") from error
     return base

@@ -42,9 +42,7 @@ def make_panels(count: int, *, height: float, wide: float, left: float = 0.0) ->
     """Make a figure with panels of equal size, in rows of three; sizes in inches."""
     columns = min(count, PANELS_PER_ROW)
     rows = math.ceil(count / columns)
-    figure = Figure(
-        figsize=(wide * columns + left, height * rows + 0.35), layout="constrained", facecolor="white"
-    )
+    figure = Figure(figsize=(wide * columns + left, height * rows + 0.35), layout="constrained", facecolor="white")
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
@@ -117,9 +115,7 @@ def _draw_row(axes: Axes, values: Sequence[float], height: int) -> None:
     """Draw every seed faintly, and the mean with its interval."""
     if values:
         found = mean_over_seeds(values)
-        axes.plot(
-            values, [height] * len(values), color=BLUE, marker="o", markersize=3, alpha=0.35, linestyle=""
-        )
+        axes.plot(values, [height] * len(values), color=BLUE, marker="o", markersize=3, alpha=0.35, linestyle="")
         axes.errorbar(
             found.value,
             height,
@@ -132,9 +128,7 @@ def _draw_row(axes: Axes, values: Sequence[float], height: int) -> None:
         )
 
 
-def _draw_strokes(
-    axes: Axes, groups: Mapping[str, Sequence[Row]], metric: str
-) -> tuple[dict[str, Line2D], list[str]]:
+def _draw_strokes(axes: Axes, groups: Mapping[str, Sequence[Row]], metric: str) -> tuple[dict[str, Line2D], list[str]]:
     """Draw what a metric is measured against as an upright stroke in every row; what is far off, say in words."""
     legend, written = {}, []
     found = [mean_over_seeds(values) for group in groups.values() if (values := numbers_of(group, metric))]
@@ -293,9 +287,7 @@ def _is_even_in_logarithms(numbers: Sequence[float]) -> bool:
     return max(logarithmic) / min(logarithmic) < max(plain) / min(plain)
 
 
-def plot_variants(
-    rows: Sequence[Row], metrics: Sequence[str], *, x: str | None, lines: Sequence[str]
-) -> Figure:
+def plot_variants(rows: Sequence[Row], metrics: Sequence[str], *, x: str | None, lines: Sequence[str]) -> Figure:
     """Plot metrics with 95 % t intervals over seeds, and dashed what each is measured against.
 
     Args:

@@ -42,9 +42,7 @@ def trend(xs: Sequence[float], ys: Sequence[Sequence[float]]) -> Trend:
     if len(grid) < 2 or len(np.unique(grid)) < len(grid):
         raise InputError(f"a trend needs at least two x, all different, got {list(xs)}")
     if curves.ndim != 2 or curves.shape[1] != len(grid) or not len(curves):
-        raise InputError(
-            f"a trend over {len(grid)} x needs curves of (seed, {len(grid)}), got {curves.shape}"
-        )
+        raise InputError(f"a trend over {len(grid)} x needs curves of (seed, {len(grid)}), got {curves.shape}")
     if not (np.isfinite(grid).all() and np.isfinite(curves).all()):
         raise InputError("a trend needs finite values, got NaN or infinity; leave out the runs that failed")
     differences = curves[:, grid.argmax()] - curves[:, grid.argmin()]
@@ -98,8 +96,7 @@ class Claim:
     def is_about(self, values: Row) -> bool:
         """Whether a variant, or a run of it, is one of those it is about."""
         return all(
-            values[key] in (wanted if isinstance(wanted, list) else [wanted])
-            for key, wanted in self.where.items()
+            values[key] in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in self.where.items()
         )
 
 
@@ -209,9 +206,7 @@ def _with_interval(found: Estimate, form: str) -> str:
     return value if math.isnan(found.low) else f"{value} [{found.low:{form}}, {found.high:{form}}]"
 
 
-def findings_page(
-    title: str, question: str, facts: str, claims: Sequence[Claim], findings: Sequence[Finding]
-) -> str:
+def findings_page(title: str, question: str, facts: str, claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
     """Write the Markdown page of an experiment: its question, and what became of every claim."""
     return f"# {title}\n\n{question}\n\n{facts}.\n\n{findings_text(claims, findings)}"
 

@@ -18,6 +18,7 @@ from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
 from provgen import build, evaluation
+from provgen.data.batches import fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
@@ -31,7 +32,6 @@ from provgen.settings import Settings, flat_settings
 from provgen.settings_file import load_settings
 from provgen.tracing.attribution import Attribution
 from provgen.tracing.trace import WINDOW
-from provgen.training.batches import fixed_batches
 from provgen.training.checkpoint import resume_latest
 from provgen.training.logging import read_metrics
 from provgen.training.trainer import CoTrainer
@@ -88,8 +88,8 @@ SAMPLES = 200
 HALF_A_NAT = 0.5
 """The gap for which the first step is reported from which on it is never reached again."""
 
-PROBE_SIGNAL = 0.9
-"""Signal level at which features of a denoiser are probed."""
+PROBE_ALPHA_BAR = 0.9
+"""alpha_bar at which features of a denoiser are probed."""
 
 MAX_PROBED = 4000
 """Images of either set whose features are probed."""
@@ -108,7 +108,7 @@ def measure_run(folder: RunFolder) -> Row:
 
     Returns:
         Metrics by name, None where one does not apply; a bound has the metric's name with `_ceiling` or
-        `_closed_form`, guessing with `_null`. docs/metrics.md defines them.
+        `_closed_form`, guessing with `_baseline`. docs/metrics.md defines them.
     """
     settings = load_settings(folder.config, [])
     accelerator = build.make_accelerator(settings)
@@ -209,19 +209,19 @@ def _stepper(settings: Settings, data: build.RunData) -> Callable[[int], None]:
 
 
 def _index_metrics(logged: list[dict[str, Any]]) -> Row:
-    """Average the last evaluation over the levels inside the trace window, null rows."""
+    """Average the last evaluation over the levels inside the trace window, unconditional rows."""
     evaluations = [line for line in logged if "index_quality" in line]
     last = evaluations[-1]
-    rows = [quality for quality in last["index_quality"] if quality["rows"] == "null"]
-    inside = [quality for quality in rows if WINDOW[0] < quality["signal"] < WINDOW[1]] or rows
+    rows = [quality for quality in last["index_quality"] if quality["rows"] == "unconditional"]
+    inside = [quality for quality in rows if WINDOW[0] < quality["alpha_bar"] < WINDOW[1]] or rows
     names = ("top1", "top1_ceiling", "top5", "top5_ceiling")
     row: Row = {f"index_{name}": _mean(inside, name) for name in names}
     row |= {name: _mean(inside, name) for name in ("cross_entropy", "cross_entropy_ceiling")}
-    above = [line["step"] for line in evaluations if line["kl_gap_null"] >= HALF_A_NAT]
+    above = [line["step"] for line in evaluations if line["kl_gap_unconditional"] >= HALF_A_NAT]
     reached = [line["step"] for line in evaluations if line["step"] > max(above, default=0)]
     return row | {
-        "kl_gap": last["kl_gap_null"],
-        "kl_gap_labelled": last.get("kl_gap_labelled"),
+        "kl_gap": last["kl_gap_unconditional"],
+        "kl_gap_conditional": last.get("kl_gap_conditional"),
         "steps_to_gap_half": min(reached, default=None),
         "beam_recall10": last.get("beam_recall10"),
     }
@@ -236,14 +236,10 @@ def _class_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData) 
     if not (data.holdout.labels < data.train.num_classes).any():
         return {}
     network = evaluation.averaged_posterior(trainer)
-    measured = evaluation.class_qualities(
-        network, settings, data.train, _some_labelled(data.holdout, MAX_TRACED)
-    )
+    measured = evaluation.class_qualities(network, settings, data.train, _some_labelled(data.holdout, MAX_TRACED))
     rows = [quality.as_row() for quality in measured.values()]
     names = [
-        name
-        for name, value in rows[0].items()
-        if isinstance(value, float) and not name.endswith(("_low", "_high"))
+        name for name, value in rows[0].items() if isinstance(value, float) and not name.endswith(("_low", "_high"))
     ]
     return {name: _mean(rows, name) for name in names}
 
@@ -267,12 +263,11 @@ def _sample_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData)
     pipeline = evaluation.make_pipeline(trainer, settings, data)
     sampled = evaluation.sample(pipeline, settings, data, count=SAMPLES)
     train, holdout, generated = (
-        to_unit_range(images).flatten(1)
-        for images in (data.train.images, data.holdout.images, sampled.images)
+        to_unit_range(images).flatten(1) for images in (data.train.images, data.holdout.images, sampled.images)
     )
     distinct = distinct_rows(train)
     row: Row = {}
-    for end, images in (("", generated), ("_null", holdout)):
+    for end, images in (("", generated), ("_baseline", holdout)):
         if len(images):
             found = nearest(images, distinct, 2)
             row[f"share_memorized{end}"] = share_memorized(distance_ratio(found)).value
@@ -282,18 +277,18 @@ def _sample_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData)
     realism = -nearest(generated, holdout, 1).distances[:, 0]
     row["confidence_realism"] = _confidence_with(realism, sampled.attribution)
     row["confidence_realism_closed_form"] = _confidence_with(realism, sampled.closed_form)
-    return row | {"confidence_realism_null": _confidence_null(pipeline, data.holdout)}
+    return row | {"confidence_realism_baseline": _confidence_baseline(pipeline, data.holdout)}
 
 
 def _confidence_with(realism: Tensor, sources: Attribution) -> float:
     return float(spearmanr(-sources.entropy.double(), realism).statistic)
 
 
-def _confidence_null(pipeline: ProvenancePipeline, holdout: ImageSet) -> float:
+def _confidence_baseline(pipeline: ProvenancePipeline, holdout: ImageSet) -> float:
     """Correlate the same for images that are real: as many held-out ones, each with the nearest other one."""
     chosen = stratified_subset(holdout.labels, SAMPLES, seed=0)
     labels = [
-        int(label) if pipeline.is_told_classes and label < holdout.num_classes else None
+        int(label) if pipeline.is_class_conditional and label < holdout.num_classes else None
         for label in holdout.labels[chosen]
     ]
     sources = pipeline.attribute(holdout.images[chosen], top_k=1, class_labels=labels)
@@ -312,7 +307,7 @@ def _probe_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData) 
     for name in seen:
         result = linear_probe(seen[name], train.labels, unseen[name], holdout.labels, seed=0)
         row[f"linear_probe_{name}"] = result.accuracy.value
-        row["linear_probe_null"] = result.null
+        row["linear_probe_baseline"] = result.baseline
     return row
 
 
@@ -327,17 +322,15 @@ def _features(trainer: CoTrainer, settings: Settings, images: ImageSet) -> dict[
     kind = make_kind(settings, images)
     networks: dict[str, ModelMixin] = evaluation.averaged_networks(trainer)
     rows = torch.arange(len(images))
-    (batch,) = fixed_batches(
-        images, rows, kind.timesteps([PROBE_SIGNAL]), noise_shape=kind.noise_shape(), seed=0
-    )
+    (batch,) = fixed_batches(images, rows, kind.timesteps([PROBE_ALPHA_BAR]), noise_shape=kind.noise_shape(), seed=0)
     batch = replace(batch, labels=torch.full_like(batch.labels, images.num_classes))
     parts: dict[str, list[Tensor]] = {}
     for some in rows.split(256):
         observation = trainer.observer.observe(
             networks[trainer.observer.name], batch.select(some).to(trainer.accelerator.device)
         )
-        parts.setdefault("accuracy", []).append(observation.stages[-1].flatten(1).cpu())
+        parts.setdefault("accuracy", []).append(observation.feature_maps[-1].flatten(1).cpu())
         if "provenance" in networks:
-            own = networks["provenance"].last_stage(observation.stages, observation.signal)
+            own = networks["provenance"].last_feature_map(observation.feature_maps, observation.alpha_bar)
             parts.setdefault("own_accuracy", []).append(own.flatten(1).cpu())
     return {name: torch.cat(some) for name, some in parts.items()}

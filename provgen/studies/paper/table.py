@@ -28,8 +28,8 @@ class MetricLook:
     format: str
     stem: str | None = None
     """What the endings of `BOUNDS` are attached to; None for its own name."""
-    null: str = "guessing"
-    """What its null is."""
+    baseline: str = "guessing"
+    """What its baseline is."""
 
 
 METRICS = {
@@ -37,22 +37,22 @@ METRICS = {
     "index_top5": MetricLook("index top-5", "share of training images", SHARE),
     "cross_entropy": MetricLook("cross-entropy of the index", "nats", NATS),
     "kl_gap": MetricLook("KL gap, no label given", "nats", NATS),
-    "kl_gap_labelled": MetricLook("KL gap, label given", "nats", NATS),
+    "kl_gap_conditional": MetricLook("KL gap, label given", "nats", NATS),
     "beam_recall10": MetricLook("beam recall@10", "share of the exhaustive answer", SHARE),
     "steps_to_gap_half": MetricLook("steps to a gap of 0.5 nats", "optimiser steps", COUNT),
     "consistency_top1": MetricLook("class consistency top-1", "share of held-out images", SHARE),
     "consistency_top5": MetricLook("class consistency top-5", "share of held-out images", SHARE),
     "share_top5": MetricLook("first five sources of the class", "share of sources", SHARE),
-    "exemplar_accuracy": MetricLook("class read off the exemplars", "accuracy, held-out images", SHARE),
+    "knn_accuracy": MetricLook("class read off the exemplars", "accuracy, held-out images", SHARE),
     "class_accuracy": MetricLook("class head", "accuracy, held-out images", SHARE),
     "holdout_loss": MetricLook("generator's loss, held-out", "loss", LOSS),
     "train_loss": MetricLook("generator's loss, training", "loss", LOSS),
-    "share_memorized": MetricLook("share memorized", "share of samples", SHARE, null="held-out images"),
+    "share_memorized": MetricLook("share memorized", "share of samples", SHARE, baseline="held-out images"),
     "nearest_distance": MetricLook(
-        "distance to nearest training image", "Euclidean, pixels in [-1, 1]", SMALL, null="held-out images"
+        "distance to nearest training image", "Euclidean, pixels in [-1, 1]", SMALL, baseline="held-out images"
     ),
     "confidence_realism": MetricLook(
-        "confidence with realism", "Spearman's correlation", SMALL, null="held-out images"
+        "confidence with realism", "Spearman's correlation", SMALL, baseline="held-out images"
     ),
     "linear_probe_accuracy": MetricLook(
         "linear probe, generator's features", "accuracy, held-out images", SHARE, "linear_probe"
@@ -73,7 +73,7 @@ METRICS = {
 BOUNDS = {
     "_ceiling": "best possible",
     "_closed_form": "closed form",
-    "_null": "guessing",
+    "_baseline": "guessing",
     "_alone": "generator alone",
 }
 """What stands beside a metric: ending of its name, and how it is called."""
@@ -88,7 +88,7 @@ def with_ratios(row: Row) -> dict[str, Any]:
 def bounds_of(metric: str) -> dict[str, str]:
     """Give what may stand beside a metric: column to what it is called."""
     look = METRICS[metric]
-    titles = BOUNDS | {"_null": look.null}
+    titles = BOUNDS | {"_baseline": look.baseline}
     return {f"{look.stem or metric}{ending}": title for ending, title in titles.items()}
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from provgen.data.batches import BatchStream, fixed_batches
 from provgen.data.random import seeded_generator
-from provgen.training.batches import BatchStream, fixed_batches
 
 
 @pytest.fixture
@@ -39,8 +39,7 @@ def test_drawing_leaves_the_global_generator_alone(make_stream):
 @pytest.mark.parametrize("name", ["indices", "noise", "timesteps"])
 def test_seeds_and_steps_give_different_batches(name, make_stream):
     drawn = [
-        getattr(batch, name)
-        for batch in (make_stream().batch(0), make_stream().batch(1), make_stream(seed=1).batch(0))
+        getattr(batch, name) for batch in (make_stream().batch(0), make_stream().batch(1), make_stream(seed=1).batch(0))
     ]
     assert not any(torch.equal(drawn[i], drawn[i - 1]) for i in range(3))
 
