@@ -28,15 +28,25 @@ from provgen.data.splits import (
     stratified_subset,
 )
 from provgen.errors import InputError
-from provgen.generators.closed_form import ClosedFormPosterior, Posterior
-from provgen.generators.kinds import make_kind
-from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
+from provgen.generators.classifier import ClassifierGenerator
+from provgen.generators.closed_form import Posterior, posterior_entropies
+from provgen.generators.diffusion import DiffusionGenerator, image_posterior
+from provgen.generators.protocol import Generator
+from provgen.generators.vae import VaeGenerator
+from provgen.models.classifier import ImageClassifier
+from provgen.models.diffusion import (
+    NUM_TRAIN_TIMESTEPS,
+    encoder_shapes,
+    make_denoiser,
+    make_sampling_scheduler,
+    make_training_scheduler,
+)
 from provgen.models.provenance import ProvenanceNetwork
+from provgen.models.vae import LATENT_CHANNELS, make_vae
 from provgen.pipeline import ProvenancePipeline
 from provgen.run import RunFolder, atomic_path, require_run
 from provgen.settings import ProvenanceSettings, Settings, flat_settings
 from provgen.settings_file import load_settings, save_settings
-from provgen.tracing.coverage_entropy import posterior_entropies
 from provgen.training.logging import JsonLinesTracker
 from provgen.training.targets import (
     ClassMixing,
@@ -86,10 +96,15 @@ class TrainedRun:
     data: RunData
     pipeline: ProvenancePipeline
 
-    def closed_form(self, dtype: torch.dtype = torch.float32) -> Posterior:
-        """Make the closed-form posterior over all of this run's training images, on the pipeline's device."""
-        kind = make_kind(self.settings, self.data.train)
-        return kind.closed_form(self.pipeline.network, self.data.train, dtype=dtype, device=self.pipeline.device)
+    @property
+    def generator(self) -> Generator:
+        """The trained generator, with the losses it was trained on."""
+        return make_generator(self.settings, self.data.train, self.pipeline.network)
+
+    def closed_form(self, *, covered: Tensor | None = None) -> Posterior:
+        """Make the closed form over the training images, or over those that are `covered`, on the pipeline's device."""
+        device = self.pipeline.device
+        return self.generator.closed_form(self.data.train, dtype=torch.float32, device=device, covered=covered)
 
 
 def open_data(settings: Settings, folder: RunFolder) -> RunData:
@@ -166,7 +181,7 @@ def _covered(settings: Settings, train: ImageSet) -> Tensor:
         return stratified_coverage(train.labels, count, seed)
     if chosen.coverage_rule == "k_center":
         return k_center_coverage(to_unit_range(train.images).flatten(1), train.labels, count)
-    closed_form = ClosedFormPosterior(to_unit_range(train.images), train.labels, null_label=train.num_classes)
+    closed_form = image_posterior(train, dtype=torch.get_default_dtype(), device=torch.device("cpu"))
     return entropy_coverage(posterior_entropies(closed_form, seed=seed), train.labels, count)
 
 
@@ -233,23 +248,60 @@ def make_accelerator(settings: Settings | None = None) -> Accelerator:
 
 def make_trainer(settings: Settings, data: RunData, accelerator: Accelerator, *, is_shared: bool = True) -> CoTrainer:
     """Build both networks, seeded apart so that the denoiser does not depend on the provenance network."""
-    kind, training, chosen = make_kind(settings, data.train), settings.training, settings.provenance
+    training = settings.training
     if settings.generator.kind == "none":
-        _require_something_to_learn(chosen, data.train.num_classes)
-    network = _seeded(training.seed, kind.make_network)
+        _require_something_to_learn(settings.provenance, data.train.num_classes)
+    network = _seeded(training.seed, lambda: make_network(settings, data.train))
+    generator = make_generator(settings, data.train, network)
     has_provenance = settings.provenance.index_head != "none"
     return CoTrainer(
         accelerator=accelerator,
-        observer=kind.make_observer(accelerator.device),
-        network=network,
+        generator=generator,
         provenance=_make_provenance(settings, data) if has_provenance else None,
-        objective=_make_objective(settings, data, network, accelerator.device) if has_provenance else None,
-        label_dropout=kind.label_dropout,
+        objective=_make_objective(settings, data, generator, accelerator.device) if has_provenance else None,
+        label_dropout=label_dropout(settings),
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup_steps,
         ema_decay=training.ema_decay,
         is_shared=is_shared,
     )
+
+
+def make_network(settings: Settings, train: ImageSet) -> Any:
+    """Make the generator's network, randomly initialised."""
+    size, (channels, image_size) = settings.generator.size, train.images.shape[1:3]
+    if settings.generator.kind == "diffusion":
+        return make_denoiser(size, image_size=image_size, image_channels=channels, num_classes=train.num_classes)
+    if settings.generator.kind == "vae":
+        return make_vae(size, image_size=image_size, image_channels=channels)
+    chosen = settings.provenance
+    # The two-branch head needs p(y) even where no class loss is wanted.
+    has_classes = chosen.class_loss_weight > 0 or chosen.index_head == "class_conditional"
+    stages = [list(shape) for shape in stage_shapes(settings, train)]
+    return ImageClassifier(stages=stages, num_classes=train.num_classes * has_classes)
+
+
+def make_generator(settings: Settings, train: ImageSet, network: Any) -> Generator:
+    """Make the generator of a network; a new kind of generator is one file in `generators/` and one line here."""
+    chosen = settings.generator
+    if chosen.kind == "diffusion":
+        scheduler = make_sampling_scheduler(make_training_scheduler(chosen.beta_schedule))
+        return DiffusionGenerator(network=network, scheduler=scheduler)
+    if chosen.kind == "vae":
+        return VaeGenerator(network=network, kl_weight=chosen.kl_weight)
+    weight = settings.provenance.class_loss_weight
+    return ClassifierGenerator(network=network, image_shape=tuple(train.images.shape[1:]), class_loss_weight=weight)
+
+
+def label_dropout(settings: Settings) -> float:
+    """Share of rows whose label the generator is not given: all, unless it is class-conditional."""
+    return settings.generator.label_dropout if settings.generator.kind == "diffusion" else 1.0
+
+
+def stage_shapes(settings: Settings, train: ImageSet) -> list[tuple[int, int]]:
+    """List `(channels, height)` of the image and of every encoder stage."""
+    channels, image_size = train.images.shape[1:3]
+    return encoder_shapes(settings.generator.size, image_size, channels)
 
 
 def make_batches(settings: Settings, train: ImageSet, accelerator: Accelerator) -> BatchStream:
@@ -268,14 +320,14 @@ def make_batches(settings: Settings, train: ImageSet, accelerator: Accelerator) 
 
 def make_stream(settings: Settings, train: ImageSet) -> BatchStream:
     """Make the stream of batches that one optimiser step is made of each."""
-    kind = make_kind(settings, train)
+    is_latent = settings.generator.kind == "vae"
     return BatchStream(
         train,
         batch_size=settings.training.batch_size,
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-        label_dropout=kind.label_dropout,
+        label_dropout=label_dropout(settings),
         seed=settings.training.seed,
-        noise_shape=kind.noise_shape(),
+        noise_shape=(LATENT_CHANNELS, 1, 1) if is_latent else None,
     )
 
 
@@ -317,8 +369,8 @@ def _require_something_to_learn(chosen: ProvenanceSettings, num_classes: int) ->
 
 
 def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
-    chosen, train, kind = settings.provenance, data.train, make_kind(settings, data.train)
-    shapes = kind.shapes()
+    chosen, train = settings.provenance, data.train
+    shapes = stage_shapes(settings, train)
     shared = len(shapes) - 1 if chosen.shared_stages is None else chosen.shared_stages
     if shared >= len(shapes):
         raise InputError(
@@ -328,7 +380,7 @@ def _make_provenance(settings: Settings, data: RunData) -> ProvenanceNetwork:
     covered = data.covered.nonzero().flatten()
     head = _head_arguments(settings, train.labels[covered], train.num_classes)
     # A classifier has a class head itself; others learn the class of what they are told nothing of.
-    has_class_head = chosen.class_loss_weight > 0 and settings.generator.kind != "none" and kind.label_dropout > 0
+    has_class_head = chosen.class_loss_weight > 0 and settings.generator.kind != "none" and label_dropout(settings) > 0
     network: ProvenanceNetwork = _seeded(
         settings.training.seed + 1,
         lambda: ProvenanceNetwork(
@@ -376,11 +428,13 @@ def _num_cells(chosen: ProvenanceSettings, labels: Tensor) -> int:
     return cells
 
 
-def _make_objective(settings: Settings, data: RunData, network: Any, device: torch.device) -> ProvenanceObjective:
+def _make_objective(
+    settings: Settings, data: RunData, generator: Generator, device: torch.device
+) -> ProvenanceObjective:
     chosen, train = settings.provenance, data.train
     targets: Targets = OneHotTargets(len(train))
     if chosen.targets == "posterior":
-        targets = PosteriorTargets(_target_posterior(settings, data, network, device))
+        targets = PosteriorTargets(_target_posterior(settings, data, generator, device))
     mixing = make_mixing(chosen, data, device)
     if mixing is not None:
         targets = MixedTargets(targets, mixing)
@@ -394,14 +448,13 @@ def _make_objective(settings: Settings, data: RunData, network: Any, device: tor
     )
 
 
-def _target_posterior(settings: Settings, data: RunData, network: Any, device: torch.device) -> SoftTarget:
+def _target_posterior(settings: Settings, data: RunData, generator: Generator, device: torch.device) -> SoftTarget:
     """Make the posterior that is trained towards; that of an autoencoder moves with its encoder."""
-    kind = make_kind(settings, data.train)
     covered = None if data.covered.all() else data.covered
 
     def make() -> Posterior:
         dtype = torch.get_default_dtype()
-        return kind.closed_form(network, data.train, dtype=dtype, device=device, covered=covered)
+        return generator.closed_form(data.train, dtype=dtype, device=device, covered=covered)
 
     if settings.generator.kind != "vae":
         return make()

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
-from provgen.build import RunData, TrainedRun, make_mixing
+from provgen.build import RunData, TrainedRun, make_generator, make_mixing
 from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
-from provgen.generators.closed_form import ClosedFormPosterior, Posterior
-from provgen.generators.kinds import DiffusionKind, make_kind
+from provgen.generators.closed_form import Posterior
+from provgen.generators.diffusion import DiffusionGenerator, image_posterior
 from provgen.generators.losses import denoiser_divergence, generator_losses
-from provgen.metrics.agreement import shared_sources
+from provgen.generators.protocol import Generator, Output
+from provgen.metrics.agreement import beam_recall, shared_sources
 from provgen.metrics.class_quality import ClassQuality, class_quality
-from provgen.metrics.index_quality import LEVELS, IndexProbe, mean_kl_gap
+from provgen.metrics.index_quality import LEVELS, IndexQuality, index_hits, index_quality, mean_kl_gap
 from provgen.metrics.statistics import Estimate
 from provgen.metrics.verdicts import Evidence, gather_evidence
-from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
+from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
 from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
 from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
-from provgen.tracing.network import NetworkPosterior
-from provgen.tracing.trace import late_level
+from provgen.tracing.trace import WINDOW, late_level
+from provgen.training.targets import Mixing
 from provgen.training.trainer import CoTrainer
 
 COMPARED = 10
@@ -53,60 +53,69 @@ def averaged_networks(trainer: CoTrainer) -> dict[str, Any]:
     return copies
 
 
+@dataclass(frozen=True)
+class NetworkPosterior:
+    """p(i | query, y) by a provenance network, for any batch its generator can be run on."""
+
+    generator: Generator
+    provenance: ProvenanceNetwork
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> tuple[Output, ProvenanceOutput]:
+        """Run the generator, and the network on its feature maps."""
+        output = self.generator.forward(batch.to(self.provenance.device))
+        return output, self.provenance(output.feature_maps, output.alpha_bar, output.class_labels, output.class_logits)
+
+    @torch.no_grad()
+    def index_logits(self, output: Output, beam: int | None = None) -> Tensor:
+        """Give index logits (query, train), of the best `beam` cells only if given."""
+        logits: Tensor = self.provenance.index_logits(
+            output.feature_maps, output.alpha_bar, output.class_labels, output.class_logits, beam
+        )
+        return logits
+
+
 def averaged_posterior(trainer: CoTrainer) -> NetworkPosterior:
     """Make the posterior of the averaged provenance network, for evaluation during training."""
     networks = averaged_networks(trainer)
-    return NetworkPosterior(trainer.observer, networks[trainer.observer.name], networks["provenance"])
+    generator = trainer.generator.with_network(networks[trainer.generator.name])
+    return NetworkPosterior(generator, networks["provenance"])
 
 
 def posterior_of(trained: TrainedRun) -> NetworkPosterior:
     """Make the posterior of a finished run."""
-    pipeline = trained.pipeline
-    observer = make_kind(trained.settings, trained.data.train).make_observer(pipeline.device)
-    return NetworkPosterior(observer, pipeline.network, pipeline.provenance)
+    return NetworkPosterior(trained.generator, trained.pipeline.provenance)
 
 
-def losses(network: ModelMixin, settings: Settings, images: ImageSet) -> Tensor:
+def losses(network: Any, settings: Settings, images: ImageSet) -> Tensor:
     """Measure the generator's own loss on each image with fixed noise, (query,)."""
     return losses_by_draw(network, settings, images, draws=LOSS_DRAWS).mean(dim=1)
 
 
-def losses_by_draw(network: ModelMixin, settings: Settings, images: ImageSet, *, draws: int) -> Tensor:
+def losses_by_draw(network: Any, settings: Settings, images: ImageSet, *, draws: int) -> Tensor:
     """Measure the generator's own loss on each image at every one of `draws` noise levels, (query, draw)."""
-    kind = make_kind(settings, images)
-    return generator_losses(
-        kind.make_observer(network.device),
-        network,
-        images,
-        noise_shape=kind.noise_shape(),
-        draws=1 if settings.generator.kind == "none" else draws,  # without noise one is as good as many
-        seed=0,
-    )
+    return generator_losses(make_generator(settings, images, network), images, draws=draws, seed=0)
 
 
-def make_pipeline(trainer: CoTrainer, settings: Settings, data: RunData) -> ProvenancePipeline:
+def make_pipeline(trainer: CoTrainer, data: RunData) -> ProvenancePipeline:
     """Make the pipeline of the averaged weights, which traces if there is a provenance network."""
     networks = averaged_networks(trainer)
-    kind = make_kind(settings, data.train)
-    parts = {trainer.observer.component: networks[trainer.observer.name]}
-    if isinstance(kind, DiffusionKind):
-        parts["scheduler"] = make_sampling_scheduler(kind.noise_scheduler)
-    return ProvenancePipeline(networks.get("provenance"), **parts).with_manifest(data.manifest)
+    generator = trainer.generator.with_network(networks[trainer.generator.name])
+    return ProvenancePipeline(networks.get("provenance"), **generator.components).with_manifest(data.manifest)
 
 
-def save_pipeline(trainer: CoTrainer, settings: Settings, data: RunData, folder: RunFolder) -> None:
+def save_pipeline(trainer: CoTrainer, data: RunData, folder: RunFolder) -> None:
     """Write the pipeline of the averaged weights, whole or not at all.
 
     A generator trained without a provenance network has no pipeline; its weights are in the checkpoints.
     """
     if "provenance" in trainer.networks:
         with atomic_path(folder.pipeline) as partial:
-            make_pipeline(trainer, settings, data).save_pretrained(partial)
+            make_pipeline(trainer, data).save_pretrained(partial)
 
 
 def sample(
     pipeline: ProvenancePipeline,
-    settings: Settings,
     data: RunData,
     *,
     count: int,
@@ -117,19 +126,24 @@ def sample(
     The closed form traces them as well, but for those that are resampled with too little late entropy.
     """
     pipeline.set_progress_bar_config(disable=True)
-    classes: list[int | None] = [*range(data.train.num_classes if pipeline.is_class_conditional else 0)] or [None]
+    generator = pipeline.generator
     closed_form = None
     if pipeline.provenance is not None and resample_below is None:
-        kind = make_kind(settings, data.train)
-        closed_form = kind.closed_form(pipeline.network, data.train, dtype=torch.float32, device=pipeline.device)
+        closed_form = generator.closed_form(data.train, dtype=torch.float32, device=pipeline.device)
     return pipeline(
-        [classes[number % len(classes)] for number in range(count)],
+        classes_in_turn(data.train, count, is_conditional=generator.is_class_conditional),
         generator=[torch.Generator().manual_seed(number) for number in range(count)],
         top_k=None if pipeline.provenance is None else 1,
         closed_form=closed_form,
         resample_below=resample_below,
         output_type="pt",
     )
+
+
+def classes_in_turn(train: ImageSet, count: int, *, is_conditional: bool) -> list[int | None]:
+    """Give a class for each of `count` images, all in turn; None for a generator that is given none."""
+    classes: list[int | None] = [*range(train.num_classes if is_conditional else 0)] or [None]
+    return [classes[number % len(classes)] for number in range(count)]
 
 
 def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence:
@@ -140,14 +154,8 @@ def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence
         images: uint8 (query, channel, height, width).
         labels: The classes they were asked for or have, int64 (query,); the null label for none.
     """
-    data, pipeline = trained.data, trained.pipeline
-    closed_form = make_kind(trained.settings, data.train).closed_form(
-        pipeline.network,
-        data.train,
-        dtype=torch.float32,
-        device=pipeline.device,
-        covered=None if data.covered.all() else data.covered,
-    )
+    data = trained.data
+    closed_form = trained.closed_form(covered=None if data.covered.all() else data.covered)
     parts = zip(images.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
     traced = [_traced_evidence(trained, closed_form, *part) for part in parts]
     return gather_evidence(
@@ -174,48 +182,101 @@ def _traced_evidence(trained: TrainedRun, closed_form: Posterior, images: Tensor
     }
 
 
-def divergence_by_step(unet: UNet2DModel, settings: Settings, train: ImageSet, images: ImageSet) -> dict[int, Tensor]:
+def divergence_by_step(generator: DiffusionGenerator, train: ImageSet, images: ImageSet) -> dict[int, Tensor]:
     """Measure how far a denoiser is from the one that has learned `train` by heart: nats (query,) by timestep.
 
     Args:
-        unet: The denoiser.
-        settings: Of the run.
+        generator: The denoiser.
         train: Its training images.
-        images: What is noised.
+        images: Images that are noised.
     """
-    pixels = to_unit_range(train.images, torch.float64)
-    steps = make_kind(settings, train).timesteps(LEVELS)
-    found = denoiser_divergence(
-        unet,
-        ClosedFormPosterior(pixels, train.labels, null_label=train.num_classes),
-        make_training_scheduler(settings.generator.beta_schedule),
-        images,
-        timesteps=steps,
-        seed=0,
-    )
-    return {step: found[:, place] for place, step in enumerate(steps)}
+    closed_form = image_posterior(train, dtype=torch.float64, device=torch.device("cpu"))
+    steps = generator.timesteps(LEVELS)
+    divergence = denoiser_divergence(generator, closed_form, images, timesteps=steps, seed=0)
+    return dict(zip(steps, divergence.T, strict=True))
 
 
-def make_probe(settings: Settings, data: RunData, num_queries: int = 256) -> IndexProbe:
+class IndexProbe:
+    """Fixed batches of training images on which index metrics are measured again and again."""
+
+    def __init__(self, batches: list[Batch], *, null_label: int, is_conditional: bool, mixing: Mixing | None) -> None:
+        """Keep what is measured.
+
+        Args:
+            batches: One per noise level, of covered examples; a generator without noise levels has one.
+            null_label: The label that stands for no label.
+            is_conditional: Whether this generator can be told a class label.
+            mixing: Of the targets the network was trained towards; None for none.
+        """
+        self.batches = batches
+        self.null_label = null_label
+        self.is_conditional = is_conditional
+        self.mixing = mixing
+
+    def measure(self, network: NetworkPosterior, closed_form: Posterior) -> list[IndexQuality]:
+        """Measure every level, conditional rows (where there are labels) and unconditional rows apart.
+
+        Args:
+            network: Generator and provenance network.
+            closed_form: In float64 on the CPU, over the covered examples: the ceilings come from it.
+        """
+        return [
+            self._level(network, closed_form, rows, part) for batch in self.batches for rows, part in self.parts(batch)
+        ]
+
+    def beam_recall(self, network: NetworkPosterior, beam: int, k: int) -> Estimate:
+        """Share of the `k` best of the exhaustive answer found in the best `beam` cells; unconditional rows.
+
+        Both answers are averaged over the trace window first, as traces are.
+        """
+        answers: dict[int | None, list[Tensor]] = {None: [], beam: []}
+        for batch in self.batches:
+            output, _ = network.forward(dict(self.parts(batch))["unconditional"])
+            if len(self.batches) == 1 or WINDOW[0] < float(output.alpha_bar[0]) < WINDOW[1]:
+                for cells, probs in answers.items():
+                    probs.append(network.index_logits(output, cells).softmax(dim=1))
+        lowest = torch.finfo(answers[None][0].dtype).min
+        whole, searched = (torch.stack(answers[cells]).mean(dim=0).log().clamp_min(lowest) for cells in (None, beam))
+        return beam_recall(searched, whole, k)
+
+    def parts(self, batch: Batch) -> list[tuple[str, Batch]]:
+        """Split a batch into `labelled` rows, told their class, and `null` rows, told nothing."""
+        null = torch.full_like(batch.clean_labels, self.null_label)
+        parts = [("unconditional", replace(batch, labels=null))]
+        has_label = (batch.clean_labels != self.null_label).nonzero().flatten()
+        if self.is_conditional and len(has_label):
+            parts.insert(0, ("conditional", replace(batch, labels=batch.clean_labels).select(has_label)))
+        return parts
+
+    def _level(self, network: NetworkPosterior, closed_form: Posterior, rows: str, batch: Batch) -> IndexQuality:
+        output, predicted = network.forward(batch)
+        log_probs = predicted.index_logits.cpu().double().log_softmax(dim=1)
+        alpha_bar = output.alpha_bar.cpu()
+        start, hits = 0, []
+        for posterior in closed_form.chunks(output.query.cpu(), alpha_bar, batch.labels):
+            stop = start + len(posterior)
+            hits.append(index_hits(log_probs[start:stop], posterior, self.mixing))
+            start = stop
+        return index_quality(float(alpha_bar[0]), rows, torch.cat(hits))
+
+
+def make_probe(generator: Generator, settings: Settings, data: RunData, num_queries: int = 256) -> IndexProbe:
     """Make the fixed queries on which the index metrics are measured."""
-    kind = make_kind(settings, data.train)
-    covered = data.covered.nonzero().flatten()
-    seed = settings.training.seed
+    covered, seed = data.covered.nonzero().flatten(), settings.training.seed
     order = torch.randperm(len(covered), generator=seeded_generator(seed, Stream.PROBE))
-    rows = covered[order[:num_queries]]
+    steps, shape = generator.timesteps(LEVELS), generator.noise_shape
     return IndexProbe(
-        fixed_batches(data.train, rows, kind.timesteps(LEVELS), noise_shape=kind.noise_shape(), seed=seed),
+        fixed_batches(data.train, covered[order[:num_queries]], steps, noise_shape=shape, seed=seed),
         null_label=data.train.num_classes,
-        is_conditional=isinstance(kind, DiffusionKind),
+        is_conditional=generator.is_class_conditional,
         mixing=make_mixing(settings.provenance, data, torch.device("cpu")),
     )
 
 
-def make_ceiling(settings: Settings, data: RunData, network: Any) -> Posterior:
+def make_ceiling(generator: Generator, data: RunData) -> Posterior:
     """Make the closed form over the covered examples, exactly: in float64 on the CPU."""
-    kind, cpu = make_kind(settings, data.train), torch.device("cpu")
     covered = None if data.covered.all() else data.covered
-    return kind.closed_form(network, data.train, dtype=torch.float64, device=cpu, covered=covered)
+    return generator.closed_form(data.train, dtype=torch.float64, device=torch.device("cpu"), covered=covered)
 
 
 def class_qualities(
@@ -232,16 +293,10 @@ def class_qualities(
     Returns:
         One result for each alpha_bar of `CLASS_LEVELS`; a generator without noise levels has one level.
     """
-    kind = make_kind(settings, train)
-    cpu = torch.device("cpu")
-    closed_form = kind.closed_form(network.network, train, dtype=torch.float64, device=cpu)
-    batches = fixed_batches(
-        images,
-        torch.arange(len(images)),
-        kind.timesteps(CLASS_LEVELS),
-        noise_shape=kind.noise_shape(),
-        seed=settings.training.seed,
-    )
+    generator, seed = network.generator, settings.training.seed
+    closed_form = generator.closed_form(train, dtype=torch.float64, device=torch.device("cpu"))
+    steps, shape = generator.timesteps(CLASS_LEVELS), generator.noise_shape
+    batches = fixed_batches(images, torch.arange(len(images)), steps, noise_shape=shape, seed=seed)
     return dict(_class_quality(network, closed_form, train, batch) for batch in batches)
 
 
@@ -249,20 +304,20 @@ def _class_quality(
     network: NetworkPosterior, closed_form: Posterior, train: ImageSet, batch: Batch
 ) -> tuple[float, ClassQuality]:
     told_nothing = replace(batch, labels=torch.full_like(batch.labels, train.num_classes))
-    observation, output = network.observe(told_nothing)
-    alpha_bar = observation.alpha_bar.cpu()
+    output, predicted = network.forward(told_nothing)
+    alpha_bar = output.alpha_bar.cpu()
     quality = class_quality(
-        output.index_logits.cpu().double().log_softmax(dim=1),
-        closed_form.logits(observation.query.cpu(), alpha_bar, told_nothing.labels),
+        predicted.index_logits.cpu().double().log_softmax(dim=1),
+        closed_form.logits(output.query.cpu(), alpha_bar, told_nothing.labels),
         train_labels=train.labels,
         query_labels=batch.clean_labels,
-        class_logits=None if output.class_logits is None else output.class_logits.cpu(),
+        class_logits=None if predicted.class_logits is None else predicted.class_logits.cpu(),
         num_classes=train.num_classes,
     )
     return float(alpha_bar[0]), quality
 
 
-def evaluate(probe: IndexProbe, trainer: CoTrainer, settings: Settings, data: RunData) -> dict[str, Any]:
+def evaluate(probe: IndexProbe, trainer: CoTrainer, data: RunData) -> dict[str, Any]:
     """Measure the index metrics of the averaged weights, as they are logged.
 
     Returns:
@@ -270,10 +325,10 @@ def evaluate(probe: IndexProbe, trainer: CoTrainer, settings: Settings, data: Ru
         much of its own answer it finds with the beam it traces with.
     """
     network = averaged_posterior(trainer)
-    qualities = probe.measure(network, make_ceiling(settings, data, network.network))
+    qualities = probe.measure(network, make_ceiling(network.generator, data))
     measured: dict[str, Any] = {"index_quality": [quality.as_row() for quality in qualities]}
     for rows in sorted({quality.rows for quality in qualities}):
-        measured |= _named(f"kl_gap_{rows}", mean_kl_gap(qualities, rows))
+        measured |= _named(f"kl_gap_{rows}", mean_kl_gap(qualities, rows, WINDOW))
     beam = network.provenance.config.beam
     if beam is not None:
         measured |= _named(f"beam_recall{RECALLED}", probe.beam_recall(network, beam, RECALLED))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -18,18 +18,27 @@ from torch import Tensor
 from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
+from provgen.generators.classifier import ClassifierGenerator
 from provgen.generators.closed_form import Posterior
+from provgen.generators.diffusion import DiffusionGenerator
+from provgen.generators.protocol import Generator, Step
+from provgen.generators.vae import VaeGenerator
 from provgen.models.classifier import ImageClassifier
 from provgen.models.credit import CreditHead
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.vae import ImageVae
 from provgen.tracing.attribution import Attribution, check_top_k
-from provgen.tracing.classifier_tracer import ClassifierTracer, no_generator
-from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.resample import generate_resampling
-from provgen.tracing.trace import TrajectoryTrace
-from provgen.tracing.tracer import Request, Tracer
-from provgen.tracing.vae_tracer import VaeTracer
+from provgen.tracing.trace import (
+    CreditFeatures,
+    Draw,
+    Levels,
+    Look,
+    MeanPosterior,
+    ask_closed_form,
+    ask_network,
+    resample,
+    trace,
+)
 
 
 def check_options(guidance_scale: float, output_type: str, trace_every: int) -> None:
@@ -189,34 +198,14 @@ class ProvenancePipeline(DiffusionPipeline):
         return self.unet or self.vae or self.classifier
 
     @property
-    def is_class_conditional(self) -> bool:
-        """Whether this generator can be asked for a class."""
-        return self.unet is not None
-
-    def require_generator(self, count: int) -> None:
-        """Refuse to generate `count` images with what is no generator.
-
-        Raises:
-            InputError: This pipeline holds a classifier.
-        """
-        if self.classifier is not None:
-            raise no_generator(count)
-
-    @property
-    def tracer(self) -> Tracer:
-        """How this kind of generator is sampled and traced."""
+    def generator(self) -> Generator:
+        """The generator, of whichever kind; its training losses are not set here."""
         if self.unet is not None:
-            has_credit = self.credit is not None
-            return DiffusionTracer(
-                self.unet,
-                self.provenance,
-                self.scheduler,
-                finds_coordinates=has_credit,
-                finds_gradients=has_credit and self.credit.wants_gradients,
-            )
+            return DiffusionGenerator(network=self.unet, scheduler=self.scheduler)
         if self.vae is not None:
-            return VaeTracer(self.vae, self.provenance)
-        return ClassifierTracer(self.classifier, self.provenance)
+            return VaeGenerator(network=self.vae)
+        shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
+        return ClassifierGenerator(network=self.classifier, image_shape=shape)
 
     @property
     def manifest(self) -> Manifest:
@@ -311,34 +300,45 @@ class ProvenancePipeline(DiffusionPipeline):
         check_resampling(resample_below, max_resamplings, is_traced=top_k is not None)
         count = read_count(class_labels, batch_size, generator)
         labels = read_labels(class_labels, count, self.null_label).to(self._execution_device)
-        request = Request(
-            class_labels=labels,
-            null_label=self.null_label,
-            generator=generator,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            is_traced=top_k is not None,
-            trace_every=trace_every,
-            closed_form=closed_form,
-            progress_bar=self.progress_bar,
-        )
-        made, resamplings = generate_resampling(
-            self.tracer,
-            request,
-            below=resample_below or 0.0,
-            most=0 if resample_below is None else max_resamplings,
-        )
-        output = ProvenancePipelineOutput(_finished(made.images, output_type), None, resamplings=resamplings)
-        if top_k is not None:
-            summarise = partial(
-                TrajectoryTrace.attribution,
-                top_k=top_k,
-                is_trajectory=made.is_trajectory,
-                reachable=self.manifest.reachable,
+
+        total = len(self.generator.alpha_bars(num_inference_steps))
+
+        def steps(rows: Tensor) -> Iterator[Step]:
+            return self.generator.sample(
+                labels[rows.to(labels.device)],
+                null_label=self.null_label,
+                generator=[generator[row] for row in rows.tolist()] if isinstance(generator, list) else generator,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
             )
-            output.attribution = summarise(made.trace, credit=self._credit(made.trace, labels))
-            output.closed_form = None if closed_form is None else summarise(made.closed_trace)
-        return output
+
+        if top_k is None:
+            images = self._last(steps(torch.arange(count)), total)
+            return ProvenancePipelineOutput(_finished(images, output_type), None, resamplings=torch.zeros(count).long())
+        levels = Levels.of(self.generator, num_inference_steps, trace_every)
+
+        def draw(rows: Tensor) -> Draw:
+            posterior = MeanPosterior(ask_network(self.provenance), levels)
+            exact = None if closed_form is None else MeanPosterior(ask_closed_form(closed_form), levels)
+            features = None if self.credit is None else self._credit_features(num_inference_steps)
+            looks = [look for look in (posterior, exact, features) if look is not None]
+            return Draw(self._last(steps(rows), total, *looks), posterior, exact, features)
+
+        most = 0 if resample_below is None else max_resamplings
+        drawn, resamplings = resample(draw, count, below=resample_below or 0.0, most=most)
+        summarise = partial(
+            MeanPosterior.attribution,
+            top_k=top_k,
+            is_trajectory=self.generator.has_noise_levels,
+            reachable=self.manifest.reachable,
+        )
+        credit = None if drawn.features is None else self._credit(drawn.features, labels)
+        return ProvenancePipelineOutput(
+            _finished(drawn.images, output_type),
+            summarise(drawn.posterior, credit=credit),
+            None if drawn.closed_form is None else summarise(drawn.closed_form),
+            resamplings,
+        )
 
     @torch.no_grad()
     def attribute(
@@ -375,27 +375,42 @@ class ProvenancePipeline(DiffusionPipeline):
         clean = to_unit_range(pixels, self.network.dtype).to(self._execution_device)
         labels = read_labels(class_labels, len(pixels), self.null_label).to(clean.device)
 
-        def traced(some: Tensor, given: Tensor) -> Attribution:
-            trace = self.tracer.trace(
-                some,
-                given,
-                closed_form=closed_form,
-                num_inference_steps=num_inference_steps,
-                trace_every=trace_every,
-                seed=seed,
-            )
-            credit = self._credit(trace, given) if closed_form is None else None
-            return trace.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable, credit=credit)
+        generator = self.generator
+        levels = Levels.of(generator, num_inference_steps, trace_every)
+        ask = ask_network(self.provenance) if closed_form is None else ask_closed_form(closed_form)
+        has_credit = self.credit is not None and closed_form is None
 
-        parts = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
-        return Attribution.concatenate([traced(some, given) for some, given in parts])
+        def attributed(batch: Tensor, given: Tensor) -> Attribution:
+            posterior = MeanPosterior(ask, levels, only_window=True)
+            features = self._credit_features(num_inference_steps) if has_credit else None
+            # Features first: where they need a whole pass, the posterior reads its feature maps.
+            looks = [posterior] if features is None else [features, posterior]
+            trace(generator.renoise(batch, given, num_inference_steps=num_inference_steps, seed=seed), *looks)
+            credit = None if features is None else self._credit(features, given)
+            return posterior.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable, credit=credit)
 
-    def _credit(self, trace: TrajectoryTrace, class_labels: Tensor) -> Tensor | None:
-        """Give calibrated shares (query, train); None without a calibration."""
-        if self.credit is None:
-            return None
-        coordinates = trace.coordinates(self.credit.config.level_power)
-        shares: Tensor = self.credit(coordinates.to(self.credit.dtype), class_labels)
+        batches = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
+        return Attribution.concatenate([attributed(*batch) for batch in batches])
+
+    def _last(self, steps: Iterator[Step], total: int, *looks: Look) -> Tensor:
+        """Show steps to looks with a progress bar; give the images of the last one."""
+        with self.progress_bar(total=total) as bar:
+            images = trace(steps, *looks, lambda _: bar.update()).images
+        assert images is not None, "sampling ends in images"
+        return images
+
+    def _credit_features(self, num_inference_steps: int) -> CreditFeatures:
+        """Start what the credit head compares images by; only a denoiser has one."""
+        return CreditFeatures(
+            self.provenance,
+            self.generator.alpha_bars(num_inference_steps),
+            denoiser=self.unet if self.credit.wants_gradients else None,
+        )
+
+    def _credit(self, features: CreditFeatures, class_labels: Tensor) -> Tensor:
+        """Give calibrated shares (query, train)."""
+        mean = features.mean(self.credit.config.level_power)
+        shares: Tensor = self.credit(mean.to(self.credit.dtype), class_labels)
         return shares
 
     def _check_traceable(self, top_k: int) -> None:

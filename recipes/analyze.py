@@ -13,6 +13,8 @@ from torch import Tensor
 from provgen import build, cli, evaluation
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
+from provgen.generators.diffusion import DiffusionGenerator
+from provgen.generators.losses import generator_losses
 from provgen.metrics.set_measures import FEWEST, common_size, set_measures
 from provgen.metrics.verdicts import FEWEST_HELD_OUT, Limits, verdicts
 from provgen.report.encoders import features_of, make_encoder
@@ -25,7 +27,6 @@ from provgen.report.sections.generalization import generalization_section
 from provgen.report.sections.sets import set_section
 from provgen.report.sections.verdicts import gallery_rows, verdict_section, write_verdicts
 from provgen.run import RunFolder, atomic_path
-from provgen.settings import Settings
 from provgen.studies.faithfulness.section import faithfulness_section, read_lds_rows
 from provgen.tracing import records
 from provgen.training.checkpoint import list_checkpoints
@@ -53,7 +54,7 @@ def main(
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     logged = logged_rows(folder)
     parts = []
-    samples = [] if trained.settings.generator.kind == "none" else records.read_parts(folder.samples, ["sample"])
+    samples = records.read_parts(folder.samples, ["sample"]) if trained.generator.can_sample else []
     if samples:
         parts += sample_parts(trained, samples, features)
     evaluations = [row for row in logged if "index_quality" in row]
@@ -64,7 +65,7 @@ def main(
         network = evaluation.posterior_of(trained)
         some = some_of(labelled, MAX_TRACED)
         parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
-    if len(holdout) and has_loss(trained.settings, train.num_classes):
+    if len(holdout) and has_loss(trained):
         parts.append(generalization_part(trained))
     if (measured := run / "faithfulness" / "retrained.parquet").is_file():
         parts.append(faithfulness_section(read_lds_rows(measured)))
@@ -102,9 +103,10 @@ def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
     return [row for row in read_metrics(folder.metrics) if row["step"] <= last]
 
 
-def has_loss(settings: Settings, num_classes: int) -> bool:
+def has_loss(trained: build.TrainedRun) -> bool:
     """Whether the generator has a loss of its own; a classifier without a class to learn has none."""
-    return settings.generator.kind != "none" or (num_classes > 0 and settings.provenance.class_loss_weight > 0)
+    learns_classes = trained.data.train.num_classes > 0 and trained.settings.provenance.class_loss_weight > 0
+    return trained.generator.can_sample or learns_classes
 
 
 def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], features: str) -> list[sections.Part]:
@@ -151,15 +153,16 @@ def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], featu
 
 def generalization_part(trained: build.TrainedRun) -> sections.Part:
     """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
-    settings, train, pipeline = trained.settings, trained.data.train, trained.pipeline
+    generator, train, pipeline = trained.generator, trained.data.train, trained.pipeline
     seen, unseen = (
-        evaluation.losses_by_draw(pipeline.network, settings, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS)
+        generator_losses(generator, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS, seed=0)
         for images in (train, trained.data.holdout)
     )
     divergence = None
     if pipeline.unet is not None:
-        divergence = evaluation.divergence_by_step(pipeline.unet, settings, train, some_of(train, MAX_TRACED))
-    return generalization_section(settings.generator.kind, seen, unseen, divergence)
+        denoiser = DiffusionGenerator(network=pipeline.unet, scheduler=pipeline.scheduler)
+        divergence = evaluation.divergence_by_step(denoiser, train, some_of(train, MAX_TRACED))
+    return generalization_section(generator.loss_name, generator.loss_text, seen, unseen, divergence)
 
 
 def verdict_part(

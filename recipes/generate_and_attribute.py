@@ -12,8 +12,9 @@ from typing import Annotated
 import torch
 import typer
 
-from provgen import build, cli
+from provgen import build, cli, evaluation
 from provgen.data.dataset import ImageSet
+from provgen.generators.classifier import no_generator
 from provgen.report.grid import draw_samples
 from provgen.run import RunFolder
 from provgen.tracing import records
@@ -45,12 +46,13 @@ def main(
     accelerator = build.make_accelerator()
     trained = build.open_trained_run(run, accelerator.device)
     pipeline, train, folder = trained.pipeline, trained.data.train, trained.folder
-    pipeline.require_generator(num_images)
+    if not pipeline.generator.can_sample:
+        raise no_generator(num_images)
     # None: a bar on a terminal, nothing in a log file.
     is_silent = None if accelerator.is_main_process else True
     pipeline.set_progress_bar_config(disable=is_silent, leave=False, desc="sampling")
     check_top_k(top_k, int(trained.data.covered.sum()))
-    labels = class_labels(train, class_name, num_images, is_conditional=pipeline.is_class_conditional)
+    labels = class_labels(train, class_name, num_images, is_conditional=pipeline.generator.is_class_conditional)
     exact = trained.closed_form() if closed_form else None
     if accelerator.is_main_process:
         start_staging(folder)
@@ -104,8 +106,7 @@ def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *,
 def class_labels(train: ImageSet, class_name: str | None, count: int, *, is_conditional: bool) -> list[int | None]:
     """Choose the class of each image: the one asked for, or all in turn; None where there is no choice."""
     if class_name is None:
-        classes: list[int | None] = [*range(train.num_classes if is_conditional else 0)] or [None]
-        return [classes[number % len(classes)] for number in range(count)]
+        return evaluation.classes_in_turn(train, count, is_conditional=is_conditional)
     return [train.class_index(class_name)] * count
 
 

@@ -38,7 +38,11 @@ def main(
     step = resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
     build.make_trackers(folder, accelerator, start_step=step)
     has_provenance = "provenance" in trainer.networks
-    probe = evaluation.make_probe(settings, data) if accelerator.is_main_process and has_provenance else None
+    probe = (
+        evaluation.make_probe(trainer.generator, settings, data)
+        if accelerator.is_main_process and has_provenance
+        else None
+    )
 
     with TrainingProgress(step, training.max_steps, is_shown=accelerator.is_main_process) as progress:
         progress.say(f"{len(data.train)} training and {len(data.holdout)} held-out images from {settings.data.source}")
@@ -55,24 +59,24 @@ def main(
                 accelerator.log(means, step=step)
                 progress.update(step, means)
             if probe is not None and (step % training.evaluate_every == 0 or is_last):
-                measured = evaluation.evaluate(probe, trainer, settings, data)
+                measured = evaluation.evaluate(probe, trainer, data)
                 progress.show(quality_table(measured["index_quality"], step))
                 accelerator.log(measured, step=step)
             if saves and accelerator.is_main_process:
                 # The checkpoint last: once it is there, everything else of its step is.
-                evaluation.save_pipeline(trainer, settings, data, folder)
+                evaluation.save_pipeline(trainer, data, folder)
                 save_checkpoint(trainer, folder.checkpoints, step, data.manifest.fingerprint)
             if saves:
                 accelerator.wait_for_everyone()
-        progress.say(f"trained {step} steps; {following(settings)}")
+        progress.say(f"trained {step} steps; {following(settings, can_sample=trainer.generator.can_sample)}")
     accelerator.end_training()
 
 
-def following(settings: Settings) -> str:
+def following(settings: Settings, *, can_sample: bool) -> str:
     """Say what can be done with the run."""
     if settings.provenance.index_head == "none":
         return "no provenance network"
-    command = "attribute" if settings.generator.kind == "none" else "generate"
+    command = "generate" if can_sample else "attribute"
     return f"next: provgen {command} --run {settings.output_dir}"
 
 

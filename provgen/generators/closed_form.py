@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from provgen.data.random import Stream, seeded_generator
 from provgen.models.vae import ImageVae
 
 MAX_CHUNK_BYTES = 256 * 2**20
@@ -30,7 +33,58 @@ class Posterior(Protocol):
         ...
 
 
-class ClosedFormPosterior:
+class ExactPosterior:
+    """What closed forms share: probabilities from logits, and slices that bound memory."""
+
+    rows: Tensor
+    """The training set, (train, feature)."""
+    labels: Tensor
+    """int64 (train,)."""
+    null_label: int
+    covered: Tensor | None
+
+    def logits(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
+        """Give log p up to a constant of each query; ruled-out examples get the lowest finite value."""
+        raise NotImplementedError
+
+    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
+        """Compute p(i | query, y).
+
+        Args:
+            queries: Noisy images or latents, (query, ...), any floating dtype.
+            alpha_bar: Cumulative alpha of each query, (query,), below 1; a latent has none and ignores it.
+            class_labels: int64 (query,).
+
+        Returns:
+            (query, train) in the dtype of the training set; rows sum to 1, ruled-out examples get 0. A row for which
+            every example is ruled out is 0.
+        """
+        # Never exp(log_softmax): exp is ten times slower than softmax where nearly everything underflows.
+        probs = self.logits(queries, alpha_bar, class_labels).softmax(dim=1)
+        if not len(self._empty_classes):
+            return probs
+        return probs.masked_fill(torch.isin(class_labels, self._empty_classes)[:, None], 0)
+
+    def chunks(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
+        """Yield `probs` in slices of queries that stay under MAX_CHUNK_BYTES each."""
+        size = max(1, MAX_CHUNK_BYTES // (len(self.rows) * self.rows.element_size()))
+        slices = zip(queries.split(size), alpha_bar.split(size), class_labels.split(size), strict=True)
+        for chunk in slices:
+            yield self.probs(*chunk)
+
+    @cached_property
+    def _empty_classes(self) -> Tensor:
+        """Labels without any example that may be the parent, int64 (label,)."""
+        labels = self.labels if self.covered is None else self.labels[self.covered]
+        every = torch.arange(self.null_label, device=labels.device)
+        return every[~torch.isin(every, labels)]
+
+    def _ruled_out(self, logits: Tensor, class_labels: Tensor) -> Tensor:
+        ruled_out = impossible(class_labels, self.labels, self.null_label, self.covered)
+        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
+
+
+class ClosedFormPosterior(ExactPosterior):
     """p(i | x_t, y) of the forward process, exactly.
 
     With x_t = sqrt(a) x_i + sqrt(1-a) noise and every example equally likely before,
@@ -55,35 +109,13 @@ class ClosedFormPosterior:
         self.null_label = null_label
         self.covered = covered
 
-    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
-        """Compute p(i | x_t, y).
-
-        Args:
-            queries: x_t, (query, channel, height, width), any floating dtype.
-            alpha_bar: alpha_bar of each row, (query,), below 1.
-            class_labels: int64 (query,).
-
-        Returns:
-            (query, train) in the dtype of the training images; rows sum to 1, ruled-out examples get 0.
-        """
-        # Never exp(log_softmax): exp is ten times slower than softmax where nearly everything underflows.
-        return self.logits(queries, alpha_bar, class_labels).softmax(dim=1)
-
     def logits(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give log p up to a constant of each query; ruled-out examples get the lowest finite value."""
         a = alpha_bar.to(self.rows)[:, None]
         # |x_t|^2 is the same for every example and drops out of the softmax.
         products = queries.flatten(1).to(self.rows) @ self.rows.T
         logits = (a.sqrt() * products - a * self.half_norms) / (1 - a)
-        ruled_out = impossible(class_labels, self.labels, self.null_label, self.covered)
-        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
-
-    def chunks(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
-        """Yield `probs` in slices of queries that stay under MAX_CHUNK_BYTES each."""
-        size = max(1, MAX_CHUNK_BYTES // (len(self.rows) * self.rows.element_size()))
-        parts = zip(queries.split(size), alpha_bar.split(size), class_labels.split(size), strict=True)
-        for some, levels, labels in parts:
-            yield self.probs(some, levels, labels)
+        return self._ruled_out(logits, class_labels)
 
 
 def impossible(class_labels: Tensor, example_labels: Tensor, null_label: int, covered: Tensor | None) -> Tensor:
@@ -97,7 +129,7 @@ ENCODED_AT_ONCE = 500
 """Images."""
 
 
-class LatentPosterior:
+class LatentPosterior(ExactPosterior):
     """p(i | z, y) of an autoencoder's encoder, exactly.
 
     With z drawn from q(z | x_i) = N(mean_i, variance_i), diagonal, and every example equally likely before,
@@ -127,7 +159,7 @@ class LatentPosterior:
         rows, log_variances = means.flatten(1), log_variances.flatten(1)
         # -2 log q(z | x_i) = z^2 . precision_i - 2 z . pull_i + offset_i + constant: two matrix products.
         self.precisions = (-log_variances).exp()
-        self.pulls = rows * self.precisions
+        self.pulls = self.rows = rows * self.precisions
         self.offsets = (rows * self.pulls + log_variances).sum(1)
         self.labels = labels
         self.null_label = null_label
@@ -166,29 +198,55 @@ class LatentPosterior:
             covered=None if covered is None else covered.to(device),
         )
 
-    def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
-        """Compute p(i | z, y).
-
-        Args:
-            queries: Latents z, (query, feature...), any floating dtype.
-            alpha_bar: Ignored: a latent has one level of noise, its variance.
-            class_labels: int64 (query,).
-
-        Returns:
-            (query, train) in the dtype of the means; rows sum to 1, ruled-out examples get 0.
-        """
-        return self.logits(queries, alpha_bar, class_labels).softmax(dim=1)
-
     def logits(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Posterior
         """Give log p up to a constant of all examples; ruled-out examples get the lowest finite value."""
         rows = queries.flatten(1).to(self.pulls)
         logits = rows @ self.pulls.T - (rows.square() @ self.precisions.T + self.offsets) / 2
-        ruled_out = impossible(class_labels, self.labels, self.null_label, self.covered)
-        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
+        return self._ruled_out(logits, class_labels)
 
-    def chunks(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Iterator[Tensor]:
-        """Yield `probs` in slices of queries that stay under MAX_CHUNK_BYTES each."""
-        size = max(1, MAX_CHUNK_BYTES // (len(self.pulls) * self.pulls.element_size()))
-        parts = zip(queries.split(size), alpha_bar.split(size), class_labels.split(size), strict=True)
-        for some, levels, labels in parts:
-            yield self.probs(some, levels, labels)
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of each row of probabilities (query, train), among the examples that were looked at.
+
+    Rows that a beam has not looked at the whole of sum to s < 1; theirs is H / s + log s.
+    """
+    # A row without any possible example is 0, and has no entropy.
+    total = probs.sum(dim=1).clamp_min(torch.finfo(probs.dtype).tiny)
+    entropies: Tensor = torch.special.entr(probs).sum(dim=1) / total + total.log()
+    return entropies.clamp_min(0)
+
+
+COVERAGE_ALPHA_BARS = (0.06, 0.1, 0.2, 0.4)
+"""Noise levels alpha_bar, the noisier ones of the trace window: at cleaner ones only copies have an entropy above 0."""
+
+
+def posterior_entropies(
+    posterior: ClosedFormPosterior, *, seed: int, alpha_bars: tuple[float, ...] = COVERAGE_ALPHA_BARS
+) -> Tensor:
+    """Noise every training image and measure how undecided the closed form is about its parent.
+
+    Args:
+        posterior: Over the training images, all of them covered; no class is given.
+        seed: Of the noise.
+        alpha_bars: Levels alpha_bar over which entropies are averaged.
+
+    Returns:
+        Entropies in nats, (train,), from 0 to log train, in the dtype and on the device of the posterior.
+    """
+    return torch.stack(
+        [_entropies_at(posterior, alpha_bar, seed, number) for number, alpha_bar in enumerate(alpha_bars)]
+    ).mean(dim=0)
+
+
+def _entropies_at(posterior: ClosedFormPosterior, alpha_bar: float, seed: int, number: int) -> Tensor:
+    clean = posterior.rows
+    noise = randn_tensor(
+        clean.shape,
+        generator=seeded_generator(seed, Stream.COVERAGE, number),
+        device=clean.device,
+        dtype=clean.dtype,
+    )
+    noisy = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
+    levels = torch.full((len(clean),), alpha_bar, dtype=clean.dtype, device=clean.device)
+    no_class = torch.full_like(posterior.labels, posterior.null_label)
+    return torch.cat([entropy(probs) for probs in posterior.chunks(noisy, levels, no_class)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -14,7 +13,8 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.generators.closed_form import ClosedFormPosterior
-from provgen.generators.observers import Observer
+from provgen.generators.diffusion import DiffusionGenerator
+from provgen.generators.protocol import Generator
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
 
 BATCH = 256
@@ -22,35 +22,27 @@ BATCH = 256
 
 
 @torch.no_grad()
-def generator_losses(
-    observer: Observer,
-    network: ModelMixin,
-    images: ImageSet,
-    *,
-    noise_shape: tuple[int, ...],
-    draws: int,
-    seed: int,
-) -> Tensor:
+def generator_losses(generator: Generator, images: ImageSet, *, draws: int, seed: int) -> Tensor:
     """Loss of each image in every draw: squared error of the noise, or reconstruction and divergence of an autoencoder.
 
     Timesteps are stratified over the schedule: draw d of an image falls into the d-th of `draws` equal parts.
 
     Args:
-        observer: How the network is run.
-        network: Of the generator.
-        images: The queries, with the labels a denoiser is told.
-        noise_shape: Of one row of noise.
-        draws: Noise levels, or latents, per image.
-        seed: Of timesteps and noise; equal seeds give equal noise to every generator.
+        generator: Generator with its network.
+        images: Queries, with the labels a denoiser is given.
+        draws: Noise levels, or latents, per image; a generator that reads no noise has one.
+        seed: Seed of timesteps and noise; equal seeds give equal noise to every generator.
 
     Returns:
         (query, draw) on the CPU, from clean to noisy where there are noise levels.
     """
-    generator = seeded_generator(seed, Stream.LOSS)
+    draws = draws if generator.reads_noise else 1
+    random = seeded_generator(seed, Stream.LOSS)
     losses = torch.zeros(len(images), draws)
     for draw in range(draws):
-        noise = randn_tensor((len(images), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
-        places = draw + torch.rand(len(images), generator=generator, dtype=torch.float64)
+        shape = (len(images), *generator.noise_shape)
+        noise = randn_tensor(shape, generator=random, dtype=torch.get_default_dtype())
+        places = draw + torch.rand(len(images), generator=random, dtype=torch.float64)
         batch = Batch(
             indices=torch.arange(len(images)),
             clean_images=to_unit_range(images.images),
@@ -60,16 +52,15 @@ def generator_losses(
             clean_labels=images.labels,
         )
         for rows in torch.arange(len(images)).split(BATCH):
-            part = batch.select(rows).to(network.device)
-            losses[rows, draw] = observer.observe(network, part, with_feature_maps=False).loss.cpu()
+            part = batch.select(rows).to(generator.network.device)
+            losses[rows, draw] = generator.forward(part, with_feature_maps=False).loss.cpu()
     return losses
 
 
 @torch.no_grad()
 def denoiser_divergence(
-    unet: UNet2DModel,
+    generator: DiffusionGenerator,
     closed_form: ClosedFormPosterior,
-    scheduler: DDPMScheduler,
     images: ImageSet,
     *,
     timesteps: Sequence[int],
@@ -82,17 +73,17 @@ def denoiser_divergence(
     the denoiser of least loss on the training images, and generates nothing but them.
 
     Args:
-        unet: The denoiser.
+        generator: The denoiser.
         closed_form: Posterior over the training images, on any device.
-        scheduler: The forward process.
-        images: What is noised.
-        timesteps: Levels.
-        seed: Of the noise.
+        images: Images that are noised.
+        timesteps: Noise levels.
+        seed: Seed of the noise.
 
     Returns:
         Nats, (query, level) on the CPU.
     """
-    shape = tuple(images.images.shape[1:])
+    unet, scheduler = generator.network, generator.scheduler
+    shape = generator.noise_shape
     batches = fixed_batches(images, torch.arange(len(images)), list(timesteps), noise_shape=shape, seed=seed)
     found = []
     for batch in batches:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from provgen.data.batches import Batch
-from provgen.generators.closed_form import Posterior
-from provgen.metrics.agreement import beam_recall
 from provgen.metrics.statistics import Estimate, mean_estimate
-from provgen.tracing.network import NetworkPosterior
-from provgen.tracing.trace import WINDOW
-from provgen.training.targets import Mixing
 
 LEVELS = (0.02, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-"""alpha_bars alpha_bar that are looked at; the nearest timestep of the schedule is taken."""
+"""Noise levels alpha_bar that are looked at; the nearest timestep of the schedule is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,105 +52,51 @@ class IndexQuality:
         return row
 
 
-class IndexProbe:
-    """Fixed batches of training images on which index metrics are measured again and again."""
+def index_hits(log_probs: Tensor, posterior: Tensor, mixing: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Measure each query: the columns that `index_quality` summarises, (query, 6).
 
-    def __init__(self, batches: list[Batch], *, null_label: int, is_conditional: bool, mixing: Mixing | None) -> None:
-        """Keep what is measured.
-
-        Args:
-            batches: One per noise level, of covered examples; a generator without noise levels has one.
-            null_label: The label that stands for no label.
-            is_conditional: Whether this generator can be told a class label.
-            mixing: Of the targets the network was trained towards; None for none.
-        """
-        self.batches = batches
-        self.null_label = null_label
-        self.is_conditional = is_conditional
-        self.mixing = mixing
-
-    def measure(self, network: NetworkPosterior, closed_form: Posterior) -> list[IndexQuality]:
-        """Measure every level, conditional rows (where there are labels) and unconditional rows apart.
-
-        Args:
-            network: Generator and provenance network.
-            closed_form: In float64 on the CPU, over the covered examples: the ceilings come from it.
-        """
-        return [
-            self._level(network, closed_form, rows, part) for batch in self.batches for rows, part in self.parts(batch)
-        ]
-
-    def beam_recall(self, network: NetworkPosterior, beam: int, k: int) -> Estimate:
-        """Share of the `k` best of the exhaustive answer found in the best `beam` cells; unconditional rows.
-
-        Both answers are averaged over the trace window first, as traces are.
-        """
-        answers: dict[int | None, list[Tensor]] = {None: [], beam: []}
-        for batch in self.batches:
-            observation, _ = network.observe(dict(self.parts(batch))["unconditional"])
-            if len(self.batches) == 1 or WINDOW[0] < float(observation.alpha_bar[0]) < WINDOW[1]:
-                for cells, probs in answers.items():
-                    probs.append(network.index_logits(observation, cells).softmax(dim=1))
-        lowest = torch.finfo(answers[None][0].dtype).min
-        whole, searched = (torch.stack(answers[cells]).mean(dim=0).log().clamp_min(lowest) for cells in (None, beam))
-        return beam_recall(searched, whole, k)
-
-    def parts(self, batch: Batch) -> list[tuple[str, Batch]]:
-        """Split a batch into `labelled` rows, told their class, and `null` rows, told nothing."""
-        null = torch.full_like(batch.clean_labels, self.null_label)
-        parts = [("unconditional", replace(batch, labels=null))]
-        has_label = (batch.clean_labels != self.null_label).nonzero().flatten()
-        if self.is_conditional and len(has_label):
-            parts.insert(0, ("conditional", replace(batch, labels=batch.clean_labels).select(has_label)))
-        return parts
-
-    def _level(self, network: NetworkPosterior, closed_form: Posterior, rows: str, batch: Batch) -> IndexQuality:
-        observation, output = network.observe(batch)
-        log_probs = output.index_logits.cpu().double().log_softmax(dim=1)
-        alpha_bar, query = observation.alpha_bar.cpu(), observation.query.cpu()
-        start, measured = 0, []
-        for posterior in closed_form.chunks(query, alpha_bar, batch.labels):
-            stop = start + len(posterior)
-            measured.append(self._compare(log_probs[start:stop], posterior))
-            start = stop
-        cross_entropy, floor, top1, top1_ceiling, top5, top5_ceiling = torch.cat(measured).T
-        return IndexQuality(
-            alpha_bar=float(alpha_bar[0]),
-            rows=rows,
-            cross_entropy=float(cross_entropy.mean()),
-            cross_entropy_ceiling=float(floor.mean()),
-            kl_gap=mean_estimate(cross_entropy - floor, seed=0),
-            top1=mean_estimate(top1, seed=0),
-            top1_ceiling=float(top1_ceiling.mean()),
-            top5=mean_estimate(top5, seed=0),
-            top5_ceiling=float(top5_ceiling.mean()),
-            query_gaps=cross_entropy - floor,
-        )
-
-    def _compare(self, log_probs: Tensor, posterior: Tensor) -> Tensor:
-        """Measure each query: six columns in the order that `_level` unpacks; both arguments (query, train)."""
-        target = posterior if self.mixing is None else self.mixing(posterior)
-        five = min(5, posterior.shape[1])
-        chosen = posterior.gather(1, log_probs.topk(five, dim=1).indices)
-        best = posterior.topk(five, dim=1).values
-        return torch.stack(
-            [
-                -(target * log_probs).sum(dim=1),
-                torch.special.entr(target).sum(dim=1),
-                chosen[:, 0],
-                best[:, 0],
-                chosen.sum(dim=1),
-                best.sum(dim=1),
-            ],
-            dim=1,
-        )
+    Args:
+        log_probs: Index log-probabilities of the network, float64 (query, train).
+        posterior: Closed form of the same queries, (query, train).
+        mixing: Label mixing of the targets the network was trained towards; None for none.
+    """
+    target = posterior if mixing is None else mixing(posterior)
+    five = min(5, posterior.shape[1])
+    chosen = posterior.gather(1, log_probs.topk(five, dim=1).indices)
+    best = posterior.topk(five, dim=1).values
+    columns = [
+        -(target * log_probs).sum(dim=1),
+        torch.special.entr(target).sum(dim=1),
+        chosen[:, 0],
+        best[:, 0],
+        chosen.sum(dim=1),
+        best.sum(dim=1),
+    ]
+    return torch.stack(columns, dim=1)
 
 
-def mean_kl_gap(qualities: list[IndexQuality], rows: str) -> Estimate:
+def index_quality(alpha_bar: float, rows: str, hits: Tensor) -> IndexQuality:
+    """Summarise what `index_hits` found at one noise level."""
+    cross_entropy, floor, top1, top1_ceiling, top5, top5_ceiling = hits.T
+    return IndexQuality(
+        alpha_bar=alpha_bar,
+        rows=rows,
+        cross_entropy=float(cross_entropy.mean()),
+        cross_entropy_ceiling=float(floor.mean()),
+        kl_gap=mean_estimate(cross_entropy - floor, seed=0),
+        top1=mean_estimate(top1, seed=0),
+        top1_ceiling=float(top1_ceiling.mean()),
+        top5=mean_estimate(top5, seed=0),
+        top5_ceiling=float(top5_ceiling.mean()),
+        query_gaps=cross_entropy - floor,
+    )
+
+
+def mean_kl_gap(qualities: Sequence[IndexQuality], rows: str, window: tuple[float, float]) -> Estimate:
     """Mean KL gap in nats over the levels inside the trace window, bootstrapped over queries.
 
     A generator without noise levels has one level, which is taken.
     """
-    kind = [q for q in qualities if q.rows == rows]
-    inside = [q.query_gaps for q in kind if WINDOW[0] < q.alpha_bar < WINDOW[1]]
-    return mean_estimate(torch.stack(inside or [kind[0].query_gaps]).mean(dim=0), seed=0)
+    of_rows = [quality for quality in qualities if quality.rows == rows]
+    inside = [quality.query_gaps for quality in of_rows if window[0] < quality.alpha_bar < window[1]]
+    return mean_estimate(torch.stack(inside or [of_rows[0].query_gaps]).mean(dim=0), seed=0)

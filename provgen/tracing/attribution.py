@@ -57,13 +57,3 @@ def check_top_k(top_k: int, num_examples: int) -> None:
         raise InputError(
             f"top_k must be between 1 and {num_examples}, the number of training images that can be named, got {top_k}"
         )
-
-
-def entropy(probs: Tensor) -> Tensor:
-    """Entropy in nats of each row of probabilities (query, train), among the examples that were looked at.
-
-    Rows that a beam has not looked at the whole of sum to s < 1; theirs is H / s + log s.
-    """
-    total = probs.sum(dim=1)
-    entropies: Tensor = torch.special.entr(probs).sum(dim=1) / total + total.log()
-    return entropies.clamp_min(0)

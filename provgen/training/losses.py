@@ -1,32 +1,9 @@
-"""Losses of generators and of provenance networks."""
+"""Losses of provenance networks."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def denoising_loss(predicted_noise: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the predicted noise of every row, (batch,) (Ho et al. 2020, arXiv 2006.11239, eq. 14)."""
-    return (predicted_noise - noise).square().flatten(1).mean(dim=1)
-
-
-def vae_loss(reconstruction: Tensor, images: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error and divergence of an autoencoder (Kingma and Welling 2014, arXiv 1312.6114, appendix B).
-
-    Args:
-        reconstruction: (batch, channel, height, width).
-        images: Same shape.
-        mean: Of the latent's Gaussian, (batch, ...).
-        log_variance: Of the same, in nats.
-
-    Returns:
-        Mean squared error over pixels, and KL(q(z|x), N(0, 1)) in nats per pixel and channel, each (batch,): their
-        ratio does not depend on the resolution.
-    """
-    errors = (reconstruction - images).square().flatten(1)
-    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(dim=1) / 2
-    return errors.mean(dim=1), divergence / errors.shape[1]
 
 
 def index_loss(index_logits: Tensor, targets: Tensor, is_covered: Tensor, coverage: float) -> Tensor:

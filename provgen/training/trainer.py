@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from provgen.data.batches import Batch
-from provgen.generators.observers import Observation, Observer
+from provgen.generators.protocol import Generator, Output
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.training.losses import class_loss, index_loss
 from provgen.training.targets import Targets
@@ -44,8 +44,7 @@ class CoTrainer:
         self,
         *,
         accelerator: Accelerator,
-        observer: Observer,
-        network: ModelMixin,
+        generator: Generator,
         provenance: ProvenanceNetwork | None,
         objective: ProvenanceObjective | None,
         label_dropout: float,
@@ -59,8 +58,8 @@ class CoTrainer:
         With `is_shared` False, every process trains networks of its own.
         """
         self.accelerator = accelerator
-        self.observer = observer
-        self.networks: dict[str, ModelMixin | ProvenanceNetwork] = {observer.name: network}
+        self.generator = generator
+        self.networks: dict[str, Any] = {generator.name: generator.network}
         if provenance is not None:
             self.networks["provenance"] = provenance
         parameters = [p for network in self.networks.values() for p in network.parameters()]
@@ -108,32 +107,30 @@ class CoTrainer:
 
     def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Give what is minimised, and the losses it is made of by name."""
-        network, is_read = self.prepared[self.observer.name], self.objective is not None
-        observation = self.observer.observe(network, batch, with_feature_maps=is_read)
-        total = observation.loss.mean()
-        losses = {name: rows.mean() for name, rows in observation.parts.items()}
+        generator = self.generator.with_network(self.prepared[self.generator.name])
+        output = generator.forward(batch, with_feature_maps=self.objective is not None)
+        total = output.loss.mean()
+        losses = {name: rows.mean() for name, rows in output.parts.items()}
         if self.objective is None:
             return total, losses
-        added = self._provenance_losses(batch, observation, self.objective)
+        added = self._provenance_losses(batch, output, self.objective)
         total = total + self.objective.loss_weight * added["index_loss"]
         if "class_loss" in added:
             total = total + self.objective.class_loss_weight * added["class_loss"]
         return total, losses | added
 
-    def _provenance_losses(
-        self, batch: Batch, observation: Observation, objective: ProvenanceObjective
-    ) -> dict[str, Tensor]:
-        feature_maps, class_logits = observation.feature_maps, observation.class_logits
+    def _provenance_losses(self, batch: Batch, output: Output, objective: ProvenanceObjective) -> dict[str, Tensor]:
+        feature_maps, class_logits = output.feature_maps, output.class_logits
         if objective.stops_gradient:
-            feature_maps = [stage.detach() for stage in feature_maps]
+            feature_maps = [feature_map.detach() for feature_map in feature_maps]
             class_logits = None if class_logits is None else class_logits.detach()
-        alpha_bar, labels = observation.alpha_bar, observation.class_labels
-        output = self.prepared["provenance"](feature_maps, alpha_bar, labels, class_logits)
+        alpha_bar, labels = output.alpha_bar, output.class_labels
+        predicted = self.prepared["provenance"](feature_maps, alpha_bar, labels, class_logits)
         with torch.no_grad():
-            targets = objective.targets(batch.indices, observation.query, alpha_bar, labels)
+            targets = objective.targets(batch.indices, output.query, alpha_bar, labels)
         is_covered = objective.covered[batch.indices]
-        losses = {"index_loss": index_loss(output.index_logits, targets, is_covered, objective.coverage)}
-        if class_logits is None and output.class_logits is not None:
-            is_null = labels == output.class_logits.shape[1]
-            losses["class_loss"] = class_loss(output.class_logits, batch.clean_labels, is_null, self.label_dropout)
+        losses = {"index_loss": index_loss(predicted.index_logits, targets, is_covered, objective.coverage)}
+        if class_logits is None and predicted.class_logits is not None:
+            is_null = labels == predicted.class_logits.shape[1]
+            losses["class_loss"] = class_loss(predicted.class_logits, batch.clean_labels, is_null, self.label_dropout)
         return losses

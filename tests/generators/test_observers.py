@@ -5,10 +5,10 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.nn.functional as F
-
-from provgen.data.batches import BatchStream
 from provgen.generators.kinds import make_kind
 from provgen.generators.observers import ClassifierObserver, Observation, VaeObserver
+
+from provgen.data.batches import BatchStream
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 
 KINDS = ("diffusion", "vae", "none")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from provgen.generators.observers import Observation
 
 from provgen.data.batches import Batch, fixed_batches
 from provgen.generators.closed_form import ClosedFormPosterior
-from provgen.generators.observers import Observation
 from provgen.metrics import index_quality
 from provgen.metrics.index_quality import LEVELS, IndexProbe, IndexQuality, mean_kl_gap
 from provgen.metrics.statistics import Estimate

@@ -16,32 +16,22 @@ from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes
 from provgen.report.html import Section, Table, TableCell, picture_of_figure
 from provgen.report.metrics import Metric
 
-LOSSES = {
-    "diffusion": ("denoising_loss", "Mean squared error of the predicted noise"),
-    "vae": (
-        "autoencoder_loss",
-        "Squared error of the reconstruction, plus the weighted divergence of the latent",
-    ),
-    "none": ("class_loss", "Cross-entropy of the class (nats), times its weight"),
-}
-"""Name in report.json and description of the loss of each kind of generator."""
-
 THIRDS = ("little_noise", "some_noise", "much_noise")
 """Of the schedule."""
 
 
 def generalization_section(
-    kind: str, train_losses: Tensor, holdout_losses: Tensor, divergence: Mapping[int, Tensor] | None = None
+    name: str, what: str, train_losses: Tensor, holdout_losses: Tensor, divergence: Mapping[int, Tensor] | None = None
 ) -> tuple[Section, list[Metric]]:
     """Compare the generator's loss on training and held-out images.
 
     Args:
-        kind: Of the generator.
+        name: Name of the generator's loss in report.json.
+        what: Description of that loss.
         train_losses: (query, draw), from clean to noisy where there are noise levels.
         holdout_losses: (query, draw).
         divergence: Of a denoiser from the closed form's on training images in nats, (query,) by timestep.
     """
-    name, what = LOSSES[kind]
     seen, unseen = (mean_estimate(losses.mean(dim=1), seed=0) for losses in (train_losses, holdout_losses))
     ratios = loss_ratios(train_losses, holdout_losses)
     metrics = [
