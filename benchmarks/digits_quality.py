@@ -16,7 +16,6 @@ from scipy import stats
 from torch import Tensor
 
 from provgen import build, cli, evaluation
-from provgen.generators.kinds import make_kind
 from provgen.generators.losses import generator_losses
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
@@ -58,11 +57,8 @@ def holdout_losses(run: RunFolder) -> Tensor:
     data = build.open_data(settings, run)
     trainer = build.make_trainer(settings, data, accelerator)
     resume_latest(trainer, run.checkpoints, data.manifest.fingerprint)
-    denoiser = evaluation.averaged_networks(trainer)["denoiser"]
-    kind = make_kind(settings, data.train)
-    return generator_losses(
-        trainer.observer, denoiser, data.holdout, noise_shape=kind.noise_shape(), draws=DRAWS, seed=0
-    ).mean(dim=1)
+    generator = evaluation.averaged_generator(trainer)
+    return generator_losses(generator, data.holdout, draws=DRAWS, seed=0).mean(dim=1)
 
 
 def report_index(run: RunFolder, seed: int) -> None:

@@ -63,17 +63,28 @@ def sampling_turns(settings: Settings, images: int) -> tuple[Callable[[], float]
     """Make two functions that sample with and without traces and give seconds."""
     accelerator = build.make_accelerator(settings)
     data = build.open_data(settings, RunFolder(Path("does-not-exist")))
-    pipeline = evaluation.make_pipeline(build.make_trainer(settings, data, accelerator), settings, data)
+    pipeline = evaluation.make_pipeline(build.make_trainer(settings, data, accelerator), data)
     pipeline.set_progress_bar_config(disable=True)
-    labels = [number % max(1, data.train.num_classes) for number in range(images)]
+    num_classes = data.train.num_classes
+    labels = [number % max(1, num_classes) for number in range(images)]
 
-    def sample(top_k: int | None) -> float:
-        generators = [torch.Generator().manual_seed(number) for number in range(images)]
+    def seeded() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in range(images)]
+
+    def with_traces() -> float:
         start = time.perf_counter()
-        pipeline(labels, generator=generators, top_k=top_k, output_type="pt")
+        pipeline(labels, generator=seeded(), top_k=8, output_type="pt")
         return time.perf_counter() - start
 
-    return lambda: sample(8), lambda: sample(None)
+    def without() -> float:
+        asked, start = torch.tensor(labels, device=pipeline.device), time.perf_counter()
+        for _ in pipeline.generator.sample(
+            asked, null_label=num_classes, generator=seeded(), num_inference_steps=50, guidance_scale=1.0
+        ):
+            pass
+        return time.perf_counter() - start
+
+    return with_traces, without
 
 
 def report(what: str, variant: Callable[[], float], plain: Callable[[], float], turns: int) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from provgen import build, cli
-from provgen.generators.kinds import make_kind
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
 
@@ -32,8 +31,8 @@ def main(
     torch.set_num_threads(1)
     settings = load_settings(config, ["training.batch_size=64"])
     data = build.open_data(settings, RunFolder(Path("nowhere")))
-    kind, batch = make_kind(settings, data.train), build.make_stream(settings, data.train).batch(0)
-    networks = [kind.make_network() for _ in range(models)]
+    batch = build.make_stream(settings, data.train).batch(0)
+    networks = [build.make_network(settings, data.train) for _ in range(models)]
     weights, buffers = stack_module_state(networks)
 
     def loss(own: dict[str, Tensor], rest: dict[str, Tensor]) -> Tensor:

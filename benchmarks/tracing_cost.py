@@ -3,17 +3,16 @@
     python benchmarks/tracing_cost.py runs/digits
 
 All of them take turns within one run, in seconds of one core, so that a drifting or busy machine slows them alike. A
-trace along the trajectory costs what the pipeline takes beyond its sampling steps; medians over turns are printed with
+trace along the trajectory costs what the pipeline takes beyond a loop over the same sampling steps; medians over turns are printed with
 their spread.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated
-from unittest.mock import patch
 
 import torch
 import typer
@@ -24,10 +23,7 @@ from provgen.models.credit import CreditHead
 from provgen.models.diffusion import make_training_scheduler
 from provgen.studies.faithfulness.gradients import GradientFeatures, LossGradients
 from provgen.studies.faithfulness.methods import PROJ_DIM, credit_coordinates
-from provgen.tracing.diffusion_tracer import DiffusionTracer
 from provgen.tracing.gaussian_process import MAX_LANDMARKS
-from provgen.tracing.sampling_step import SamplingStep
-from provgen.tracing.tracer import Request
 
 
 def main(
@@ -87,30 +83,24 @@ def empty_credit(trained: build.TrainedRun, *, finds_gradients: bool) -> CreditH
 
 
 def along(trained: build.TrainedRun, images: int, trace_every: int) -> Callable[[], float]:
-    """Make a function that samples with traces and gives seconds an image outside of the sampling steps."""
-    pipeline = trained.pipeline
+    """Make a function that samples with and without traces and gives the difference in seconds an image."""
+    pipeline, num_classes = trained.pipeline, trained.data.train.num_classes
     pipeline.set_progress_bar_config(disable=True)
-    labels = [number % max(1, trained.data.train.num_classes) for number in range(images)]
-    steps = DiffusionTracer.steps
+    labels = [number % max(1, num_classes) for number in range(images)]
+
+    def seeded() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in range(images)]
 
     def turn() -> float:
-        sampling = 0.0
-
-        def timed_steps(self: DiffusionTracer, request: Request) -> Iterator[SamplingStep]:
-            nonlocal sampling
-            start = time.process_time()
-            for step in steps(self, request):
-                sampling += time.process_time() - start
-                yield step
-                start = time.process_time()
-            sampling += time.process_time() - start
-
-        generators = [torch.Generator().manual_seed(number) for number in range(images)]
-        with patch.object(DiffusionTracer, "steps", timed_steps):
-            start = time.process_time()
-            pipeline(labels, generator=generators, top_k=8, trace_every=trace_every, output_type="pt")
-            total = time.process_time() - start
-        return (total - sampling) / images
+        start = time.process_time()
+        pipeline(labels, generator=seeded(), top_k=8, trace_every=trace_every, output_type="pt")
+        with_traces, start = time.process_time() - start, time.process_time()
+        asked = torch.tensor(labels, device=pipeline.device)
+        for _ in pipeline.generator.sample(
+            asked, null_label=num_classes, generator=seeded(), num_inference_steps=50, guidance_scale=1.0
+        ):
+            pass
+        return (with_traces - (time.process_time() - start)) / images
 
     return turn
 
@@ -137,7 +127,7 @@ def gradient_query(trained: build.TrainedRun, queries: int, timesteps: int, fold
     gradients = LossGradients(unet, scheduler, target="zero", num_timesteps=timesteps, seed=0)
     features = GradientFeatures(gradients, folder, proj_dim=min(PROJ_DIM, gradients.size))
     stored = torch.randn(len(train), min(PROJ_DIM, gradients.size))
-    sampled = evaluation.sample(trained.pipeline, trained.settings, trained.data, count=queries).images
+    sampled = evaluation.sample(trained.pipeline, trained.data, count=queries).images
     clean = sampled.float() / 127.5 - 1
     labels = torch.arange(queries) % max(1, train.num_classes)
 

@@ -14,7 +14,22 @@ import typer
 
 from provgen.errors import InputError
 
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+COMMANDS = {
+    "demo": ("demo", "Train, generate, attribute and report on the embedded digits, in minutes."),
+    "train": ("train", "Train an image generator together with its provenance network."),
+    "generate": ("generate_and_attribute", "Generate images and trace each to the training images it comes from."),
+    "attribute": ("attribute", "Trace images from outside to the training images of a run."),
+    "analyze": ("analyze", "Write report.json and report.html of a run."),
+    "retrain": ("retrain", "Train a run's generator again on random halves of its images, to test traces with."),
+    "calibrate": ("calibrate", "Fit the weights of traces to subset models, and save them with the pipeline."),
+    "faithfulness": ("faithfulness", "Compare attribution methods on retrained generators."),
+    "faithfulness-table": ("faithfulness_table", "Make the table of attribution methods again, in seconds."),
+    "leave-out": ("leave_out", "Train without the sources that a method names, and generate the same samples."),
+    "planted": ("planted", "Trace images whose sources are known, beside the best that can be done."),
+    "memorization-sweep": ("memorization_sweep", "Train on more and more images: where does copying end?"),
+    "paper": ("paper", "Regenerate the paper's findings: tables and figures of many runs."),
+}
+"""Commands: the recipe file that each runs, and its help."""
 
 app = typer.Typer(
     name="provgen",
@@ -25,82 +40,20 @@ app = typer.Typer(
 )
 
 
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def demo(context: typer.Context) -> None:
-    """Train, generate, attribute and report on the embedded digits, in minutes."""
-    run_recipe("demo", context.args)
+def _command(name: str, recipe: str) -> Callable[[typer.Context], None]:
+    def command(context: typer.Context) -> None:
+        run(load_recipe(recipe), prog_name=f"provgen {name}", arguments=context.args)
+
+    return command
 
 
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def train(context: typer.Context) -> None:
-    """Train an image generator together with its provenance network."""
-    run_recipe("train", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def generate(context: typer.Context) -> None:
-    """Generate images and trace each to the training images it comes from."""
-    run_recipe("generate_and_attribute", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def attribute(context: typer.Context) -> None:
-    """Trace images from outside to the training images of a run."""
-    run_recipe("attribute", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def analyze(context: typer.Context) -> None:
-    """Write report.json and report.html of a run."""
-    run_recipe("analyze", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def paper(context: typer.Context) -> None:
-    """Regenerate the paper's findings: tables and figures of many runs."""
-    run_recipe("paper", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def retrain(context: typer.Context) -> None:
-    """Train a run's generator again on random halves of its images, to test traces with."""
-    run_recipe("retrain", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def faithfulness(context: typer.Context) -> None:
-    """Compare attribution methods on retrained generators."""
-    run_recipe("faithfulness", context.args)
-
-
-@app.command(name="faithfulness-table", context_settings=PASS_THROUGH, add_help_option=False)
-def faithfulness_table(context: typer.Context) -> None:
-    """Make the table of attribution methods again, in seconds, from what was kept."""
-    run_recipe("faithfulness_table", context.args)
-
-
-@app.command(name="leave-out", context_settings=PASS_THROUGH, add_help_option=False)
-def leave_out(context: typer.Context) -> None:
-    """Train again without the sources that a method names, and generate the same samples."""
-    run_recipe("leave_out", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def calibrate(context: typer.Context) -> None:
-    """Fit the weights of traces to subset models, and save them with the pipeline."""
-    run_recipe("calibrate", context.args)
-
-
-@app.command(context_settings=PASS_THROUGH, add_help_option=False)
-def planted(context: typer.Context) -> None:
-    """Trace images whose sources are known, beside the best that can be done."""
-    run_recipe("planted", context.args)
-
-
-@app.command(name="memorization-sweep", context_settings=PASS_THROUGH, add_help_option=False)
-def memorization_sweep(context: typer.Context) -> None:
-    """Train on more and more images: where does copying end, and what do traces say?"""
-    run_recipe("memorization_sweep", context.args)
+for _name, (_recipe, _help) in COMMANDS.items():
+    app.command(
+        _name,
+        help=_help,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(_command(_name, _recipe))
 
 
 def main() -> None:
@@ -121,12 +74,6 @@ def find_config(path: Path | None) -> Path | None:
         return path
     shipped = recipes_folder() / path.with_suffix(".yaml")
     return shipped if shipped.is_file() else path
-
-
-def run_recipe(name: str, arguments: list[str]) -> None:
-    """Run the `main` of a recipe file with command-line arguments, in this process."""
-    command = {"generate_and_attribute": "generate"}.get(name, name.replace("_", "-"))
-    run(load_recipe(name), prog_name=f"provgen {command}", arguments=arguments)
 
 
 def load_recipe(name: str) -> Callable[..., None]:

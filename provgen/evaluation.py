@@ -46,11 +46,19 @@ CLASS_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 def averaged_networks(trainer: CoTrainer) -> dict[str, Any]:
     """Copy the networks with their averaged weights, ready for evaluation."""
-    copies = {}
-    for name, network in trainer.networks.items():
-        copies[name] = deepcopy(network).requires_grad_(requires_grad=False).eval()
-        copies[name].load_state_dict(trainer.averaged(name))
-    return copies
+    return {name: averaged_network(trainer, name) for name in trainer.networks}
+
+
+def averaged_network(trainer: CoTrainer, name: str) -> Any:
+    """Copy one network with its averaged weights, ready for evaluation."""
+    copy = deepcopy(trainer.networks[name]).requires_grad_(requires_grad=False).eval()
+    copy.load_state_dict(trainer.averaged(name))
+    return copy
+
+
+def averaged_generator(trainer: CoTrainer) -> Generator:
+    """Give the generator with a copy of its averaged weights, ready for evaluation."""
+    return trainer.generator.with_network(averaged_network(trainer, trainer.generator.name))
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,7 @@ class NetworkPosterior:
 
 def averaged_posterior(trainer: CoTrainer) -> NetworkPosterior:
     """Make the posterior of the averaged provenance network, for evaluation during training."""
-    networks = averaged_networks(trainer)
-    generator = trainer.generator.with_network(networks[trainer.generator.name])
-    return NetworkPosterior(generator, networks["provenance"])
+    return NetworkPosterior(averaged_generator(trainer), averaged_network(trainer, "provenance"))
 
 
 def posterior_of(trained: TrainedRun) -> NetworkPosterior:
@@ -99,9 +105,9 @@ def losses_by_draw(network: Any, settings: Settings, images: ImageSet, *, draws:
 
 def make_pipeline(trainer: CoTrainer, data: RunData) -> ProvenancePipeline:
     """Make the pipeline of the averaged weights, which traces if there is a provenance network."""
-    networks = averaged_networks(trainer)
-    generator = trainer.generator.with_network(networks[trainer.generator.name])
-    return ProvenancePipeline(networks.get("provenance"), **generator.components).with_manifest(data.manifest)
+    has_provenance = "provenance" in trainer.networks
+    provenance = averaged_network(trainer, "provenance") if has_provenance else None
+    return ProvenancePipeline(provenance, **averaged_generator(trainer).components).with_manifest(data.manifest)
 
 
 def save_pipeline(trainer: CoTrainer, data: RunData, folder: RunFolder) -> None:

@@ -41,7 +41,7 @@ def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
     if name == "pixels":
         return lambda images: images.flatten(1)
     if name == "own":
-        return lambda images: pipeline.tracer.encode(images.to(pipeline.device))
+        return lambda images: pipeline.generator.encode(images.to(pipeline.device))
     if ":" in name:
         return _imported(name)
     if name not in torchvision.models.list_models(module=torchvision.models):
