@@ -3,8 +3,8 @@
     python benchmarks/tracing_cost.py runs/digits
 
 All of them take turns within one run, in seconds of one core, so that a drifting or busy machine slows them alike. A
-trace along the trajectory costs what the pipeline takes beyond a loop over the same sampling steps; medians over turns are printed with
-their spread.
+trace along the trajectory costs what the pipeline takes beyond a loop over the same sampling steps; medians over turns
+are printed with their spread.
 """
 
 import tempfile

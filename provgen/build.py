@@ -134,7 +134,7 @@ def start_run(settings: Settings, data: RunData, *, writes: bool) -> RunFolder:
     """Create the run folder, or check that the run in it was started with the same settings.
 
     Args:
-        settings: Of this call.
+        settings: Settings of this call.
         data: Its images.
         writes: Whether this process writes; only the main process may.
 

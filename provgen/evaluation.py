@@ -41,7 +41,7 @@ RECALLED = 10
 """Sources of the exhaustive answer that a beam should find."""
 
 CLASS_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""alpha_bars at which class metrics are measured."""
+"""Noise levels alpha_bar at which class metrics are measured."""
 
 
 def averaged_networks(trainer: CoTrainer) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class IndexProbe:
             batches: One per noise level, of covered examples; a generator without noise levels has one.
             null_label: The label that stands for no label.
             is_conditional: Whether this generator can be told a class label.
-            mixing: Of the targets the network was trained towards; None for none.
+            mixing: Label mixing of the targets the network was trained towards; None for none.
         """
         self.batches = batches
         self.null_label = null_label
@@ -292,7 +292,7 @@ def class_qualities(
 
     Args:
         network: Generator and provenance network.
-        settings: Of the run.
+        settings: Settings of the run.
         train: The training images.
         images: The queries: held-out images, or training images, which may name themselves.
 

@@ -363,8 +363,8 @@ class ProvenancePipeline(DiffusionPipeline):
             class_labels: One class per image, None where it is not known.
             closed_form: Trace by the closed form instead of the network.
             num_inference_steps: Sampler steps whose noise levels are used, at least 10.
-            trace_every: Of how many of these levels one is used.
-            seed: Of the noise.
+            trace_every: Levels from one that is used to the next.
+            seed: Seed of the noise.
 
         Raises:
             InputError: No images, an impossible label or `top_k`, or images of another size.

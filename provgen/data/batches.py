@@ -53,8 +53,8 @@ def fixed_batches(
         images: Where the rows are taken from; `indices` refer to it.
         rows: int64 (batch,).
         timesteps: One per batch.
-        noise_shape: Of one row of noise.
-        seed: Of the noise.
+        noise_shape: Shape of one row of noise.
+        seed: Seed of the noise.
     """
     generator = seeded_generator(seed, Stream.FIXED_BATCH)
     noise = randn_tensor((len(rows), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
@@ -93,11 +93,11 @@ class BatchStream:
 
         Args:
             train: The images.
-            batch_size: Of all processes together.
+            batch_size: Images of all processes together.
             num_train_timesteps: Noise levels.
             label_dropout: Probability of the null label.
-            seed: Of everything that is drawn.
-            noise_shape: Of one row of noise; None for that of an image.
+            seed: Seed of everything that is drawn.
+            noise_shape: Shape of one row of noise; None for that of an image.
         """
         self.train = train
         self.batch_size = batch_size

@@ -144,7 +144,7 @@ def entropy_coverage(entropies: Tensor, labels: Tensor, count: int) -> Tensor:
     """Choose the examples that are hardest to tell apart: the highest entropy of every class, then of all.
 
     Args:
-        entropies: Of each example's posterior (`tracing/coverage_entropy.py`), in nats, (train,).
+        entropies: Entropy of each example's posterior (`posterior_entropies`) in nats, (train,).
         labels: int64 (train,); the null label counts as a class.
         count: Examples to cover, from one of every class present to all.
 

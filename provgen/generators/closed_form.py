@@ -21,7 +21,7 @@ class Posterior(Protocol):
     """The exact posterior of one kind of generator: the ceiling of every index metric."""
 
     def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
-        """Compute p(i | query, y), (query, train), for what the generator produced at values of alpha_bar (query,)."""
+        """Compute p(i | query, y), (query, train), for queries at noise levels alpha_bar (query,)."""
         ...
 
     def logits(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class LatentPosterior(ExactPosterior):
             images: In [-1, 1], (train, channel, height, width).
             labels: int64 (train,).
             null_label: The label that stands for no label.
-            dtype: That the posterior shall be computed in.
+            dtype: Type the posterior is computed in.
             device: Where it shall be computed.
             covered: bool (train,), examples that may be the parent; None for all.
         """
@@ -227,7 +227,7 @@ def posterior_entropies(
 
     Args:
         posterior: Over the training images, all of them covered; no class is given.
-        seed: Of the noise.
+        seed: Seed of the noise.
         alpha_bars: Levels alpha_bar over which entropies are averaged.
 
     Returns:

@@ -160,8 +160,8 @@ def vae_loss(reconstruction: Tensor, images: Tensor, mean: Tensor, log_variance:
     Args:
         reconstruction: (batch, channel, height, width).
         images: Same shape.
-        mean: Of the latent's Gaussian, (batch, ...).
-        log_variance: Of the same, in nats.
+        mean: Mean of the latent's Gaussian, (batch, ...).
+        log_variance: Log-variance of the same, in nats.
 
     Returns:
         Mean squared error over pixels, and KL(q(z|x), N(0, 1)) in nats per pixel and channel, each (batch,): their

@@ -46,10 +46,10 @@ def _pool(stage: Tensor) -> Tensor:
 
 
 GROUPS = 4
-"""Of group normalisation; all channel counts in use are multiples of it."""
+"""Groups of group normalisation; all channel counts in use are multiples of it."""
 
 LEVEL_CHANNELS = 32
-"""Of the noise-level embedding."""
+"""Channels of the noise-level embedding."""
 
 
 class OwnEncoder(nn.Module):

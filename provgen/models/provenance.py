@@ -64,7 +64,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
             width: Embedding channels.
             has_class_head: Whether a class head is built; one that is not trained must not be.
             beam: Cells a two-stage head looks into while tracing; None looks into all.
-            fingerprint: Of the training set (`data/manifest.py`); the outputs mean nothing for another.
+            fingerprint: Fingerprint of the training set (`data/manifest.py`); the outputs mean nothing for another.
         """
         super().__init__()
         shapes = [(channels, size) for channels, size in stages]
@@ -109,7 +109,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
             feature_maps: The image and the generator's encoder feature maps, each (batch, channel, height, width).
             alpha_bar: alpha_bar, the cumulative alpha of each row's noise level, (batch,).
             class_labels: What the generator was told, int64 (batch,); `num_classes` is the null label.
-            class_logits: Of a generator that is itself a classifier, (batch, class); the network has no class
+            class_logits: Class logits of a generator that is itself a classifier, (batch, class); the network has no class
                 head of its own then.
         """
         # float32 under autocast too: a softmax over thousands of examples needs the digits.

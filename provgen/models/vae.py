@@ -23,9 +23,9 @@ class VaeOutput(NamedTuple):
     """
 
     mean: Tensor
-    """Of q(z | image), (batch, latent channel, 1, 1)."""
+    """Mean of q(z | image), (batch, latent channel, 1, 1)."""
     log_variance: Tensor
-    """Of q(z | image), in nats, same shape, clamped to [-30, 20]."""
+    """Log-variance of q(z | image) in nats, same shape, clamped to [-30, 20]."""
     latents: Tensor
     """Drawn from q(z | image), same shape."""
     reconstruction: Tensor

@@ -19,7 +19,7 @@ from provgen.errors import InputError
 from provgen.run import RunFolder, replace_path
 from provgen.tracing.attribution import Attribution
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 TRACE_SCHEMA = pa.schema(
     [
@@ -55,7 +55,7 @@ SAMPLE_SCHEMA = pa.schema(
     metadata={"schema_version": SCHEMA_VERSION},
 )
 """Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for.
-`redraws`: how often the sample was resampled from its seed. `closed_form_mass_unreachable`: posterior that the
+`resamplings`: how often the sample was drawn again from its seed. `closed_form_mass_unreachable`: posterior that the
 closed form gives to examples the network cannot name."""
 
 
@@ -191,8 +191,8 @@ class SampleWriter:
 
         Args:
             images: uint8 (query, channel, height, width).
-            attribution: Of these images by the network.
-            closed_form: Of the same trajectories by the closed form, if asked for.
+            attribution: Sources of these images by the network.
+            closed_form: Sources by the closed form along the same trajectories, if asked for.
             samples: Their numbers in the whole run.
             seeds: Their seeds.
             class_labels: Their classes; None for no class.

@@ -26,15 +26,15 @@ class ProvenanceObjective:
 
     targets: Targets
     loss_weight: float
-    """Of the index loss against the generator's loss."""
+    """Weight of the index loss against the generator's loss."""
     class_loss_weight: float
-    """Of the class loss; used where the network has a class head."""
+    """Weight of the class loss; used where the network has a class head."""
     stops_gradient: bool
     """Whether the generator's encoder is shielded from both."""
     covered: Tensor
     """bool (train,): examples that the index head can name; only their rows have an index loss."""
     coverage: float
-    """Their share."""
+    """Share of the examples that it can name."""
 
 
 class CoTrainer:
