@@ -109,7 +109,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
             feature_maps: The image and the generator's encoder feature maps, each (batch, channel, height, width).
             alpha_bar: alpha_bar, the cumulative alpha of each row's noise level, (batch,).
             class_labels: What the generator was told, int64 (batch,); `num_classes` is the null label.
-            class_logits: Class logits of a generator that is itself a classifier, (batch, class); the network has no class
+            class_logits: Class logits of a generator that is a classifier, (batch, class); the network has no class
                 head of its own then.
         """
         # float32 under autocast too: a softmax over thousands of examples needs the digits.
