@@ -16,14 +16,15 @@ from provgen.data.images import to_unit_range
 from provgen.metrics.set_measures import FEWEST, common_size, set_measures
 from provgen.metrics.verdicts import FEWEST_HELD_OUT, Limits, verdicts
 from provgen.report.encoders import features_of, make_encoder
+from provgen.report.format import write_report_json
 from provgen.report.grid import draw_samples, load_pixels
 from provgen.report.html import render_report
-from provgen.report.metrics import write_report_json
-from provgen.report.sections import samples as sections
-from provgen.report.sections.classes import class_section
-from provgen.report.sections.generalization import generalization_section
-from provgen.report.sections.sets import set_section
-from provgen.report.sections.verdicts import gallery_rows, verdict_section, write_verdicts
+from provgen.report.sections import Part
+from provgen.report.sections.generalization import generalization_section, training_section
+from provgen.report.sections.provenance import classes_section, index_section
+from provgen.report.sections.samples import agreement_section, entropy_section, samples_section
+from provgen.report.sections.sets import memorization_section, sets_section
+from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
 from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
 from provgen.studies.faithfulness.section import faithfulness_section, read_lds_rows
@@ -58,18 +59,18 @@ def main(
         parts += sample_parts(trained, samples, features)
     evaluations = [row for row in logged if "index_quality" in row]
     if evaluations:
-        parts.append(sections.index_section(evaluations[-1], int(trained.data.covered.sum()), train.num_classes))
+        parts.append(index_section(evaluations[-1], int(trained.data.covered.sum()), train.num_classes))
     labelled = holdout.select((holdout.labels < train.num_classes).nonzero().flatten())
     if len(labelled):
         network = evaluation.posterior_of(trained)
         some = some_of(labelled, MAX_TRACED)
-        parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
+        parts.append(classes_section(evaluation.class_qualities(network, trained.settings, train, some)))
     if len(holdout) and has_loss(trained.settings, train.num_classes):
         parts.append(generalization_part(trained))
     if (measured := run / "faithfulness" / "retrained.parquet").is_file():
         parts.append(faithfulness_section(read_lds_rows(measured)))
     if logged:
-        parts.append((sections.training_section(logged), []))
+        parts.append(training_section(logged))
 
     facts = {
         "run": str(run),
@@ -107,7 +108,7 @@ def has_loss(settings: Settings, num_classes: int) -> bool:
     return settings.generator.kind != "none" or (num_classes > 0 and settings.provenance.class_loss_weight > 0)
 
 
-def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], features: str) -> list[sections.Part]:
+def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], features: str) -> list[Part]:
     """Make the sections about generated samples."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     traces = records.read_parts(folder.traces, ["sample", "rank"])
@@ -117,24 +118,21 @@ def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], featu
     is_trajectory = len(samples[0]["step_alpha_bar"]) > 1
     sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
     credit = trained.pipeline.credit
-    parts: list[sections.Part] = [
-        (
-            sections.samples_section(
-                grid,
-                min(GRID_SAMPLES, len(samples)),
-                len(samples),
-                is_trajectory=is_trajectory,
-                calibration_subsets=0 if credit is None else credit.config.calibration_subsets,
-            ),
-            [],
+    parts: list[Part] = [
+        samples_section(
+            grid,
+            min(GRID_SAMPLES, len(samples)),
+            len(samples),
+            is_trajectory=is_trajectory,
+            calibration_subsets=0 if credit is None else credit.config.calibration_subsets,
         ),
-        sections.memorization_section(*sets),
+        memorization_section(*sets),
     ]
     encoder = make_encoder(features, trained.pipeline)
     size = common_size(len(generated), len(holdout), len(train))
     if size >= FEWEST:
         encoded = [features_of(images, encoder) for images in (generated, holdout.images, train.images)]
-        parts.append(set_section(set_measures(*encoded), features))
+        parts.append(sets_section(set_measures(*encoded), features))
     else:
         print(
             f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} are needed"
@@ -142,14 +140,14 @@ def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], featu
     if len(holdout) >= FEWEST_HELD_OUT:
         parts.append(verdict_part(trained, samples[:MAX_IMAGES], traces, generated[:MAX_IMAGES]))
     if is_trajectory:
-        parts.append((sections.entropy_section(samples), []))
+        parts.append(entropy_section(samples))
     if folder.closed_form_traces.is_dir():
         closed_traces = records.read_parts(folder.closed_form_traces, ["sample", "rank"])
-        parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
+        parts.append(agreement_section(samples, traces, closed_traces, len(train)))
     return parts
 
 
-def generalization_part(trained: build.TrainedRun) -> sections.Part:
+def generalization_part(trained: build.TrainedRun) -> Part:
     """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
     settings, train, pipeline = trained.settings, trained.data.train, trained.pipeline
     seen, unseen = (
@@ -164,7 +162,7 @@ def generalization_part(trained: build.TrainedRun) -> sections.Part:
 
 def verdict_part(
     trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]], generated: Tensor
-) -> sections.Part:
+) -> Part:
     """Judge every sample, and as many held-out and training images; write verdicts.parquet."""
     train, holdout = trained.data.train, trained.data.holdout
     null = train.num_classes
@@ -190,7 +188,7 @@ def verdict_part(
     gallery = draw_samples(
         trained.folder, [samples[row] for row in rows], traces, train, [ours[row].kind for row in rows]
     )
-    return verdict_section(judged, evidence, limits, gallery)
+    return verdicts_section(judged, evidence, limits, gallery)
 
 
 if __name__ == "__main__":
