@@ -67,6 +67,31 @@ class RunFolder:
         return self.root / "verdicts.parquet"
 
     @property
+    def retrained(self) -> Path:
+        """Subset models, as long trained as the run."""
+        return self.root / "retrained"
+
+    @property
+    def retrained_epochs(self) -> Path:
+        """Subset models with as many passes over their images as the run."""
+        return self.root / "retrained_epochs"
+
+    @property
+    def faithfulness(self) -> Path:
+        """Comparison of attribution methods on subset models."""
+        return self.root / "faithfulness"
+
+    @property
+    def leave_out(self) -> Path:
+        """Models trained without the sources of samples."""
+        return self.root / "leave_out"
+
+    @property
+    def planted(self) -> Path:
+        """Report on planted sources."""
+        return self.root / "planted.md"
+
+    @property
     def report_json(self) -> Path:
         """Metrics of the analysis, machine-readable."""
         return self.root / "report.json"

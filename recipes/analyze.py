@@ -3,6 +3,7 @@
 provgen analyze --run runs/digits
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +17,17 @@ from provgen.data.images import to_unit_range
 from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import generator_losses
 from provgen.metrics.set_measures import FEWEST, common_size, set_measures
-from provgen.metrics.verdicts import FEWEST_HELD_OUT, Limits, verdicts
+from provgen.metrics.verdicts import FEWEST_HELD_OUT, Evidence, Limits, verdicts
 from provgen.report.encoders import features_of, make_encoder
+from provgen.report.format import write_report_json
 from provgen.report.grid import draw_samples, load_pixels
 from provgen.report.html import render_report
-from provgen.report.metrics import write_report_json
-from provgen.report.sections import samples as sections
-from provgen.report.sections.classes import class_section
-from provgen.report.sections.generalization import generalization_section
-from provgen.report.sections.sets import set_section
-from provgen.report.sections.verdicts import gallery_rows, verdict_section, write_verdicts
+from provgen.report.sections import Part
+from provgen.report.sections.generalization import generalization_section, training_section
+from provgen.report.sections.provenance import classes_section, index_section
+from provgen.report.sections.samples import agreement_section, entropy_section, samples_section
+from provgen.report.sections.sets import memorization_section, sets_section
+from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
 from provgen.run import RunFolder, atomic_path
 from provgen.studies.faithfulness.section import faithfulness_section, read_lds_rows
 from provgen.tracing import records
@@ -35,6 +37,9 @@ from provgen.training.logging import read_metrics
 GRID_SAMPLES = 32
 MAX_IMAGES = 2000
 MAX_TRACED = 500  # (query, train) matrices in float64
+
+
+Maker = Callable[[], Part]
 
 
 def main(
@@ -51,44 +56,162 @@ def main(
     if not accelerator.is_main_process:
         return
     trained = build.open_trained_run(run, accelerator.device)
-    folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
-    logged = logged_rows(folder)
-    parts = []
+    folder, logged = trained.folder, logged_rows(trained.folder)
     samples = records.read_parts(folder.samples, ["sample"]) if trained.generator.can_sample else []
-    if samples:
-        parts += sample_parts(trained, samples, features)
-    evaluations = [row for row in logged if "index_quality" in row]
-    if evaluations:
-        parts.append(sections.index_section(evaluations[-1], int(trained.data.covered.sum()), train.num_classes))
-    labelled = holdout.select((holdout.labels < train.num_classes).nonzero().flatten())
-    if len(labelled):
-        network = evaluation.posterior_of(trained)
-        some = some_of(labelled, MAX_TRACED)
-        parts.append(class_section(evaluation.class_qualities(network, trained.settings, train, some)))
-    if len(holdout) and has_loss(trained):
-        parts.append(generalization_part(trained))
-    if (measured := run / "faithfulness" / "retrained.parquet").is_file():
-        parts.append(faithfulness_section(read_lds_rows(measured)))
-    if logged:
-        parts.append((sections.training_section(logged), []))
-
-    facts = {
-        "run": str(run),
-        "images": f"{len(train)} training and {len(holdout)} held-out, {trained.settings.data.source}",
-        "samples": str(len(samples)),
-        "steps trained": str(logged[-1]["step"]) if logged else "not kept",
-        "data fingerprint": trained.data.manifest.fingerprint[:16],
-    }
-    page = render_report(title=f"provgen: {run.name}", facts=facts, sections=[section for section, _ in parts])
+    sections = [*(sample_sections(trained, samples, features) if samples else []), *run_sections(trained, logged)]
+    parts = [make() for applies, make in sections if applies]
+    page = render_report(
+        title=f"provgen: {run.name}",
+        facts=facts(trained, len(samples), logged),
+        sections=[section for section, _ in parts],
+    )
     with atomic_path(folder.report_html) as partial:
         partial.write_text(page, encoding="utf-8")
     write_report_json(folder.report_json, run.name, [metric for _, metrics in parts for metric in metrics])
     print(f"report in {folder.report_html}, numbers in {folder.report_json}")
 
 
-def pixel_rows(images: Tensor) -> Tensor:
-    """Flatten uint8 (query, channel, height, width) to (query, feature) in [-1, 1]."""
-    return to_unit_range(images).flatten(1)
+def facts(trained: build.TrainedRun, num_samples: int, logged: list[dict[str, Any]]) -> dict[str, str]:
+    """Say what the run is."""
+    data = trained.data
+    return {
+        "run": str(trained.folder.root),
+        "images": f"{len(data.train)} training and {len(data.holdout)} held-out, {trained.settings.data.source}",
+        "samples": str(num_samples),
+        "steps trained": str(logged[-1]["step"]) if logged else "not kept",
+        "data fingerprint": data.manifest.fingerprint[:16],
+    }
+
+
+def run_sections(trained: build.TrainedRun, logged: list[dict[str, Any]]) -> list[tuple[bool, Maker]]:
+    """List the sections about the trained networks: whether each applies, and what makes it."""
+    data, num_classes = trained.data, trained.data.train.num_classes
+    evaluations = [row for row in logged if "index_quality" in row]
+    labelled = data.holdout.select((data.holdout.labels < num_classes).nonzero().flatten())
+    num_covered, lds = int(data.covered.sum()), trained.folder.faithfulness / "retrained.parquet"
+    return [
+        (bool(evaluations), lambda: index_section(evaluations[-1], num_covered, num_classes)),
+        (len(labelled) > 0, lambda: classes_part(trained, labelled)),
+        (len(data.holdout) > 0 and has_loss(trained), lambda: generalization_part(trained)),
+        (lds.is_file(), lambda: faithfulness_section(read_lds_rows(lds))),
+        (bool(logged), lambda: training_section(logged)),
+    ]
+
+
+def sample_sections(
+    trained: build.TrainedRun, samples: list[dict[str, Any]], features: str
+) -> list[tuple[bool, Maker]]:
+    """List the sections about generated samples: whether each applies, and what makes it."""
+    folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
+    traces = records.read_parts(folder.traces, ["sample", "rank"])
+    generated = load_pixels(folder, samples, trained.data.manifest)
+    size = common_size(len(generated), len(holdout), len(train))
+    if size < FEWEST:
+        print(f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} needed")
+    return [
+        (True, lambda: samples_part(trained, samples, traces)),
+        (True, lambda: memorization_part(trained, generated)),
+        (size >= FEWEST, lambda: sets_part(trained, generated, features)),
+        (
+            len(holdout) >= FEWEST_HELD_OUT,
+            lambda: verdicts_part(trained, samples[:MAX_IMAGES], traces, generated[:MAX_IMAGES]),
+        ),
+        (trained.generator.has_noise_levels, lambda: entropy_section(samples)),
+        (folder.closed_form_traces.is_dir(), lambda: agreement_part(trained, samples, traces)),
+    ]
+
+
+def samples_part(trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]]) -> Part:
+    """Draw the first samples with their sources."""
+    grid = draw_samples(trained.folder, samples[:GRID_SAMPLES], traces, trained.data.train)
+    credit = trained.pipeline.credit
+    return samples_section(
+        grid,
+        min(GRID_SAMPLES, len(samples)),
+        len(samples),
+        is_trajectory=trained.generator.has_noise_levels,
+        calibration_subsets=0 if credit is None else credit.config.calibration_subsets,
+    )
+
+
+def memorization_part(trained: build.TrainedRun, generated: Tensor) -> Part:
+    """Look for copies among generated, held-out and training images."""
+    train, holdout = trained.data.train, trained.data.holdout
+    copies = some_of(train, len(generated)).images
+    pixels = [to_unit_range(images).flatten(1) for images in (generated, holdout.images, copies, train.images)]
+    return memorization_section(*pixels)
+
+
+def sets_part(trained: build.TrainedRun, generated: Tensor, features: str) -> Part:
+    """Compare whole sets of images by some features."""
+    encoder = make_encoder(features, trained.pipeline)
+    sets = (generated, trained.data.holdout.images, trained.data.train.images)
+    return sets_section(set_measures(*(features_of(images, encoder) for images in sets)), features)
+
+
+def agreement_part(trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]]) -> Part:
+    """Compare the network's sources with the closed form's."""
+    closed_traces = records.read_parts(trained.folder.closed_form_traces, ["sample", "rank"])
+    return agreement_section(samples, traces, closed_traces, len(trained.data.train))
+
+
+def classes_part(trained: build.TrainedRun, labelled: ImageSet) -> Part:
+    """Measure whether the sources of held-out images share their class."""
+    network = evaluation.posterior_of(trained)
+    chosen = some_of(labelled, MAX_TRACED)
+    return classes_section(evaluation.class_qualities(network, trained.settings, trained.data.train, chosen))
+
+
+def has_loss(trained: build.TrainedRun) -> bool:
+    """Whether the generator has a loss of its own; a classifier without a class to learn has none."""
+    learns_classes = trained.data.train.num_classes > 0 and trained.settings.provenance.class_loss_weight > 0
+    return trained.generator.can_sample or learns_classes
+
+
+def generalization_part(trained: build.TrainedRun) -> Part:
+    """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
+    generator, train, pipeline = trained.generator, trained.data.train, trained.pipeline
+    losses = [
+        generator_losses(generator, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS, seed=0)
+        for images in (train, trained.data.holdout)
+    ]
+    divergence = None
+    if generator.has_noise_levels:
+        denoiser = DiffusionGenerator(network=pipeline.unet, scheduler=pipeline.scheduler)
+        divergence = evaluation.divergence_by_step(denoiser, train, some_of(train, MAX_TRACED))
+    return generalization_section(generator.loss_name, generator.loss_text, losses[0], losses[1], divergence)
+
+
+def verdicts_part(
+    trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]], generated: Tensor
+) -> Part:
+    """Judge every sample, and as many held-out and training images; write verdicts.parquet."""
+    train = trained.data.train
+    evidence = evidence_of_sets(trained, samples, generated)
+    limits = Limits.of(evidence["held-out"].select(slice(0, None, 2)))
+    evidence["held-out"] = evidence["held-out"].select(slice(1, None, 2))
+    judged = {name: verdicts(known, limits) for name, known in evidence.items()}
+    steps = [sample["commitment_step"] for sample in samples]
+    write_verdicts(trained.folder.verdicts, evidence["generated"], judged["generated"], steps)
+    shown = gallery_rows(judged["generated"])
+    captions = [judged["generated"][row].kind for row in shown]
+    gallery = draw_samples(trained.folder, [samples[row] for row in shown], traces, train, captions)
+    return verdicts_section(judged, evidence, limits, gallery)
+
+
+def evidence_of_sets(
+    trained: build.TrainedRun, samples: list[dict[str, Any]], generated: Tensor
+) -> dict[str, Evidence]:
+    """Gather evidence of generated, held-out and training images; without classes asked for, none is given."""
+    train, null = trained.data.train, trained.data.train.num_classes
+    asked = [null if sample["class_label"] is None else sample["class_label"] for sample in samples]
+    is_conditional = any(label != null for label in asked)
+    sets = {"held-out": some_of(trained.data.holdout, MAX_IMAGES), "copies": some_of(train, len(generated))}
+    evidence = {"generated": evaluation.evidence_of(trained, generated, torch.tensor(asked))}
+    for name, images in sets.items():
+        labels = images.labels if is_conditional else torch.full_like(images.labels, null)
+        evidence[name] = evaluation.evidence_of(trained, images.images, labels)
+    return evidence
 
 
 def some_of(images: ImageSet, count: int) -> ImageSet:
@@ -101,99 +224,6 @@ def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
     checkpoints = list_checkpoints(folder.checkpoints)
     last = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
     return [row for row in read_metrics(folder.metrics) if row["step"] <= last]
-
-
-def has_loss(trained: build.TrainedRun) -> bool:
-    """Whether the generator has a loss of its own; a classifier without a class to learn has none."""
-    learns_classes = trained.data.train.num_classes > 0 and trained.settings.provenance.class_loss_weight > 0
-    return trained.generator.can_sample or learns_classes
-
-
-def sample_parts(trained: build.TrainedRun, samples: list[dict[str, Any]], features: str) -> list[sections.Part]:
-    """Make the sections about generated samples."""
-    folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
-    traces = records.read_parts(folder.traces, ["sample", "rank"])
-    grid = draw_samples(folder, samples[:GRID_SAMPLES], traces, train)
-    generated = load_pixels(folder, samples, trained.data.manifest)
-    copies = some_of(train, len(generated)).images
-    is_trajectory = len(samples[0]["step_alpha_bar"]) > 1
-    sets = [pixel_rows(images) for images in (generated, holdout.images, copies, train.images)]
-    credit = trained.pipeline.credit
-    parts: list[sections.Part] = [
-        (
-            sections.samples_section(
-                grid,
-                min(GRID_SAMPLES, len(samples)),
-                len(samples),
-                is_trajectory=is_trajectory,
-                calibration_subsets=0 if credit is None else credit.config.calibration_subsets,
-            ),
-            [],
-        ),
-        sections.memorization_section(*sets),
-    ]
-    encoder = make_encoder(features, trained.pipeline)
-    size = common_size(len(generated), len(holdout), len(train))
-    if size >= FEWEST:
-        encoded = [features_of(images, encoder) for images in (generated, holdout.images, train.images)]
-        parts.append(set_section(set_measures(*encoded), features))
-    else:
-        print(
-            f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} are needed"
-        )
-    if len(holdout) >= FEWEST_HELD_OUT:
-        parts.append(verdict_part(trained, samples[:MAX_IMAGES], traces, generated[:MAX_IMAGES]))
-    if is_trajectory:
-        parts.append((sections.entropy_section(samples), []))
-    if folder.closed_form_traces.is_dir():
-        closed_traces = records.read_parts(folder.closed_form_traces, ["sample", "rank"])
-        parts.append(sections.agreement_section(samples, traces, closed_traces, len(train)))
-    return parts
-
-
-def generalization_part(trained: build.TrainedRun) -> sections.Part:
-    """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
-    generator, train, pipeline = trained.generator, trained.data.train, trained.pipeline
-    seen, unseen = (
-        generator_losses(generator, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS, seed=0)
-        for images in (train, trained.data.holdout)
-    )
-    divergence = None
-    if pipeline.unet is not None:
-        denoiser = DiffusionGenerator(network=pipeline.unet, scheduler=pipeline.scheduler)
-        divergence = evaluation.divergence_by_step(denoiser, train, some_of(train, MAX_TRACED))
-    return generalization_section(generator.loss_name, generator.loss_text, seen, unseen, divergence)
-
-
-def verdict_part(
-    trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]], generated: Tensor
-) -> sections.Part:
-    """Judge every sample, and as many held-out and training images; write verdicts.parquet."""
-    train, holdout = trained.data.train, trained.data.holdout
-    null = train.num_classes
-    asked = [null if sample["class_label"] is None else sample["class_label"] for sample in samples]
-    is_conditional = any(label != null for label in asked)
-    held, copies = some_of(holdout, MAX_IMAGES), some_of(train, len(generated))
-    evidence = {
-        "generated": evaluation.evidence_of(trained, generated, torch.tensor(asked)),
-        **{
-            name: evaluation.evidence_of(
-                trained, some.images, some.labels if is_conditional else torch.full_like(some.labels, null)
-            )
-            for name, some in (("held-out", held), ("copies", copies))
-        },
-    }
-    limits = Limits.of(evidence["held-out"].select(slice(0, None, 2)))
-    evidence["held-out"] = evidence["held-out"].select(slice(1, None, 2))
-    judged = {name: verdicts(known, limits) for name, known in evidence.items()}
-    ours = judged["generated"]
-    steps = [sample["commitment_step"] for sample in samples]
-    write_verdicts(trained.folder.verdicts, evidence["generated"], ours, steps)
-    rows = gallery_rows(ours)
-    gallery = draw_samples(
-        trained.folder, [samples[row] for row in rows], traces, train, [ours[row].kind for row in rows]
-    )
-    return verdict_section(judged, evidence, limits, gallery)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do two answers name the same sources: of two tracers, or of a search and of the exhaustive one?"""
+"""Whether two answers name the same sources: those of two tracers, or of a search and an exhaustive search."""
 
 from __future__ import annotations
 
@@ -20,16 +20,10 @@ class Agreement:
     """Mean share of the k named sources that both name."""
 
 
-def agreement(first: Tensor, second: Tensor, *, seed: int = 0) -> Agreement:
-    """Compare the sources that two tracers name.
-
-    Args:
-        first: Example indices, most probable first, int64 (query, k).
-        second: Those of the other tracer, (query, k).
-        seed: Of the bootstrap.
-    """
+def agreement(first: Tensor, second: Tensor) -> Agreement:
+    """Compare the sources that two tracers name, int64 (query, k) each, most probable first."""
     same = int((first[:, 0] == second[:, 0]).sum())
-    return Agreement(proportion(same, len(first)), mean_estimate(shared_sources(first, second), seed=seed))
+    return Agreement(proportion(same, len(first)), mean_estimate(shared_sources(first, second), seed=0))
 
 
 def shared_sources(first: Tensor, second: Tensor) -> Tensor:
@@ -43,14 +37,14 @@ def mismatched(class_labels: Tensor) -> tuple[Tensor, Tensor]:
     Comparing a tracer's answer with the other tracer's answer for another sample of the class is the agreement
     to be had without looking at the sample. A sample that is alone in its class has no partner and is left out.
     """
-    rows = [(class_labels == label).nonzero().flatten() for label in class_labels.unique()]
-    groups = [group for group in rows if len(group) > 1]
+    classes = [(class_labels == label).nonzero().flatten() for label in class_labels.unique()]
+    groups = [members for members in classes if len(members) > 1]
     if not groups:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return torch.cat(groups), torch.cat([group.roll(-1) for group in groups])
+    return torch.cat(groups), torch.cat([members.roll(-1) for members in groups])
 
 
-def beam_recall(searched: Tensor, exhaustive: Tensor, k: int, *, seed: int = 0) -> Estimate:
+def beam_recall(searched: Tensor, exhaustive: Tensor, k: int) -> Estimate:
     """Measure recall@k: the share of the k best examples of all that are among the k best the search found.
 
     Examples at the lowest finite value are ruled out (`exhaustive`) or were not looked at (`searched`), and never
@@ -60,11 +54,10 @@ def beam_recall(searched: Tensor, exhaustive: Tensor, k: int, *, seed: int = 0) 
         searched: Index logits of the search, (query, train).
         exhaustive: Index logits of all examples, (query, train); at least one per query is possible.
         k: How many of the best count, at least 1; more than train means all.
-        seed: Of the bootstrap over queries.
     """
     wanted = _best(exhaustive, k)
-    found = wanted & _best(searched, k)
-    return mean_estimate(found.sum(dim=1) / wanted.sum(dim=1), seed=seed)
+    recalled = wanted & _best(searched, k)
+    return mean_estimate(recalled.sum(dim=1) / wanted.sum(dim=1), seed=0)
 
 
 def _best(logits: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Do the sources, and the class head, know the class of an image they are told nothing of?"""
+"""Class metrics: whether the sources and the class head know the class of an image when the network is not told it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from provgen.errors import InputError
 from provgen.metrics.statistics import Estimate, mean_estimate, proportion
 
 RETRIEVED = 5
-"""Examples looked at by the top-5 metrics; all of them in a smaller training set."""
+"""Examples that the top-5 metrics look at; all of them in a smaller training set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class ClassQuality:
     class_accuracy: Estimate | None
     """Share of queries for which the class head is right; None without one."""
     class_accuracy_closed_form: float
-    """Of the closed-form kernel classifier: its `knn_accuracy`."""
+    """Accuracy of the closed-form kernel classifier, which is its `knn_accuracy`."""
     class_accuracy_baseline: float
 
     def as_row(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class ClassQuality:
         row: dict[str, Any] = {"n": self.consistency_top1.n}
         for name, value in vars(self).items():
             if isinstance(value, Estimate):
-                row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+                row |= value.columns(name)
             else:
                 row[name] = value
         return row
@@ -74,7 +74,7 @@ def class_quality(
     class_logits: Tensor | None,
     num_classes: int,
 ) -> ClassQuality:
-    """Measure class metrics on queries that were shown under the null label.
+    """Measure class metrics on queries that were shown without their class.
 
     The label `num_classes` stands for no class: such queries are not counted, such examples are of no class.
 
@@ -84,23 +84,22 @@ def class_quality(
             where they underflow.
         train_labels: int64 (train,).
         query_labels: int64 (query,).
-        class_logits: Of the class head, (query, class); None without one.
+        class_logits: Logits of the class head, (query, class); None without one.
         num_classes: Number of classes.
 
     Raises:
         InputError: No query has a class.
     """
-    rows = (query_labels < num_classes).nonzero().flatten()
-    if not len(rows):
+    has_class = query_labels < num_classes
+    if not has_class.any():
         raise InputError(
             f"none of the {len(query_labels)} query images has a class; measure class metrics on labelled images"
         )
-    labels, log_probs = query_labels[rows], log_probs[rows]
+    labels, log_probs, closed_form = query_labels[has_class], log_probs[has_class], closed_form[has_class]
     network = _measure(log_probs, log_probs.exp(), labels, train_labels, num_classes)
     if class_logits is not None:
-        network["class_accuracy"] = _hits(class_logits[rows], _one_hot(labels, num_classes), 1)[0]
-    exact = closed_form[rows]
-    reference = _measure(exact, exact.softmax(dim=1), labels, train_labels, num_classes)
+        network["class_accuracy"] = _hits(class_logits[has_class], _one_hot(labels, num_classes), 1)[0]
+    reference = _measure(closed_form, closed_form.softmax(dim=1), labels, train_labels, num_classes)
     reference["class_accuracy"] = reference["knn_accuracy"]
     guess = _retrieval(torch.zeros_like(log_probs), labels[:, None] == train_labels)
     guess["knn_accuracy"] = guess["class_accuracy"] = (labels == labels.mode().values).double()
@@ -137,16 +136,16 @@ def _hits(scores: Tensor, is_hit: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Probability of at least one hit and expected share of hits, (query,), with ties broken at random.
     """
-    last = scores.topk(k, dim=1).values[:, -1:]
-    above, tied = scores > last, scores == last
-    places, sure = k - above.sum(dim=1), (above & is_hit).sum(dim=1)
-    candidates, good = tied.sum(dim=1).double(), (tied & is_hit).sum(dim=1)
-    # Hypergeometric: the tied candidates are drawn into the remaining places one after another.
-    miss = (sure == 0).double()
+    lowest = scores.topk(k, dim=1).values[:, -1:]
+    above, tied = scores > lowest, scores == lowest
+    open_ranks, sure_hits = k - above.sum(dim=1), (above & is_hit).sum(dim=1)
+    num_tied, tied_hits = tied.sum(dim=1).double(), (tied & is_hit).sum(dim=1)
+    # Hypergeometric: the tied candidates are drawn into the open ranks one after another.
+    miss = (sure_hits == 0).double()
     for drawn in range(k):
-        factor = (candidates - good - drawn).clamp_min(0) / (candidates - drawn)
-        miss = torch.where(drawn < places, miss * factor, miss)
-    return 1 - miss, (sure + places * good / candidates) / k
+        factor = (num_tied - tied_hits - drawn).clamp_min(0) / (num_tied - drawn)
+        miss = torch.where(drawn < open_ranks, miss * factor, miss)
+    return 1 - miss, (sure_hits + open_ranks * tied_hits / num_tied) / k
 
 
 def _one_hot(labels: Tensor, num_classes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Is the generator copying? Distances to training images, the 1/3 rule, authenticity, and the test C_T."""
+"""Measures of copying: distances to training images, the 1/3 rule, authenticity, and the test C_T."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ MEMORIZED = 1 / 3
 """Distance ratio below which an image is a copy (Yoon et al. 2023)."""
 
 
-def distance_ratio(found: Neighbors) -> Tensor:
+def distance_ratio(neighbors: Neighbors) -> Tensor:
     """Divide each query's distance to its nearest training image by that to the second nearest.
 
     Args:
-        found: At least two neighbours of each query among distinct training images (`distinct_rows`).
+        neighbors: At least two neighbours of each query among distinct training images (`distinct_rows`).
 
     Returns:
         float64 (query,) in [0, 1]; 0 is an exact copy.
     """
     # Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023, arXiv 2310.02664.
-    return found.distances[:, 0] / found.distances[:, 1]
+    return neighbors.distances[:, 0] / neighbors.distances[:, 1]
 
 
-def share_memorized(ratios: Tensor, threshold: float = MEMORIZED) -> Estimate:
-    """Give the share of `ratios` (query,) strictly below `threshold`: the 1/3 rule of Yoon et al. 2023.
+def share_memorized(ratios: Tensor) -> Estimate:
+    """Give the share of `ratios` (query,) strictly below `MEMORIZED`.
 
     Raises:
         InputError: `ratios` is empty.
     """
-    return proportion(int((ratios < threshold).sum()), len(ratios))
+    return proportion(int((ratios < MEMORIZED).sum()), len(ratios))
 
 
-def calibrated_distance(found: Neighbors) -> Tensor:
-    """Divide each query's distance to its nearest training image by half of its mean distance to all `found` ones.
+def calibrated_distance(neighbors: Neighbors) -> Tensor:
+    """Divide each query's distance to its nearest training image by half of its mean distance to all `neighbors`.
 
     Carlini et al. 2023 (arXiv 2301.13188), with the 50 nearest: 0 is a copy, 2 is equally far from all. There is
     no threshold that holds everywhere: take a quantile of held-out images.
@@ -53,51 +53,53 @@ def calibrated_distance(found: Neighbors) -> Tensor:
     Returns:
         float64 (query,) in [0, 2].
     """
-    mean = found.distances.mean(dim=1)
-    return torch.where(mean > 0, 2 * found.distances[:, 0] / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0)
+    mean = neighbors.distances.mean(dim=1)
+    return torch.where(mean > 0, 2 * neighbors.distances[:, 0] / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0)
 
 
-def authenticity(found: Neighbors, distinct: Tensor) -> Estimate:
-    """Give the share of generated images that their nearest training image has a nearer neighbour than.
+def authenticity(neighbors: Neighbors, distinct: Tensor) -> Estimate:
+    """Give the share of generated images that are farther from their nearest training image than its own neighbour.
 
-    Alaa et al. 2022 (arXiv 2102.08921). Copies have 0. A perfect generator does not have 1/2: in d dimensions that are
-    locally uniform it has 1/3, 0.379, 0.407 for d = 1, 2, 3, of independent Gaussians 0.76 for d = 32; so read it
-    beside the share of held-out images.
+    Alaa et al. 2022 (arXiv 2102.08921). Copies have 0. A perfect generator does not have 1/2: locally uniform images
+    have 1/3, 0.379 and 0.407 in one, two and three dimensions, and independent Gaussians of 32 dimensions have 0.76.
+    Read it beside the share of held-out images.
 
     Args:
-        found: Neighbours of the generated images among `distinct`.
+        neighbors: Neighbours of the generated images among `distinct`.
         distinct: Training images without exact duplicates (`distinct_rows`), (train, feature).
     """
-    asked, place = found.indices[:, 0].unique(return_inverse=True)
-    among_training = nearest_others(distinct, asked, 1).distances[place, 0]
-    return proportion(int((among_training < found.distances[:, 0]).sum()), len(found.distances))
+    nearest_train, inverse = neighbors.indices[:, 0].unique(return_inverse=True)
+    among_training = nearest_others(distinct, nearest_train, 1).distances[inverse, 0]
+    return proportion(int((among_training < neighbors.distances[:, 0]).sum()), len(neighbors.distances))
 
 
-def closer_to_train(found: Neighbors, generated: Tensor, holdout: Tensor) -> Estimate:
+def closer_to_train(neighbors: Neighbors, generated: Tensor, holdout: Tensor) -> Estimate:
     """Give the share of generated images that are nearer to a training image than to any held-out one.
 
     A generator that has learned no more of the training images than of the held-out ones has N / (N + M), with N
     training and M held-out images; a copier has 1. Ties count half, rounded down.
 
     Args:
-        found: Neighbours of the generated images among the training images.
+        neighbors: Neighbours of the generated images among the training images.
         generated: (query, feature).
         holdout: (query, feature).
     """
-    to_train, to_holdout = found.distances[:, 0], nearest(generated, holdout, 1).distances[:, 0]
+    to_train, to_holdout = neighbors.distances[:, 0], nearest(generated, holdout, 1).distances[:, 0]
     closer = int((to_train < to_holdout).sum()) + int((to_train == to_holdout).sum()) // 2
     return proportion(closer, len(generated))
 
 
 NUM_CELLS = 3
-"""Parts of the space, as in dgm-eval and FLD."""
+"""Cells that the space is divided into, as in dgm-eval and FLD."""
 
 MAX_FEATURES = 64
-"""Principal components that parts are found in."""
+"""Principal components that cells are found in."""
 
 FEWEST_GENERATED = 20
-"""Generated images that a part needs to be counted."""
+"""Generated images that a cell needs to be counted."""
 
+RESAMPLES = 500
+"""Bootstrap resamples of C_T."""
 
 Sides = tuple[NDArray[np.float64], ...]
 """Distances of generated and of held-out images to the nearest training image, each (query,)."""
@@ -121,45 +123,46 @@ class Placed:
     """Where a set of images lies, as seen from the training images."""
 
     distances: Tensor
-    """To the nearest of them, float64 (query,)."""
+    """Distance to the nearest training image, float64 (query,)."""
     cells: Tensor
-    """Part of the space, int64 (query,)."""
+    """Cell of the space, int64 (query,)."""
 
 
-def data_copying(generated: Placed, holdout: Placed, *, seed: int, resamples: int = 500) -> DataCopying:
+def data_copying(generated: Placed, holdout: Placed, *, seed: int) -> DataCopying:
     """Test for data copying, cell by cell of the space.
 
-    Args:
-        generated: By the model.
-        holdout: Images that it has not seen.
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
+    Where no cell has enough of both sets, the whole space is one cell.
 
-    Where no cell has enough of both, the whole space is one cell.
+    Args:
+        generated: Images by the model.
+        holdout: Images that the model has not seen.
+        seed: Seed of the bootstrap.
     """
     cells = counted_cells(generated, holdout)
     value, null_deviation = copying_statistic(cells)
     random, draws = np.random.default_rng(seed), []
-    for _ in range(resamples):  # within cells, so that none is ever empty
-        again = [tuple(side[random.integers(len(side), size=len(side))] for side in cell) for cell in cells]
-        draws.append(copying_statistic(again)[0])
-    low, high = percentile_interval(np.array(draws))
-    return DataCopying(Estimate(value, low, high, len(generated.distances)), null_deviation)
+    for _ in range(RESAMPLES):  # within cells, so that none is ever empty
+        resampled = [tuple(side[random.integers(len(side), size=len(side))] for side in cell) for cell in cells]
+        draws.append(copying_statistic(resampled)[0])
+    interval = percentile_interval(np.array(draws))
+    return DataCopying(Estimate(value, *interval, len(generated.distances)), null_deviation)
 
 
 def counted_cells(generated: Placed, holdout: Placed) -> list[Sides]:
-    """Give the distances of both in every cell that holds enough generated images and a held-out one."""
+    """Give the distances of both sets in every cell that holds enough generated images and a held-out one."""
     sets = [(placed.distances.cpu().numpy(), placed.cells.cpu().numpy()) for placed in (generated, holdout)]
-    cells: list[Sides] = [tuple(distances[of == cell] for distances, of in sets) for cell in np.unique(sets[1][1])]
+    cells: list[Sides] = [
+        tuple(distances[of_image == cell] for distances, of_image in sets) for cell in np.unique(sets[1][1])
+    ]
     enough = [cell for cell in cells if len(cell[0]) >= FEWEST_GENERATED]
     return enough or [(sets[0][0], sets[1][0])]
 
 
 def copying_statistic(cells: Sequence[Sides]) -> tuple[float, float]:
-    """Give C_T and its deviation under the null from distances to the nearest training image, cell by cell."""
-    weights = np.array([len(theirs) for _, theirs in cells], dtype=np.float64)
+    """Give C_T and its deviation where both sets are alike, from distances to the nearest training image by cell."""
+    weights = np.array([len(holdout) for _, holdout in cells], dtype=np.float64)
     weights /= weights.sum()
-    scores = np.array([rank_sum_score(mine, theirs) for mine, theirs in cells])
+    scores = np.array([rank_sum_score(*cell) for cell in cells])
     # A mean of independent standard normal scores has this deviation, and not 1.
     return float(weights @ scores), float(np.sqrt(weights @ weights))
 
@@ -171,12 +174,12 @@ def rank_sum_score(generated: NDArray[np.float64], holdout: NDArray[np.float64])
 
 
 class SpaceCells:
-    """Parts of the space, found by k-means on training images."""
+    """Cells of the space, found by k-means on training images."""
 
-    def __init__(self, train: Tensor, *, seed: int, num_cells: int = NUM_CELLS) -> None:
+    def __init__(self, train: Tensor, *, seed: int) -> None:
         """Divide the space of images (train, feature)."""
         rows = _array(train)
-        steps: list[Any] = [KMeans(min(num_cells, len(rows)), n_init=3, random_state=seed)]
+        steps: list[Any] = [KMeans(min(NUM_CELLS, len(rows)), n_init=3, random_state=seed)]
         if rows.shape[1] > MAX_FEATURES:
             steps.insert(0, PCA(min(MAX_FEATURES, len(rows)), random_state=seed))
         self._steps = make_pipeline(*steps).fit(rows)

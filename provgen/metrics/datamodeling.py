@@ -1,4 +1,4 @@
-"""The linear datamodeling score (LDS): do scores predict what generators trained on parts of the data make of a query?
+"""The linear datamodeling score (LDS): whether scores predict what generators trained on subsets make of a query.
 
 For a query, the sum of a method's scores over the examples of a subset is its prediction of how well a generator
 trained on that subset alone does on the query; the LDS is Spearman's correlation of prediction and measurement over
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
-from provgen.metrics.statistics import Estimate, percentile_interval
+from provgen.metrics.statistics import Estimate, percentile_interval, to_numpy
 
 Matrix = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def predicted_outputs(scores: Tensor, masks: Tensor) -> Tensor:
 
 
 def datamodeling_scores(predicted: Tensor, outputs: Tensor) -> Tensor:
-    """Spearman's correlation over the subsets of each query, float64 (query,).
+    """Give Spearman's correlation over the subsets for each query, float64 (query,).
 
     A query for which either is the same for all subsets has 0: nothing is predicted.
 
@@ -42,7 +42,7 @@ def datamodeling_scores(predicted: Tensor, outputs: Tensor) -> Tensor:
         predicted: (query, subset).
         outputs: (query, subset), larger where the subset model does better: minus its loss.
     """
-    return torch.from_numpy(_spearman(_numpy(predicted), _numpy(outputs)))
+    return torch.from_numpy(_spearman(to_numpy(predicted), to_numpy(outputs)))
 
 
 class LdsComparison:
@@ -52,18 +52,18 @@ class LdsComparison:
     both are samples, and differences of methods are far better known than the methods are.
     """
 
-    def __init__(self, predicted: Mapping[str, Tensor], outputs: Tensor, *, seed: int, resamples: int = 1000) -> None:
+    def __init__(self, predicted: Mapping[str, Tensor], outputs: Tensor, *, seed: int, resamples: int) -> None:
         """Resample.
 
         Args:
             predicted: Predictions by method, (query, subset) each.
             outputs: Measured outputs (query, subset).
-            seed: Of the resampling.
-            resamples: Bootstrap resamples.
+            seed: Seed of the bootstrap.
+            resamples: Number of bootstrap resamples.
         """
         self.shape = tuple(outputs.shape)
         # All methods at once, (method, query, subset): a call for each would take most of the time.
-        values, measured = np.stack([_numpy(p) for p in predicted.values()]), _numpy(outputs)
+        values, measured = np.stack([to_numpy(p) for p in predicted.values()]), to_numpy(outputs)
         random = np.random.default_rng(seed)
         draws = np.stack([self._draw(values, measured, random) for _ in range(resamples)], axis=1)
         scores = _spearman(values, measured).mean(axis=1)
@@ -97,7 +97,7 @@ class NoiseCeiling:
     """sqrt(S r / (1 + (S - 1) r)) for the mean of S seeds; 0 where r is not positive."""
 
 
-def noise_ceiling(outputs: Tensor, *, num_seeds: int, seed: int, resamples: int = 1000) -> NoiseCeiling:
+def noise_ceiling(outputs: Tensor, *, num_seeds: int, seed: int, resamples: int) -> NoiseCeiling:
     """Estimate the ceiling from the agreement of training seeds.
 
     Correlation with the mean of S measurements of reliability r each is attenuated by the square root of their joint
@@ -106,11 +106,11 @@ def noise_ceiling(outputs: Tensor, *, num_seeds: int, seed: int, resamples: int 
 
     Args:
         outputs: (seed, query, subset), at least two seeds; a part of the subsets will do.
-        num_seeds: S, of what methods are held to.
-        seed: Of the bootstrap over subsets and queries.
-        resamples: Bootstrap resamples.
+        num_seeds: S, the seeds whose mean methods are held to.
+        seed: Seed of the bootstrap over subsets and queries.
+        resamples: Number of bootstrap resamples.
     """
-    values, random = _numpy(outputs), np.random.default_rng(seed)
+    values, random = to_numpy(outputs), np.random.default_rng(seed)
     r = _seed_correlation(values)
     draws = []
     for _ in range(resamples):
@@ -121,8 +121,8 @@ def noise_ceiling(outputs: Tensor, *, num_seeds: int, seed: int, resamples: int 
 
 
 def _seed_correlation(outputs: Matrix) -> float:
-    """Mean over queries and pairs of seeds of outputs (seed, query, subset)."""
-    ranks = [_standard_ranks(some) for some in outputs]
+    """Give the mean correlation over queries and pairs of seeds; outputs are (seed, query, subset)."""
+    ranks = [_standard_ranks(outputs_of_seed) for outputs_of_seed in outputs]
     return float(np.mean([(a * b).sum(axis=1).mean() for a, b in combinations(ranks, 2)]))
 
 
@@ -143,8 +143,3 @@ def _standard_ranks(values: Matrix) -> Matrix:
     norms = np.linalg.norm(ranks, axis=-1, keepdims=True)
     standard: Matrix = np.divide(ranks, norms, out=np.zeros_like(ranks), where=norms > 0)
     return standard
-
-
-def _numpy(values: Tensor) -> Matrix:
-    array: Matrix = values.detach().cpu().double().numpy()
-    return array

@@ -1,8 +1,8 @@
-"""How two sets of images differ: Frechet and kernel distance, precision and recall, Vendi score."""
+"""Differences between two sets of images: Frechet and kernel distance, precision and recall; and the Vendi score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,13 @@ from provgen.metrics.neighbors import nearest_others
 from provgen.metrics.statistics import Estimate, mean_estimate, proportion
 
 GROUPS = 10
-"""Of images left out in turn, for intervals."""
+"""Groups of images that are left out in turn, for intervals."""
+
+CHUNK = 1024
+"""Rows of the first set that are compared with the second at a time."""
+
+ROUNDING = 1e-12
+"""Relative error of squared distances: what is nearer than this to the border of a ball is on the border."""
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -50,13 +56,13 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     return float(sum(within) - 2 * between)
 
 
-def _kernel_sum(first: Tensor, second: Tensor, *, same: bool, chunk_size: int = 1024) -> float:
+def _kernel_sum(first: Tensor, second: Tensor, *, same: bool) -> float:
     total = 0.0
-    for number, some in enumerate(first.double().split(chunk_size)):
-        values = (some @ second.double().T / second.shape[1] + 1) ** 3
+    for number, rows in enumerate(first.double().split(CHUNK)):
+        values = (rows @ second.double().T / second.shape[1] + 1) ** 3
         total += float(values.sum())
         if same:
-            total -= float(values.diagonal(number * chunk_size).sum())
+            total -= float(values.diagonal(number * CHUNK).sum())
     return total
 
 
@@ -78,7 +84,7 @@ def effective_number(similarities: Tensor) -> float:
     return float(torch.special.entr(values).sum().exp())
 
 
-def with_interval(measure: Callable[..., float], *sets: Tensor, seed: int = 0) -> Estimate:
+def with_interval(measure: Callable[..., float], *sets: Tensor) -> Estimate:
     """Measure sets of images, and give the 95 % interval of a jackknife over random groups of each set.
 
     Resampling with replacement would add copies, which is what these measures find.
@@ -86,31 +92,20 @@ def with_interval(measure: Callable[..., float], *sets: Tensor, seed: int = 0) -
     Args:
         measure: Gives a number for the sets.
         sets: (query, feature) each.
-        seed: Of the groups.
 
     Raises:
         InputError: A set has fewer images than there are groups.
     """
     if min(len(rows) for rows in sets) < 2 * GROUPS:
         raise InputError(f"an interval needs {2 * GROUPS} images of each kind, got {min(map(len, sets))}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     groups = [torch.randperm(len(rows), generator=generator).to(rows.device) % GROUPS for rows in sets]
-    left = [measure(*(rows[of != group] for rows, of in zip(sets, groups, strict=True))) for group in range(GROUPS)]
+    without = [
+        measure(*(rows[of_row != group] for rows, of_row in zip(sets, groups, strict=True))) for group in range(GROUPS)
+    ]
     value = measure(*sets)
-    margin = float(t.ppf(0.975, GROUPS - 1)) * _jackknife_error(left)
+    margin = float(t.ppf(0.975, GROUPS - 1)) * float(np.sqrt((GROUPS - 1) * np.var(without)))
     return Estimate(value, value - margin, value + margin, min(len(rows) for rows in sets))
-
-
-def _jackknife_error(left: Sequence[float]) -> float:
-    return float(np.sqrt((len(left) - 1) * np.var(left)))
-
-
-CHUNK = 1024
-"""Rows of either set whose distances are in memory at a time."""
-
-
-ROUNDING = 1e-12
-"""Of squared distances, relative to squared lengths: what is nearer than this to the border of a ball is on it."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -126,14 +121,15 @@ class PrecisionRecall(NamedTuple):
     """Share of reference images whose ball holds a generated image."""
 
 
-def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5, seed: int = 0) -> PrecisionRecall:
+def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5) -> PrecisionRecall:
     """Compare two sets of images. Balls are open, and hold copies of their centre even where they have no radius.
+
+    Shares have Clopper-Pearson intervals, the density has a bootstrap interval over generated images.
 
     Args:
         generated: (query, feature).
         reference: Real images, (query, feature).
         k: Neighbours that a ball reaches to.
-        seed: Of the bootstrap interval of the density; shares have Clopper-Pearson intervals.
 
     Raises:
         InputError: A set has no more than k images.
@@ -142,29 +138,27 @@ def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5, seed: 
         raise InputError(
             f"balls of {k} neighbours need more than {k} images, got {len(generated)} and {len(reference)}"
         )
-    own, theirs = (
-        nearest_others(rows, torch.arange(len(rows), device=rows.device), k).distances[:, -1].square()
-        for rows in (generated, reference)
-    )
-    balls, is_recalled, is_covered = (
-        [],
-        torch.zeros(len(reference), dtype=torch.bool, device=reference.device),
-        [],
-    )
-    for some, radii in zip(generated.split(CHUNK), own.split(CHUNK), strict=True):
-        distances, rounding = _squared_distances(some.double(), reference.double())
+    radii, reference_radii = (_squared_radii(rows, k) for rows in (generated, reference))
+    ball_counts, covered, recalled = [], [], []
+    for rows, radii_of_rows in zip(generated.split(CHUNK), radii.split(CHUNK), strict=True):
+        distances, rounding = _squared_distances(rows.double(), reference.double())
         is_copy = distances <= rounding
-        inside = (distances < theirs - rounding) | is_copy
-        balls.append(inside.sum(dim=1))
-        is_covered.append(inside.any(dim=0))
-        is_recalled |= ((distances < radii[:, None] - rounding) | is_copy).any(dim=0)
-    found = torch.cat(balls)
+        is_inside = (distances < reference_radii - rounding) | is_copy
+        ball_counts.append(is_inside.sum(dim=1))
+        covered.append(is_inside.any(dim=0))
+        recalled.append(((distances < radii_of_rows[:, None] - rounding) | is_copy).any(dim=0))
+    balls = torch.cat(ball_counts)
     return PrecisionRecall(
-        precision=proportion(int((found > 0).sum()), len(generated)),
-        recall=proportion(int(is_recalled.sum()), len(reference)),
-        density=mean_estimate(found / k, seed=seed),
-        coverage=proportion(int(torch.stack(is_covered).any(dim=0).sum()), len(reference)),
+        precision=proportion(int((balls > 0).sum()), len(generated)),
+        recall=proportion(int(torch.stack(recalled).any(dim=0).sum()), len(reference)),
+        density=mean_estimate(balls / k, seed=0),
+        coverage=proportion(int(torch.stack(covered).any(dim=0).sum()), len(reference)),
     )
+
+
+def _squared_radii(rows: Tensor, k: int) -> Tensor:
+    """Give the squared distance of every row to its k-th nearest other, (row,)."""
+    return nearest_others(rows, torch.arange(len(rows), device=rows.device), k).distances[:, -1].square()
 
 
 def _squared_distances(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How much about the class a linear classifier reads off features."""
+"""The linear probe: how well a linear classifier reads the class off features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.metrics.statistics import Estimate, proportion
+from provgen.metrics.statistics import Estimate, proportion, to_numpy
 
 MAX_DIMENSIONS = 256
 """Wider features are projected onto this many principal components."""
@@ -48,7 +48,7 @@ def linear_probe(
         train_labels: int64 (train,); images without a class are left out before.
         test_features: (query, feature).
         test_labels: int64 (query,).
-        seed: Of the held-out fifth and of the randomised principal components.
+        seed: Seed of the held-out fifth and of the randomised principal components.
 
     Raises:
         InputError: There are not two classes of two training images each, or no test images.
@@ -60,7 +60,7 @@ def linear_probe(
         )
     if not len(answers):
         raise InputError("a linear probe has 0 test images; hold out at least 1 image with a class")
-    train, test = _projected(_array(train_features), _array(test_features), seed)
+    train, test = _projected(to_numpy(train_features), to_numpy(test_features), seed)
     chosen = _choose(train, labels, seed)
     right = _fit(train, labels, chosen).predict(test) == answers
     _, counts = np.unique(answers, return_counts=True)
@@ -69,10 +69,6 @@ def linear_probe(
         baseline=float(counts.max() / len(answers)),
         inverse_regularisation=chosen,
     )
-
-
-def _array(features: Tensor) -> NDArray[np.float64]:
-    return features.detach().cpu().double().numpy()
 
 
 def _projected(

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from provgen.errors import InputError
 
+CHUNK = 1024
+"""Rows of queries, and of training rows, that are in memory as float64 at a time."""
+
 # Candidates kept beyond k: rows so close to the k-th that rounding may have put them on the wrong side.
 _SPARE_CANDIDATES = 8
 
@@ -22,7 +25,7 @@ class Neighbors(NamedTuple):
     """int64 (query, k), rows of the training set; the lowest comes first at equal distance."""
 
 
-def nearest(queries: Tensor, train: Tensor, k: int, *, chunk_size: int = 1024) -> Neighbors:
+def nearest(queries: Tensor, train: Tensor, k: int) -> Neighbors:
     """Find the `k` nearest training rows of each query row.
 
     Candidates come from one matrix product per pair of chunks, their distances from the differences
@@ -32,11 +35,10 @@ def nearest(queries: Tensor, train: Tensor, k: int, *, chunk_size: int = 1024) -
         queries: (query, feature), any dtype that float64 holds.
         train: (train, feature), on the same device.
         k: Neighbours per query, 1 ... `len(train)`.
-        chunk_size: Rows of queries and of training rows in memory as float64 at a time.
     """
     assert 1 <= k <= len(train)
     assert queries.shape[1:] == train.shape[1:]
-    chunks = [_nearest(rows, train, k, chunk_size) for rows in queries.split(chunk_size)]
+    chunks = [_nearest(rows, train, k) for rows in queries.split(CHUNK)]
     return Neighbors(torch.cat([chunk.distances for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks]))
 
 
@@ -52,25 +54,24 @@ def distinct_rows(train: Tensor) -> Tensor:
     return distinct
 
 
-def nearest_others(rows: Tensor, wanted: Tensor, k: int, *, chunk_size: int = 1024) -> Neighbors:
+def nearest_others(rows: Tensor, wanted: Tensor, k: int) -> Neighbors:
     """Find the `k` nearest rows of some of the rows themselves, not counting the row itself.
 
     Args:
         rows: (train, feature), more than `k` of them.
         wanted: int64 (query,), the rows whose neighbours are looked for.
         k: Neighbours of each.
-        chunk_size: As in `nearest`.
     """
-    found = nearest(rows[wanted], rows, k + 1, chunk_size=chunk_size)
+    found = nearest(rows[wanted], rows, k + 1)
     is_self = found.indices == wanted[:, None]
     # Among many duplicates of itself a row need not be there: then the last is one too many.
     is_self[~is_self.any(dim=1), -1] = True
     return Neighbors(found.distances[~is_self].view(-1, k), found.indices[~is_self].view(-1, k))
 
 
-def _nearest(queries: Tensor, train: Tensor, k: int, chunk_size: int) -> Neighbors:
+def _nearest(queries: Tensor, train: Tensor, k: int) -> Neighbors:
     """Do `nearest` for one chunk of queries."""
-    candidates = _candidates(queries.double(), train, min(k + _SPARE_CANDIDATES, len(train)), chunk_size)
+    candidates = _candidates(queries.double(), train, min(k + _SPARE_CANDIDATES, len(train)))
     candidates = candidates.sort(dim=1).values
     # One rank at a time: (query, feature) in memory, not (query, candidate, feature).
     ranks = [(queries.double() - train[rows].double()).norm(dim=1) for rows in candidates.T]
@@ -78,12 +79,12 @@ def _nearest(queries: Tensor, train: Tensor, k: int, chunk_size: int) -> Neighbo
     return Neighbors(distances[:, :k], candidates.gather(1, order)[:, :k])
 
 
-def _candidates(queries: Tensor, train: Tensor, count: int, chunk_size: int) -> Tensor:
+def _candidates(queries: Tensor, train: Tensor, count: int) -> Tensor:
     """Find the rows of the `count` smallest distances up to rounding: int64 (query, count), in any order."""
     squared = queries.new_empty(len(queries), 0)
     indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(train), chunk_size):
-        rows = train[start : start + chunk_size].double()
+    for start in range(0, len(train), CHUNK):
+        rows = train[start : start + CHUNK].double()
         # |q - x|^2 without |q|^2, which is the same for every training row.
         squared = torch.cat([squared, rows.square().sum(dim=1) - 2 * queries @ rows.T], dim=1)
         numbers = torch.arange(start, start + len(rows), device=queries.device)

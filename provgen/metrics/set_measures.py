@@ -40,14 +40,14 @@ class SetMeasure:
     """One measure of three sets of images."""
 
     generated: Estimate
-    """What was asked about."""
+    """Score of the generated images."""
     holdout: Estimate
-    """What a perfect generator would score: one half of the held-out images, as if it had been generated."""
+    """Score of a perfect generator: one half of the held-out images, as if it had been generated."""
     copies: Estimate
-    """What a pure copier would score: training images."""
+    """Score of a pure copier: training images."""
 
 
-def set_measures(generated: Tensor, holdout: Tensor, train: Tensor, *, seed: int = 0) -> dict[str, SetMeasure]:
+def set_measures(generated: Tensor, holdout: Tensor, train: Tensor) -> dict[str, SetMeasure]:
     """Measure three sets of images in the same way.
 
     One half of the held-out images is the reference of all three columns, the other half the second column. Sets are
@@ -57,10 +57,9 @@ def set_measures(generated: Tensor, holdout: Tensor, train: Tensor, *, seed: int
         generated: Features of generated images, (query, feature).
         holdout: Of held-out images, (query, feature).
         train: Of the training images, (train, feature).
-        seed: Of all choices.
 
     Raises:
-        InputError: Too few of either.
+        InputError: A set has too few images.
     """
     size = common_size(len(generated), len(holdout), len(train))
     if size < FEWEST:
@@ -68,17 +67,17 @@ def set_measures(generated: Tensor, holdout: Tensor, train: Tensor, *, seed: int
             f"comparing sets needs {FEWEST} generated, {2 * FEWEST} held-out and {FEWEST} training images, got "
             f"{len(generated)}, {len(holdout)} and {len(train)}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     held = holdout[torch.randperm(len(holdout), generator=generator).to(holdout.device)]
     columns = {
-        "generated": _some(generated, size, generator),
+        "generated": _drawn(generated, size, generator),
         "holdout": held[:size],
-        "copies": _some(train, size, generator),
+        "copies": _drawn(train, size, generator),
     }
-    measure = _Measures(held[size : 2 * size], train, seed)
+    measure = _Measures(held[size : 2 * size], train)
     measured = {name: measure(images) for name, images in columns.items()}
     return {
-        name: SetMeasure(**{column: found[name] for column, found in measured.items()})
+        name: SetMeasure(**{column: of_column[name] for column, of_column in measured.items()})
         for name in measured["generated"]
     }
 
@@ -89,40 +88,38 @@ def common_size(generated: int, holdout: int, train: int) -> int:
 
 
 class _Measures:
-    """What does not depend on the column."""
+    """All measures of a set of images against one reference and one training set."""
 
-    def __init__(self, reference: Tensor, train: Tensor, seed: int) -> None:
-        self.reference, self.seed = reference, seed
+    def __init__(self, reference: Tensor, train: Tensor) -> None:
+        self.reference = reference
         self.distinct = distinct_rows(train)
-        self.cells = SpaceCells(train, seed=seed)
+        self.cells = SpaceCells(train, seed=0)
         self.placed = self._place(reference, nearest(reference, self.distinct, 1).distances)
 
     def __call__(self, images: Tensor) -> Mapping[str, Estimate]:
-        found = nearest(images, self.distinct, 2)
-        alike = precision_recall(images[:MAX_SPREAD], self.reference[:MAX_SPREAD], seed=self.seed)
+        neighbors = nearest(images, self.distinct, 2)
+        few, few_of_reference = images[:MAX_SPREAD], self.reference[:MAX_SPREAD]
         return {
-            "share_memorized": share_memorized(distance_ratio(found)),
-            "data_copying": self._copying(images, found.distances),
-            "authenticity": authenticity(found, self.distinct),
-            "closer_to_train": closer_to_train(found, images, self.reference),
-            **alike._asdict(),
-            "frechet_distance": with_interval(frechet_distance, images, self.reference, seed=self.seed),
-            "kernel_distance": with_interval(
-                kernel_distance, images[:MAX_SPREAD], self.reference[:MAX_SPREAD], seed=self.seed
-            ),
-            "vendi_score": with_interval(vendi_score, images[:MAX_SPREAD], seed=self.seed),
+            "share_memorized": share_memorized(distance_ratio(neighbors)),
+            "data_copying": self._copying(images, neighbors.distances),
+            "authenticity": authenticity(neighbors, self.distinct),
+            "closer_to_train": closer_to_train(neighbors, images, self.reference),
+            **precision_recall(few, few_of_reference)._asdict(),
+            "frechet_distance": with_interval(frechet_distance, images, self.reference),
+            "kernel_distance": with_interval(kernel_distance, few, few_of_reference),
+            "vendi_score": with_interval(vendi_score, few),
         }
 
     def _copying(self, images: Tensor, distances: Tensor) -> Estimate:
-        """Give C_T in units of its deviation under the null, as that depends on the cells."""
-        found = data_copying(self._place(images, distances), self.placed, seed=self.seed)
-        c = found.statistic
-        value, low, high = (end / found.null_deviation for end in (c.value, c.low, c.high))
+        """Give C_T in units of its deviation where sets are alike, as that depends on the cells."""
+        copying = data_copying(self._place(images, distances), self.placed, seed=0)
+        c = copying.statistic
+        value, low, high = (end / copying.null_deviation for end in (c.value, c.low, c.high))
         return Estimate(value, low, high, c.n)
 
     def _place(self, images: Tensor, distances: Tensor) -> Placed:
         return Placed(distances[:, 0], self.cells(images))
 
 
-def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _drawn(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]

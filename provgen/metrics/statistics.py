@@ -14,6 +14,13 @@ from torch import Tensor
 
 from provgen.errors import InputError
 
+CONFIDENCE = 0.95
+"""Probability that an interval is meant to cover the truth with."""
+
+RESAMPLES_OF_MEAN = 2000
+RESAMPLES = 1000
+"""Bootstrap resamples of everything that is slower than a mean."""
+
 # Bootstrap draws held in memory at a time (8 bytes each).
 _DRAWS_AT_ONCE = 2**22
 
@@ -31,11 +38,15 @@ class Estimate:
     n: int
     """Independent observations behind it."""
 
+    def columns(self, name: str, separator: str = "_") -> dict[str, float]:
+        """Give value and ends as the columns NAME, NAME_low and NAME_high of a table."""
+        return {name: self.value, f"{name}{separator}low": self.low, f"{name}{separator}high": self.high}
 
-def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
+
+def proportion(successes: int, n: int) -> Estimate:
     """Give `successes / n` with its Clopper-Pearson interval.
 
-    The interval is exact: it covers the truth at least as often as `confidence` says, at 0 and at n too.
+    The interval is exact: it covers the truth at least as often as `CONFIDENCE` says, at 0 and at n too.
 
     Raises:
         InputError: `n` is 0.
@@ -44,63 +55,58 @@ def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     if n == 0:
         raise InputError("cannot estimate a proportion from 0 observations; give at least 1")
     # Clopper and Pearson 1934, Biometrika 26(4), 404-413.
-    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="exact")
+    interval = binomtest(successes, n).proportion_ci(confidence_level=CONFIDENCE, method="exact")
     return Estimate(successes / n, float(interval.low), float(interval.high), n)
 
 
-def mean_estimate(values: Tensor, *, seed: int, resamples: int = 2000, confidence: float = 0.95) -> Estimate:
+def mean_estimate(values: Tensor, *, seed: int) -> Estimate:
     """Give the mean of independent `values` with its bootstrap percentile interval.
 
     Args:
         values: (observation,), any dtype; a NaN among them makes the estimate NaN.
         seed: Seed of the resampling; the same seed gives the same interval.
-        resamples: Bootstrap resamples.
-        confidence: Probability that the interval is meant to cover the mean with.
 
     Raises:
         InputError: `values` is empty.
     """
     if len(values) == 0:
         raise InputError("cannot estimate a mean from 0 observations; give at least 1")
-    sample = values.detach().cpu().double().numpy()
-    means = _resampled_means(sample, np.random.default_rng(seed), resamples)
-    return Estimate(float(sample.mean()), *percentile_interval(means, confidence), len(sample))
+    sample = to_numpy(values)
+    means = _resampled_means(sample, np.random.default_rng(seed), RESAMPLES_OF_MEAN)
+    return Estimate(float(sample.mean()), *percentile_interval(means), len(sample))
 
 
-def ratio_estimate(above: Tensor, below: Tensor, *, seed: int, resamples: int = 1000) -> Estimate:
+def ratio_estimate(above: Tensor, below: Tensor, *, seed: int) -> Estimate:
     """Give the ratio of the means of two independent samples (observation,), with a bootstrap interval of both."""
-    random = np.random.default_rng(seed)
-    sides = [values.detach().cpu().double().numpy() for values in (above, below)]
-    means = [_resampled_means(side, random, resamples) for side in sides]
+    random, sides = np.random.default_rng(seed), [to_numpy(above), to_numpy(below)]
+    means = [_resampled_means(side, random, RESAMPLES) for side in sides]
     value = float(sides[0].mean() / sides[1].mean())
     return Estimate(value, *percentile_interval(means[0] / means[1]), min(map(len, sides)))
 
 
-def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = 1000) -> Estimate:
+def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """Give the probability that a positive scores above a negative, ties counting half; bootstrap interval of both.
 
     Args:
         positives: Scores (observation,).
         negatives: Scores (observation,).
-        seed: Of the bootstrap.
-        resamples: Of the bootstrap.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples.
 
     Raises:
         InputError: Either is empty.
     """
     if not len(positives) or not len(negatives):
         raise InputError(f"AUROC needs scores of both kinds, got {len(positives)} and {len(negatives)}")
-    random = np.random.default_rng(seed)
-    sides = [scores.detach().cpu().double().numpy() for scores in (positives, negatives)]
+    random, sides = np.random.default_rng(seed), [to_numpy(positives), to_numpy(negatives)]
     draws = [
         share_above(*(side[random.integers(len(side), size=len(side))] for side in sides)) for _ in range(resamples)
     ]
-    low, high = percentile_interval(np.array(draws))
-    return Estimate(share_above(*sides), low, high, min(map(len, sides)))
+    return Estimate(share_above(*sides), *percentile_interval(np.array(draws)), min(map(len, sides)))
 
 
 def stratified_auroc(
-    scores: Tensor, is_positive: Tensor, strata: Tensor, *, seed: int, resamples: int = 1000
+    scores: Tensor, is_positive: Tensor, strata: Tensor, *, seed: int, resamples: int = RESAMPLES
 ) -> Estimate | None:
     """Give the probability that a positive scores above a negative of its own stratum; None without such a pair.
 
@@ -108,13 +114,13 @@ def stratified_auroc(
         scores: (observation,).
         is_positive: bool (observation,).
         strata: int64 (observation,).
-        seed: Of the bootstrap over strata.
-        resamples: Of the bootstrap.
+        seed: Seed of the bootstrap over strata.
+        resamples: Number of bootstrap resamples.
     """
     values, pairs = [], []
     for stratum in strata.unique():
-        mine = strata == stratum
-        positives, negatives = (scores[mine & some].double().numpy() for some in (is_positive, ~is_positive))
+        inside = strata == stratum
+        positives, negatives = to_numpy(scores[inside & is_positive]), to_numpy(scores[inside & ~is_positive])
         if len(positives) and len(negatives):
             values.append(share_above(positives, negatives))
             pairs.append(len(positives) * len(negatives))
@@ -122,8 +128,14 @@ def stratified_auroc(
         return None
     shares, weights = np.array(values), np.array(pairs)
     rows = np.random.default_rng(seed).integers(len(shares), size=(resamples, len(shares)))
-    low, high = percentile_interval((shares * weights)[rows].sum(axis=1) / weights[rows].sum(axis=1))
-    return Estimate(float((shares * weights).sum() / weights.sum()), low, high, len(shares))
+    draws = (shares * weights)[rows].sum(axis=1) / weights[rows].sum(axis=1)
+    return Estimate(float((shares * weights).sum() / weights.sum()), *percentile_interval(draws), len(shares))
+
+
+def to_numpy(values: Tensor) -> NDArray[np.float64]:
+    """Copy a tensor of any dtype and device into a float64 array of the same shape."""
+    array: NDArray[np.float64] = values.detach().cpu().double().numpy()
+    return array
 
 
 def share_above(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
@@ -133,9 +145,9 @@ def share_above(positives: NDArray[np.float64], negatives: NDArray[np.float64]) 
     return float(below.mean() / (2 * len(ordered)))
 
 
-def percentile_interval(draws: NDArray[np.float64], confidence: float = 0.95) -> tuple[float, float]:
-    """Give the middle `confidence` of bootstrap draws (resample,)."""
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+def percentile_interval(draws: NDArray[np.float64]) -> tuple[float, float]:
+    """Give the middle `CONFIDENCE` of bootstrap draws (resample,)."""
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

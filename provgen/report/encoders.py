@@ -1,4 +1,4 @@
-"""What sets of images are compared by: pixels, the generator's own encoder, a torchvision network, or one's own."""
+"""Features that sets of images are compared by: pixels, the generator's own, a torchvision network's, or one's own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from provgen.errors import InputError
 from provgen.pipeline import ProvenancePipeline
 
 IMAGES_AT_ONCE = 256
+"""Images that are encoded in one batch."""
 
 LEAST_SIZE = 64
 """Height and width that smaller images are enlarged to for networks of larger ones."""
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's colours in [0, 1], as torchvision's networks expect them."""
+"""Mean and deviation of ImageNet's colours in [0, 1], which torchvision's networks expect."""
 
 Encoder = Callable[[Tensor], Tensor]
 """Images in [-1, 1], (query, channel, height, width), to features, (query, feature)."""
@@ -33,10 +34,10 @@ def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
     Args:
         name: `pixels`, `own` for the generator's last encoder stage, a torchvision classifier, or `module:function` for
             an `Encoder` that can be imported.
-        pipeline: Of the run.
+        pipeline: Pipeline of the run, whose generator encodes for `own`.
 
     Raises:
-        InputError: None of them, or its weights cannot be had.
+        InputError: The name is none of these, or the weights cannot be downloaded.
     """
     if name == "pixels":
         return lambda images: images.flatten(1)
@@ -58,20 +59,20 @@ def make_encoder(name: str, pipeline: ProvenancePipeline) -> Encoder:
 
 def _imported(name: str) -> Encoder:
     try:
-        found = pkgutil.resolve_name(name)
+        function = pkgutil.resolve_name(name)
     except (ValueError, ImportError, AttributeError) as error:
         raise InputError(f"--features {name} cannot be imported ({error}); put its folder on PYTHONPATH") from error
-    if not callable(found):
+    if not callable(function):
         raise InputError(f"--features {name} must be a function, from images to features")
-    encoder: Encoder = found
+    encoder: Encoder = function
     return encoder
 
 
 def classifier_encoder(network: nn.Module, name: str) -> Encoder:
-    """Take what the last linear layer of an ImageNet classifier is given; grey images are given to all its colours.
+    """Make an encoder of the inputs of a classifier's last linear layer; grey images are given to all its colours.
 
     Raises:
-        InputError: It has none, or cannot read images as small.
+        InputError: The network has no linear layer, or cannot read images as small.
     """
     layers = [layer for layer, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
@@ -102,8 +103,8 @@ def features_of(images: Tensor, encoder: Encoder) -> Tensor:
     Raises:
         InputError: The encoder gives something else.
     """
-    found = [encoder(to_unit_range(some)) for some in images.split(IMAGES_AT_ONCE)]
-    if bad := [some for some in found if not isinstance(some, Tensor) or some.ndim != 2]:
+    encoded = [encoder(to_unit_range(batch)) for batch in images.split(IMAGES_AT_ONCE)]
+    if bad := [features for features in encoded if not isinstance(features, Tensor) or features.ndim != 2]:
         shape = tuple(getattr(bad[0], "shape", ()))
         raise InputError(f"an encoder must give a tensor (query, feature), got {type(bad[0]).__name__} {shape}")
-    return torch.cat([some.float().cpu() for some in found])
+    return torch.cat([features.float().cpu() for features in encoded])

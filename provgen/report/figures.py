@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from provgen.errors import InputError
+from provgen.metrics.copying import MEMORIZED
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, FAINT = "#333333", "#dddddd"
@@ -36,7 +37,7 @@ _QUALITIES = (
     ("top1", "Top-1", "share of queries"),
     ("top5", "Top-5", "share of queries"),
 )
-# Colour and marker of the rows with a class label and of those without.
+# Colour and marker of rows whose class the network is told, and of the others.
 _LOOKS = {"conditional": (BLUE, "o"), "unconditional": (VERMILION, "s")}
 _ALPHA_BAR = "$\\bar\\alpha_t$ (0 noise, 1 image)"
 # A curve this long gets a smoothed one over it.
@@ -66,7 +67,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_index_quality(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot cross-entropy, top-1 and top-5 of the index head against the alpha_bar.
+    """Plot cross-entropy, top-1 and top-5 of the index head against alpha_bar.
 
     The network is solid, the closed form dashed: no network can do better than the dashed line of its colour.
 
@@ -108,7 +109,7 @@ def plot_entropy(step_alpha_bar: Tensor, entropies: Tensor, closed_form_entropie
     return figure
 
 
-def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor], *, threshold: float = 1 / 3) -> Figure:
+def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor]) -> Figure:
     """Overlay histograms of the distance ratio of several image sets, with the threshold of memorization.
 
     Sets of different sizes compare, as bars are shares of their set. A bar of copies at 0 that would dwarf
@@ -116,7 +117,6 @@ def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor], *, threshold: floa
 
     Args:
         ratios_by_set: (query,) distance ratios in [0, 1] by the name of the set, 1 to 3 sets.
-        threshold: Ratio below which an image counts as memorized.
     """
     assert 1 <= len(ratios_by_set) <= 3
     figure = _figure(width=4.6, height=3.0)
@@ -130,7 +130,7 @@ def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor], *, threshold: floa
         axes.stairs(heights, edges, color=color, linewidth=1.5, baseline=None, label=label)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, top)
-    _mark_threshold(axes, threshold)
+    _mark_threshold(axes)
     _write_cut_bars(axes, shares, top)
     label_axes(axes, "distance to nearest / to second nearest training image", "share of images per bin")
     _legend(axes)
@@ -182,8 +182,8 @@ def _moving_average(values: Sequence[float]) -> NDArray[np.float64]:
     """Average over a centred window of a twentieth of the curve, narrower at its start, cut off at its end."""
     half = max(2, len(values) // 40)
     # Narrower, not cut off: losses fall steeply at first, and half a window would hide from where.
-    reach = [min(half, place) for place in range(len(values))]
-    windows = [values[place - r : place + r + 1] for place, r in enumerate(reach)]
+    reach = [min(half, center) for center in range(len(values))]
+    windows = [values[center - r : center + r + 1] for center, r in enumerate(reach)]
     return np.array([np.mean(window) for window in windows])
 
 
@@ -225,11 +225,11 @@ def _histogram_top(shares: Sequence[NDArray[np.float64]]) -> float:
     return 1.45 * (beyond_copies if 0 < beyond_copies < tallest / 2 else tallest)
 
 
-def _mark_threshold(axes: Axes, threshold: float) -> None:
-    axes.axvline(threshold, color=INK, linewidth=1, linestyle=":")
+def _mark_threshold(axes: Axes) -> None:
+    axes.axvline(MEMORIZED, color=INK, linewidth=1, linestyle=":")
     axes.annotate(
-        f"memorized below {Fraction(threshold).limit_denominator(100)}",
-        (threshold, 0.5),
+        f"memorized below {Fraction(MEMORIZED).limit_denominator(100)}",
+        (MEMORIZED, 0.5),
         xycoords=("data", "axes fraction"),
         xytext=(4, 0),
         textcoords="offset points",

@@ -71,7 +71,7 @@ def sample_grid(
 
 @dataclass(frozen=True)
 class _Cell:
-    """What the cells of the samples, or those of the sources, have in common; lengths in pixels."""
+    """Common size of the cells of the samples, or of those of the sources; lengths in pixels."""
 
     width: int
     tile_height: int
@@ -114,8 +114,8 @@ def _captioned(cell: _Cell, tile: Image.Image, text: str) -> Image.Image:
     draw.rectangle((left - 1, 0, left + tile.width, tile.height + 1), outline=_OUTLINE)
     picture.paste(tile, (left, 1))
     lines = "\n".join(_shortened(line, cell) for line in text.split("\n"))
-    place = (cell.width / 2, tile.height + 4)
-    draw.multiline_text(place, lines, _INK, cell.font, anchor="ma", align="center", spacing=1)
+    top_center = (cell.width / 2, tile.height + 4)
+    draw.multiline_text(top_center, lines, _INK, cell.font, anchor="ma", align="center", spacing=1)
     return picture
 
 
@@ -176,11 +176,11 @@ def draw_samples(
     """Draw samples with their sources, each source with its class and weight.
 
     Args:
-        folder: Where the PNGs lie.
+        folder: Run folder that the PNGs lie in.
         samples: Rows of `samples/`.
         traces: Rows of `traces/`, sorted by sample and rank.
-        train: The training images.
-        captions: What stands under each sample; its class without them.
+        train: Training images.
+        captions: Text under each sample; None writes its class.
     """
     groups = group_traces(traces)
     rows = [groups[sample["sample"]] for sample in samples]

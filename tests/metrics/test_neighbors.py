@@ -20,10 +20,11 @@ def test_neighbors_equal_brute_force(points):
 
 
 @pytest.mark.parametrize("chunk_size", [7, 64, 199, 200, 10_000])
-def test_chunk_size_changes_nothing(points, chunk_size):
+def test_chunk_size_changes_nothing(points, chunk_size, monkeypatch):
     queries, train = points
     expected = nearest(queries, train, 9)
-    found = nearest(queries, train, 9, chunk_size=chunk_size)
+    monkeypatch.setattr("provgen.metrics.neighbors.CHUNK", chunk_size)
+    found = nearest(queries, train, 9)
     assert torch.equal(found.distances, expected.distances)
     assert torch.equal(found.indices, expected.indices)
 
@@ -48,14 +49,16 @@ def test_integer_images_are_taken_as_they_are(generator):
     torch.testing.assert_close(nearest(train, train, 3).distances, expected, rtol=1e-9, atol=1e-4)
 
 
-def test_lowest_index_comes_first_among_duplicates():
+def test_lowest_index_comes_first_among_duplicates(monkeypatch):
+    monkeypatch.setattr("provgen.metrics.neighbors.CHUNK", 2)
     train = torch.tensor([[9.0], [1.0], [5.0], [1.0], [1.0]])
-    assert nearest(torch.tensor([[1.0]]), train, 2, chunk_size=2).indices.tolist() == [[1, 3]]
+    assert nearest(torch.tensor([[1.0]]), train, 2).indices.tolist() == [[1, 3]]
 
 
-def test_all_training_rows_can_be_asked_for(points):
+def test_all_training_rows_can_be_asked_for(points, monkeypatch):
+    monkeypatch.setattr("provgen.metrics.neighbors.CHUNK", 16)
     queries, train = points
-    found = nearest(queries, train, len(train), chunk_size=16)
+    found = nearest(queries, train, len(train))
     assert torch.equal(found.indices.sort(dim=1).values, torch.arange(200).expand(70, -1))
 
 

@@ -22,10 +22,10 @@ def test_proportion_gives_the_published_clopper_pearson_interval(successes, n, l
     assert estimate.n == n
 
 
-def test_proportion_agrees_with_beta_quantiles_at_another_confidence():
-    estimate = proportion(7, 40, confidence=0.8)
-    assert estimate.low == pytest.approx(beta.ppf(0.1, 7, 34), abs=1e-10)
-    assert estimate.high == pytest.approx(beta.ppf(0.9, 8, 33), abs=1e-10)
+def test_proportion_agrees_with_beta_quantiles():
+    estimate = proportion(7, 40)
+    assert estimate.low == pytest.approx(beta.ppf(0.025, 7, 34), abs=1e-10)
+    assert estimate.high == pytest.approx(beta.ppf(0.975, 8, 33), abs=1e-10)
 
 
 def test_no_observations_are_refused():
@@ -50,7 +50,7 @@ def test_mean_interval_approaches_the_normal_one():
 
 def test_mean_interval_covers_the_truth_about_as_often_as_it_says():
     draws = torch.rand(200, 30, generator=torch.Generator().manual_seed(1))
-    estimates = [mean_estimate(row, seed=0, resamples=500) for row in draws]
+    estimates = [mean_estimate(row, seed=0) for row in draws]
     covered = sum(estimate.low <= 0.5 <= estimate.high for estimate in estimates)
     assert 0.88 <= covered / len(draws) <= 0.98
 
@@ -66,7 +66,7 @@ def test_mean_interval_depends_on_its_seed_and_on_nothing_else():
 
 def test_bounded_memory_keeps_the_number_of_resamples():
     values = torch.zeros(50_000).index_fill(0, torch.arange(25_000), 1.0)
-    estimate = mean_estimate(values, seed=0, resamples=200)
+    estimate = mean_estimate(values, seed=0)
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(50_000), rel=0.25)
 
 
@@ -105,3 +105,9 @@ def test_strata_are_compared_within_themselves():
     scores = torch.tensor([7.0, 6, 1, 5, 3, 2, 1, 0])
     assert stratified_auroc(scores, positive, strata, seed=0).value == pytest.approx(5 / 6)
     assert stratified_auroc(scores, strata == 0, strata, seed=0) is None
+
+
+def test_columns_carry_the_ends_beside_the_value():
+    estimate = Estimate(0.5, 0.25, 0.75, 9)
+    assert estimate.columns("top1") == {"top1": 0.5, "top1_low": 0.25, "top1_high": 0.75}
+    assert list(estimate.columns("over random", " ")) == ["over random", "over random low", "over random high"]

@@ -1,4 +1,4 @@
-"""Verdicts on what is known: the ideal denoiser copies, held-out digits are no copies, noise is unsupported."""
+"""Verdicts on what is known: the ideal denoiser copies, held-out digits do not, noise is unsupported; patches."""
 
 from collections import Counter
 
@@ -8,11 +8,11 @@ from sklearn.datasets import load_digits
 
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.metrics.statistics import auroc
-from provgen.metrics.verdicts import KINDS, Evidence, Limits, gather_evidence, verdicts
+from provgen.metrics.verdicts import KINDS, Evidence, Limits, gather_evidence, patch_share, verdicts
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
 from provgen.studies.faithfulness.planted import ideal_samples
 
-SIGNAL = 0.5
+ALPHA_BAR = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def evidence_of(digits):
 
     def call(some, asked):
         noise = torch.randn(some.shape[1:], generator=torch.Generator().manual_seed(0))
-        noisy = SIGNAL**0.5 * some + (1 - SIGNAL) ** 0.5 * noise
-        probs = closed_form.probs(noisy, torch.full((len(some),), SIGNAL), torch.full((len(some),), 10))
+        noisy = ALPHA_BAR**0.5 * some + (1 - ALPHA_BAR) ** 0.5 * noise
+        probs = closed_form.probs(noisy, torch.full((len(some),), ALPHA_BAR), torch.full((len(some),), 10))
         of_class = (probs * (labels == asked[:, None])).sum(dim=1)
         return gather_evidence(
             some,
@@ -116,3 +116,46 @@ def test_rules_by_hand(changed, kind, reason):
     (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, sources=50.0, of_class=0.2, n=100))
     assert found.kind == kind in KINDS
     assert reason in found.reason
+
+
+@pytest.fixture
+def train(generator):
+    return 2 * torch.rand(60, 1, 8, 8, generator=generator) - 1
+
+
+def test_copies_are_of_one_image(train):
+    assert torch.equal(patch_share(train[:9], train), torch.ones(9, dtype=torch.float64))
+    assert torch.equal(patch_share(train[:9] + 0.02, train), torch.ones(9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("columns", [2, 4, 6])
+def test_an_image_of_two_halves_has_the_larger_share(train, columns):
+    image = train[:1].clone()
+    image[..., columns:] = train[1:2, :, :, columns:]
+    assert patch_share(image, train).tolist() == [max(columns, 8 - columns) / 8]
+
+
+def test_parts_that_all_images_share_do_not_count(train):
+    train = train.clone()
+    train[..., :4, :] = -1
+    image = train[:1].clone()
+    image[..., :4] = train[1:2, :, :, :4]
+    assert patch_share(image, train).tolist() == [0.5], "of the lower half"
+    assert patch_share(-torch.ones(1, 1, 8, 8), -torch.ones(50, 1, 8, 8)).isnan().all(), "no part tells"
+
+
+@pytest.mark.parametrize("count", [2, 16, 20])
+def test_noise_is_of_no_single_image_of_a_small_set(train, count, generator):
+    images = 2 * torch.rand(30, 1, 8, 8, generator=generator) - 1
+    assert patch_share(train[:2], train[:count]).tolist() == [1, 1]
+    if count > 2:
+        assert patch_share(images, train[:count]).nanmean() < 0.5
+
+
+def test_chunks_and_order_change_nothing(train, generator, monkeypatch):
+    images = train[:20] / 2 + train[20:40] / 2
+    whole = patch_share(images, train)
+    assert 0 < whole.min() < whole.max() <= 1
+    assert torch.equal(patch_share(images, train[torch.randperm(60, generator=generator)]), whole)
+    monkeypatch.setattr("provgen.metrics.verdicts.MAX_BYTES", 60 * 16 * 4 * 3)
+    assert torch.equal(patch_share(images, train), whole)

@@ -1,9 +1,10 @@
-"""The report's section on generalization: losses on training and held-out images, by noise level."""
+"""Sections on losses: their curves in training, and losses on training and held-out images by noise level."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -12,17 +13,29 @@ from torch import Tensor
 
 from provgen.metrics.statistics import Estimate, mean_estimate, ratio_estimate
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
-from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes
-from provgen.report.html import Section, Table, TableCell, picture_of_figure
-from provgen.report.metrics import Metric
+from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes, plot_training
+from provgen.report.format import Metric, interval
+from provgen.report.html import Picture, Section, Table, TableCell, picture_of_figure
+from provgen.report.sections import Part
 
 THIRDS = ("little_noise", "some_noise", "much_noise")
-"""Of the schedule."""
+"""Thirds of the noise schedule."""
+
+
+def training_section(metrics: Sequence[Mapping[str, Any]]) -> Part:
+    """Show the loss curves, from the lines of `metrics.jsonl`."""
+    picture = picture_of_figure(
+        plot_training(metrics),
+        alt="Denoising, index and class loss against optimiser steps",
+        caption="Losses of single batches (faint) and their running mean.",
+    )
+    text = "The generator and the provenance network are trained in the same steps."
+    return Section("Training", text, [picture]), []
 
 
 def generalization_section(
-    name: str, what: str, train_losses: Tensor, holdout_losses: Tensor, divergence: Mapping[int, Tensor] | None = None
-) -> tuple[Section, list[Metric]]:
+    name: str, what: str, train_losses: Tensor, holdout_losses: Tensor, divergence: Mapping[int, Tensor] | None
+) -> Part:
     """Compare the generator's loss on training and held-out images.
 
     Args:
@@ -30,39 +43,30 @@ def generalization_section(
         what: Description of that loss.
         train_losses: (query, draw), from clean to noisy where there are noise levels.
         holdout_losses: (query, draw).
-        divergence: Of a denoiser from the closed form's on training images in nats, (query,) by timestep.
+        divergence: Divergence of a denoiser from the closed form on training images in nats, (query,) by timestep; None
+            for a generator without noise levels.
     """
-    seen, unseen = (mean_estimate(losses.mean(dim=1), seed=0) for losses in (train_losses, holdout_losses))
+    train, holdout = (mean_estimate(losses.mean(dim=1), seed=0) for losses in (train_losses, holdout_losses))
     ratios = loss_ratios(train_losses, holdout_losses)
+    if divergence is None:
+        ratios = {"all": ratios["all"]}
     metrics = [
-        Metric.from_estimate(f"holdout_{name}", unseen, "model fit", baseline=seen.value),
-        Metric.from_estimate(f"train_{name}", seen, "model fit", baseline=unseen.value),
-        Metric.from_estimate(f"{name}_ratio", ratios["all"], "model fit", baseline=1.0),
+        Metric.from_estimate(f"holdout_{name}", holdout, "model fit", baseline=train.value),
+        Metric.from_estimate(f"train_{name}", train, "model fit", baseline=holdout.value),
     ]
-    pictures = []
-    if divergence is not None:
-        far = mean_estimate(torch.stack(list(divergence.values())).mean(dim=0), seed=0)
-        metrics += [
-            Metric.from_estimate(f"{name}_ratio_{third}", ratio, "model fit", baseline=1.0)
-            for third, ratio in ratios.items()
-            if third != "all"
-        ]
-        metrics.append(Metric.from_estimate("divergence_from_closed_form_nats", far, "model fit", ceiling=0.0))
-        pictures.append(
-            picture_of_figure(
-                plot_by_level(train_losses, holdout_losses, divergence),
-                alt="Loss on training and held-out images by timestep, and divergence from the closed-form denoiser",
-                caption="Left: where the curves part, the network knows its training images. Right: 0 would be a "
-                "network that has learned them by heart. Bands: 95 % bootstrap intervals over images.",
-            )
-        )
     rows: list[list[TableCell]] = [
-        ["training", _interval(seen), seen.n],
-        ["held-out", _interval(unseen), unseen.n],
+        ["training", interval(train), train.n],
+        ["held-out", interval(holdout), holdout.n],
     ]
     for levels, ratio in ratios.items():
-        if divergence is not None or levels == "all":
-            rows.append([f"held-out / training, {levels.replace('_', ' ')}", _interval(ratio), ratio.n])
+        ending = "" if levels == "all" else f"_{levels}"
+        metrics.append(Metric.from_estimate(f"{name}_ratio{ending}", ratio, "model fit", baseline=1.0))
+        rows.append([f"held-out / training, {levels.replace('_', ' ')}", interval(ratio), ratio.n])
+    pictures = []
+    if divergence is not None:
+        nats = mean_estimate(torch.stack(list(divergence.values())).mean(dim=0), seed=0)
+        metrics.append(Metric.from_estimate("divergence_from_closed_form_nats", nats, "model fit", ceiling=0.0))
+        pictures = [_picture_by_level(train_losses, holdout_losses, divergence)]
     section = Section(
         "Does it generalize?",
         f"{what}, averaged weights. A network that memorizes is much better on the images it has seen.",
@@ -77,6 +81,15 @@ def generalization_section(
     return section, metrics
 
 
+def _picture_by_level(train_losses: Tensor, holdout_losses: Tensor, divergence: Mapping[int, Tensor]) -> Picture:
+    return picture_of_figure(
+        plot_by_level(train_losses, holdout_losses, divergence),
+        alt="Loss on training and held-out images by timestep, and divergence from the closed-form denoiser",
+        caption="Left: where the curves part, the network knows its training images. Right: 0 would be a "
+        "network that has learned them by heart. Bands: 95 % bootstrap intervals over images.",
+    )
+
+
 def loss_ratios(train_losses: Tensor, holdout_losses: Tensor) -> dict[str, Estimate]:
     """Give the loss on held-out images over that on training images: of all draws, and of each third of them.
 
@@ -87,7 +100,7 @@ def loss_ratios(train_losses: Tensor, holdout_losses: Tensor) -> dict[str, Estim
     draws = train_losses.shape[1]
     edges = {"all": (0, draws)}
     if draws >= len(THIRDS):
-        ends = [round(draws * place / len(THIRDS)) for place in range(len(THIRDS) + 1)]
+        ends = [round(draws * third / len(THIRDS)) for third in range(len(THIRDS) + 1)]
         edges |= dict(zip(THIRDS, pairwise(ends), strict=True))
     return {
         name: ratio_estimate(holdout_losses[:, low:high].mean(dim=1), train_losses[:, low:high].mean(dim=1), seed=0)
@@ -113,11 +126,7 @@ def plot_by_level(train_losses: Tensor, holdout_losses: Tensor, divergence: Mapp
     return figure
 
 
-def _band(axes: Axes, places: list[float], estimates: list[Estimate], name: str, color: str) -> None:
-    axes.plot(places, [estimate.value for estimate in estimates], color=color, marker="o", markersize=3, label=name)
+def _band(axes: Axes, timesteps: list[float], estimates: list[Estimate], name: str, color: str) -> None:
+    axes.plot(timesteps, [estimate.value for estimate in estimates], color=color, marker="o", markersize=3, label=name)
     lows, highs = [estimate.low for estimate in estimates], [estimate.high for estimate in estimates]
-    axes.fill_between(places, lows, highs, color=color, alpha=0.2)
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    axes.fill_between(timesteps, lows, highs, color=color, alpha=0.2)

@@ -1,16 +1,21 @@
-"""The report's section on sets of images: all measures in three columns."""
+"""Sections on sets of images: the 1/3 rule on pixels, and all measures in three columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from provgen.metrics.copying import distance_ratio, share_memorized
+from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.metrics.set_measures import SetMeasure
 from provgen.metrics.statistics import Estimate
-from provgen.report.figures import BLUE, GREEN, INK, VERMILION
+from provgen.report.figures import BLUE, GREEN, INK, VERMILION, plot_ratio_histogram
+from provgen.report.format import Metric, interval
 from provgen.report.html import Section, Table, TableCell, picture_of_figure
-from provgen.report.metrics import Metric
+from provgen.report.sections import Part
 
 READ = {
     "share_memorized": ("1/3 rule", "nearest training image thrice as near as the second"),
@@ -39,17 +44,50 @@ COLUMNS = {"generated": ("generated", BLUE), "holdout": ("held-out", GREEN), "co
 PANELS_IN_A_ROW = 4
 
 
-def set_section(measures: Mapping[str, SetMeasure], features: str) -> tuple[Section, list[Metric]]:
+def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, train: Tensor) -> Part:
+    """Apply the 1/3 rule to three image sets, each (query, feature); `train` is (train, feature)."""
+    sets = {"generated": generated, "held-out": holdout, "copied": copies}
+    distinct = distinct_rows(train)
+    ratios = {name: distance_ratio(nearest(images, distinct, 2)) for name, images in sets.items() if len(images)}
+    shares = {name: share_memorized(values) for name, values in ratios.items()}
+    picture = picture_of_figure(
+        plot_ratio_histogram(ratios),
+        alt="Histograms of the distance ratio of generated, held-out and copied images",
+        caption="Distance to the nearest training image over the distance to the second nearest; below 1/3 an "
+        "image counts as memorized.",
+    )
+    metric = Metric.from_estimate(
+        "share_memorized",
+        shares["generated"],
+        "similarity",
+        baseline=shares["held-out"].value if "held-out" in shares else None,
+        ceiling=shares["copied"].value,
+    )
+    section = Section(
+        "Is it copying?",
+        "The 1/3 rule of Yoon et al. (2023) on raw pixels. Held-out images show what a perfect generator would "
+        "score, exact copies of training images what a pure copier would.",
+        [picture],
+        Table(
+            ["images", "share memorized", "n"],
+            [[name, interval(share), share.n] for name, share in shares.items()],
+            "Clopper-Pearson 95 % intervals in brackets.",
+        ),
+    )
+    return section, [metric]
+
+
+def sets_section(measures: Mapping[str, SetMeasure], features: str) -> Part:
     """Show what `set_measures` found on some features; the 1/3 rule has a section and a metric of its own."""
     rows: list[list[TableCell]] = [
-        [READ[name][0], *(_interval(getattr(found, column)) for column in COLUMNS), READ[name][1]]
-        for name, found in measures.items()
+        [READ[name][0], *(interval(getattr(measure, column), ".3g") for column in COLUMNS), READ[name][1]]
+        for name, measure in measures.items()
     ]
     metrics = [
         Metric.from_estimate(
-            name, found.generated, "similarity", baseline=found.holdout.value, ceiling=found.copies.value
+            name, measure.generated, "similarity", baseline=measure.holdout.value, ceiling=measure.copies.value
         )
-        for name, found in measures.items()
+        for name, measure in measures.items()
         if name != "share_memorized"
     ]
     count = measures["share_memorized"].generated.n
@@ -84,20 +122,20 @@ def plot_set_measures(measures: Mapping[str, SetMeasure]) -> Figure:
     height = -(-len(measures) // PANELS_IN_A_ROW)
     figure = Figure(figsize=(9.0, 1.6 * height), layout="constrained")
     panels = figure.subplots(height, PANELS_IN_A_ROW, squeeze=False).flatten()
-    for axes, (name, found) in zip(panels, measures.items(), strict=False):
-        for place, (column, (title, color)) in enumerate(COLUMNS.items()):
-            estimate: Estimate = getattr(found, column)
-            ends = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
-            axes.errorbar([place], [estimate.value], yerr=ends, color=color, marker="o", capsize=3, label=title)
-        axes.set_title(READ[name][0], fontsize=9, color=INK)
-        axes.set_xticks(range(len(COLUMNS)), [title for title, _ in COLUMNS.values()], fontsize=7)
-        axes.tick_params(axis="y", labelsize=7)
-        axes.margins(x=0.3, y=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, (name, measure) in zip(panels, measures.items(), strict=False):
+        _plot_measure(axes, READ[name][0], measure)
     for axes in panels[len(measures) :]:
         axes.set_axis_off()
     return figure
 
 
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+def _plot_measure(axes: Axes, title: str, measure: SetMeasure) -> None:
+    for number, (column, (name, color)) in enumerate(COLUMNS.items()):
+        estimate: Estimate = getattr(measure, column)
+        ends = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
+        axes.errorbar([number], [estimate.value], yerr=ends, color=color, marker="o", capsize=3, label=name)
+    axes.set_title(title, fontsize=9, color=INK)
+    axes.set_xticks(range(len(COLUMNS)), [name for name, _ in COLUMNS.values()], fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(x=0.3, y=0.2)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The report's section on single samples: how many are copies, blends, novel, and on what evidence."""
+"""Section on single samples: how many are copies, blends or novel, and on what evidence; verdicts.parquet."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from provgen.metrics.copying import MEMORIZED
 from provgen.metrics.statistics import Estimate, proportion
 from provgen.metrics.verdicts import FEW, KINDS, Evidence, Limits, Verdict
 from provgen.report.figures import BLUE, GREEN, INK, VERMILION
+from provgen.report.format import Metric, interval
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
-from provgen.report.metrics import Metric
+from provgen.report.sections import Part
 from provgen.run import atomic_path
 
 PANELS = {
@@ -32,41 +33,7 @@ PANELS = {
 """Fields of `Evidence`, and what they are called."""
 
 SET_COLORS = (BLUE, GREEN, VERMILION)
-
-
-def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
-    """Plot a panel for every kind of evidence: the share of images below each value, and the verdicts' limits.
-
-    Args:
-        evidence: By set: generated, held-out, copies.
-        limits: Drawn dotted, beside those that are fixed.
-    """
-    bounds = {
-        "ratio": [MEMORIZED],
-        "calibrated": [limits.calibrated],
-        "distance": [limits.distance],
-        "of_class": [limits.of_class],
-        "sources": [FEW, limits.sources],
-    }
-    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(3, 3).flatten(), PANELS.items(), strict=True):
-        for color, (label, of) in zip(SET_COLORS, evidence.items(), strict=True):
-            values = getattr(of, name).double()
-            values = values[values.isfinite()]
-            if len(values):
-                axes.ecdf(values.numpy(), color=color, label=label)
-        for bound in bounds.get(name, ()):
-            axes.axvline(bound, color=INK, linewidth=0.8, linestyle=":")
-        if name == "sources":
-            axes.set_xscale("log")
-        axes.set_title(title, fontsize=9, color=INK)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(SET_COLORS), frameon=False, fontsize=8)
-    figure.supylabel("share of images below", fontsize=8)
-    return figure
-
+"""Colours of generated images, held-out images and copies."""
 
 COLORS = {
     "copy": "#D55E00",
@@ -75,29 +42,29 @@ COLORS = {
     "blend of few": "#56B4E9",
     "novel": "#009E73",
 }
-
+"""Colours of the verdicts."""
 
 GALLERY = 3
 """Samples of each verdict that are shown."""
 
 
-def verdict_section(
+def verdicts_section(
     judged: Mapping[str, Sequence[Verdict]],
     evidence: Mapping[str, Evidence],
     limits: Limits,
     gallery: Image.Image,
-) -> tuple[Section, list[Metric]]:
+) -> Part:
     """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`.
 
     Args:
-        judged: The verdicts by set.
-        evidence: What they rest on.
-        limits: What held-out images hardly ever go beyond.
-        gallery: The samples of `gallery_rows`, with their sources.
+        judged: Verdicts by set.
+        evidence: Evidence that they rest on, by set.
+        limits: Limits that held-out images hardly ever go beyond.
+        gallery: Picture of the samples of `gallery_rows`, with their sources.
     """
     shares = {name: _shares(verdicts) for name, verdicts in judged.items()}
     rows: list[list[TableCell]] = [
-        [kind, *(_interval(of[kind]) for of in shares.values()), _rule(kind, limits)] for kind in KINDS
+        [kind, *(interval(of_set[kind]) for of_set in shares.values()), _rule(kind, limits)] for kind in KINDS
     ]
     metrics = [
         Metric.from_estimate(
@@ -139,23 +106,20 @@ def verdict_section(
 
 def gallery_rows(verdicts: Sequence[Verdict]) -> list[int]:
     """Choose samples for the gallery: the first few of each verdict, in the order of verdicts."""
-    return [
-        row
-        for kind in KINDS
-        for row in [place for place, verdict in enumerate(verdicts) if verdict.kind == kind][:GALLERY]
-    ]
+    by_kind = {kind: [row for row, verdict in enumerate(verdicts) if verdict.kind == kind] for kind in KINDS}
+    return [row for rows in by_kind.values() for row in rows[:GALLERY]]
 
 
 def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
     """Plot a bar for every set of images, divided by verdict."""
     figure = Figure(figsize=(8.0, 0.55 * len(judged) + 1.0), layout="constrained")
     axes = figure.subplots()
-    for place, verdicts in enumerate(judged.values()):
+    for bar, verdicts in enumerate(judged.values()):
         left = 0.0
         for kind, share in _shares(verdicts).items():
-            axes.barh(place, share.value, left=left, color=COLORS[kind], label=kind if place == 0 else None)
+            axes.barh(bar, share.value, left=left, color=COLORS[kind], label=kind if bar == 0 else None)
             if share.value >= 0.05:
-                axes.text(left + share.value / 2, place, f"{share.value:.0%}", ha="center", va="center", fontsize=8)
+                axes.text(left + share.value / 2, bar, f"{share.value:.0%}", ha="center", va="center", fontsize=8)
             left += share.value
     axes.set_yticks(range(len(judged)), list(judged), color=INK)
     axes.invert_yaxis()
@@ -163,6 +127,40 @@ def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
     axes.set_xlabel("share of images")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(KINDS), frameon=False, fontsize=8)
+    return figure
+
+
+def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
+    """Plot a panel for every kind of evidence: the share of images below each value, and the verdicts' limits.
+
+    Args:
+        evidence: Evidence by set: generated, held-out, copies.
+        limits: Limits that are drawn dotted, beside those that are fixed.
+    """
+    bounds = {
+        "ratio": [MEMORIZED],
+        "calibrated": [limits.calibrated],
+        "distance": [limits.distance],
+        "of_class": [limits.of_class],
+        "sources": [FEW, limits.sources],
+    }
+    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(3, 3).flatten(), PANELS.items(), strict=True):
+        for color, (label, of_set) in zip(SET_COLORS, evidence.items(), strict=True):
+            values = getattr(of_set, name).double()
+            values = values[values.isfinite()]
+            if len(values):
+                axes.ecdf(values.numpy(), color=color, label=label)
+        for bound in bounds.get(name, ()):
+            axes.axvline(bound, color=INK, linewidth=0.8, linestyle=":")
+        if name == "sources":
+            axes.set_xscale("log")
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(SET_COLORS), frameon=False, fontsize=8)
+    figure.supylabel("share of images below", fontsize=8)
     return figure
 
 
@@ -197,7 +195,3 @@ def _rule(kind: str, limits: Limits) -> str:
         "blend of few": "at most 4 effective sources",
         "novel": "none of these",
     }[kind]
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from provgen.report.figures import BLUE, INK, VERMILION, label_axes
+from provgen.report.format import Metric
 from provgen.report.html import Section, Table, TableCell, picture_of_figure
-from provgen.report.metrics import Metric
 
 Row = Mapping[str, Any]
 """A row of what `faithfulness_table.write_parquet` writes."""

@@ -1,10 +1,10 @@
-"""The numbers of a report: each with its interval, what it is compared with, and what kind of claim it is."""
+"""Numbers of a report as text and as data: intervals, Markdown tables, and the metrics of report.json."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,34 @@ SCHEMA_VERSION = 2
 """Version of the layout of `report.json`; grows when a reader of the old one would go wrong."""
 
 MetricKind = Literal["similarity", "model fit", "learned provenance", "counterfactual"]
-"""What a number claims: that images look alike, how well a model fits, what the network learned, or what
-retraining showed."""
+"""Claim of a number: that images look alike, how well a model fits, what the network learned, or what retraining
+showed."""
+
+
+def interval(estimate: Estimate, form: str = ".3f") -> str:
+    """Write `0.123 [0.100, 0.150]`, each number in the format `form`; without an interval, the value alone."""
+    value, low, high = (f"{number:{form}}" for number in (estimate.value, estimate.low, estimate.high))
+    return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
+
+
+def percent(estimate: Estimate) -> str:
+    """Write a share in percent with one decimal, `12.3 [10.0, 15.0]`."""
+    return interval(Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high, estimate.n), ".1f")
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: Collection[int] = (0,)
+) -> str:
+    """Lay out a Markdown table that ends in a line break; an empty cell (None) becomes a hyphen.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells in the order of the titles.
+        text_columns: Numbers of the left-aligned columns; all others are right-aligned.
+    """
+    rule = ["---" if column in text_columns else "---:" for column in range(len(header))]
+    lines = [["-" if cell is None else str(cell) for cell in row] for row in (header, rule, *rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -27,7 +53,7 @@ class Metric:
     name: str
     """Name by which other programs find it, such as `share_memorized`."""
     value: float
-    """The measured value, in the unit that the name implies."""
+    """Measured value, in the unit that the name implies."""
     low: float | None
     """Lower end of the 95 % interval; None where there is none."""
     high: float | None
@@ -39,7 +65,7 @@ class Metric:
     n: int
     """Independent observations behind `value`."""
     kind: MetricKind
-    """What the number claims."""
+    """Claim that the number makes."""
 
     @classmethod
     def from_estimate(
