@@ -29,7 +29,7 @@ class Description:
 
     title: str
     question: str
-    """One sentence."""
+    """What the runs are to answer, in one sentence."""
     config: str
     """Name of the shipped settings that every variant starts from."""
     settings: dict[str, Scalar] = field(default_factory=dict)
@@ -68,13 +68,13 @@ class Variant:
     """One row of an experiment's table."""
 
     name: str
-    """Safe in file names, unique within its experiment."""
+    """Name of its folders and of its row, unique within the experiment."""
     overrides: tuple[str, ...]
     """Everything on top of the shipped settings, as `key=value`."""
     settings: Settings
-    """What it is trained with, but for the seed and the folder."""
+    """Settings that it is trained with, but for the seed and the folder."""
     values: dict[str, Any]
-    """Those of its settings that vary in the experiment, by dotted key."""
+    """Settings that vary in the experiment, by dotted key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +84,13 @@ class Experiment:
     name: str
     """Name of its file and of its folder."""
     config: Path
-    """The shipped settings that all variants start from."""
+    """Shipped settings that all variants start from."""
     common: tuple[str, ...]
-    """What every variant has on top of those, as `key=value`."""
+    """What every variant has on top of `config`, as `key=value`."""
     description: Description
     """What its file says."""
     variants: tuple[Variant, ...]
-    """In the order of the table."""
+    """Variants in the order of the table."""
 
     def runs(self) -> list[VariantRun]:
         """List every seed of every variant."""

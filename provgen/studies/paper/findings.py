@@ -30,7 +30,7 @@ class Claim:
 
     text: str
     source: Literal["abstract", "review", "ours"]
-    """Who says so."""
+    """Where the claim comes from, a key of `SOURCES`."""
     metric: str
     along: str
     """Key that grows; values that are no numbers grow in the order in which they are listed."""
