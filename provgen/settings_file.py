@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -18,6 +19,8 @@ from provgen.settings import Settings
 
 TEXT_KEYS = ("data.path", "output_dir")
 """Settings that are free text: on the command line they are taken as they stand, `007` stays `007`."""
+
+T = TypeVar("T")
 
 
 def load_settings(path: Path | None, overrides: list[str]) -> Settings:
@@ -29,11 +32,12 @@ def load_settings(path: Path | None, overrides: list[str]) -> Settings:
         InputError: Unreadable file, unknown key, wrong type, non-finite or impossible value; the one-line
             message names the key, what was given and what is allowed.
     """
-    config = OmegaConf.structured(Settings)
-    pairs = [] if path is None else list(_leaves(_read_yaml(path)))
-    for key, value in pairs + [pair for override in overrides for pair in _read_override(override)]:
-        config = _with(config, key, value)
-    return _to_settings(config)
+    pairs = [] if path is None else list(_leaves(read_yaml(path)))
+    pairs += [pair for override in overrides for pair in _read_override(override)]
+    settings = read_dataclass(Settings, [(key, _precision(key, value)) for key, value in pairs])
+    if settings.data.path is None:
+        return settings
+    return replace(settings, data=replace(settings.data, path=str(Path(settings.data.path).absolute())))
 
 
 def save_settings(settings: Settings, path: Path, versions: dict[str, str]) -> None:
@@ -42,19 +46,50 @@ def save_settings(settings: Settings, path: Path, versions: dict[str, str]) -> N
     path.write_text(comments + OmegaConf.to_yaml(OmegaConf.structured(settings)), encoding="utf-8")
 
 
-def _read_yaml(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Read a YAML file of `key: value` lines.
+
+    Raises:
+        InputError: There is no such file, or it is not valid YAML, or it holds something else.
+    """
     if not path.is_file():
         raise InputError(f"no settings file at {path}; give a YAML file such as recipes/digits.yaml")
     try:
-        config = OmegaConf.load(path)
-        content = OmegaConf.to_container(config, resolve=False)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise InputError(
-            f"{path} is not valid YAML: {_first_line(error)}; mend it, or start from recipes/digits.yaml"
-        ) from error
+        raise InputError(f"{path} is not valid YAML: {_first_line(error)}; mend the file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings; it must hold `section:` and `key: value` lines")
     return content
+
+
+def read_dataclass(cls: type[T], pairs: Sequence[tuple[str, Any]]) -> T:
+    """Make a dataclass of typed fields, or of sections of them, from dotted keys and values; the last one wins.
+
+    Raises:
+        InputError: A key that is unknown or missing, or a value of the wrong type, or not finite; and whatever
+            the class itself refuses. The one-line message names the key.
+    """
+    types = _known_keys(cls)
+    for key, value in pairs:
+        _refuse_interpolations(key, value)
+        _require_known(key, value, types)
+    config = _merge(OmegaConf.structured(cls), pairs, types)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise InputError(f"{key} is missing; write `{key}: ...`")
+    for key in types:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} must be a finite number, got {value}")
+    made = OmegaConf.to_object(config)
+    assert isinstance(made, cls)
+    return made
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint at the known name that is nearest to `name`, or list all of them."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
 def _read_override(override: str) -> list[tuple[str, Any]]:
@@ -62,7 +97,7 @@ def _read_override(override: str) -> list[tuple[str, Any]]:
     if not separator or not key.strip():
         raise InputError(f"cannot read the override {override!r}; write key=value, such as training.max_steps=500")
     if key in TEXT_KEYS and text != "null":
-        return list(_leaves({key: text}))
+        return [(key, text)]
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
@@ -72,66 +107,72 @@ def _read_override(override: str) -> list[tuple[str, Any]]:
 
 
 def _leaves(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield `(dotted key, value)`; OmegaConf's own notations are refused."""
+    """Yield `(dotted key, value)`."""
     for key, value in content.items():
-        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _leaves(value, f"{name}.")
-            continue
-        if isinstance(value, str) and ("${" in value or value == "???"):
-            raise InputError(f"{name}: {value} is not allowed, nor are other interpolations; write the value itself")
-        yield name, value
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
-def _with(config: DictConfig, key: str, value: Any) -> DictConfig:
-    _require_known(key, value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{key} must be a finite number, got {value}")
-    if key == "training.mixed_precision" and value is False:
-        value = "no"  # how YAML reads a bare no
-    *section, name = key.split(".")
-    try:
-        merged = OmegaConf.merge(config, {section[0]: {name: value}} if section else {name: value})
-    except OmegaConfBaseException as error:
-        raise InputError(f"{key} must be of type {_known_keys()[key]}, got {value!r}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
+def _precision(key: str, value: Any) -> Any:
+    """Undo how YAML reads a bare `no`."""
+    return "no" if key == "training.mixed_precision" and value is False else value
 
 
-def _require_known(key: str, value: Any) -> None:
-    known = _known_keys()
+def _known_keys(cls: type) -> dict[str, str]:
+    """Give the annotation of every field, such as `int | None`, by its dotted key."""
+    keys: dict[str, str] = {}
+    for field in fields(cls):
+        section = field.default_factory() if callable(field.default_factory) else None
+        if is_dataclass(section):
+            keys |= {f"{field.name}.{inner.name}": str(inner.type) for inner in fields(section)}
+        else:
+            keys[field.name] = str(field.type)
+    return keys
+
+
+def _require_known(key: str, value: Any, known: Iterable[str]) -> None:
     if key in known:
         return
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         raise InputError(f"{key} is a section, got {value!r}; set one of its keys, such as {inside[0]}")
-    close = get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-    raise InputError(f"unknown setting {key}={value!r}; {hint}")
+    raise InputError(f"unknown key {key}={value!r}; {did_you_mean(key, known)}")
 
 
-def _to_settings(config: DictConfig) -> Settings:
-    for key in _known_keys():
-        value = OmegaConf.select(config, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key} must be a finite number, got {value}")
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, Settings)
-    if settings.data.path is None:
-        return settings
-    return replace(settings, data=replace(settings.data, path=str(Path(settings.data.path).absolute())))
+def _refuse_interpolations(key: str, value: Any) -> None:
+    """Refuse OmegaConf's own notations, however deep they lie."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_interpolations(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_interpolations(key, inner)
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise InputError(f"{key}: {value} is not allowed, nor are other interpolations; write the value itself")
 
 
-def _known_keys() -> dict[str, str]:
-    """Give the annotation of every setting, such as `int | None`, by its dotted key."""
-    keys: dict[str, str] = {}
-    for section in fields(Settings):
-        value = section.default_factory() if callable(section.default_factory) else None
-        if is_dataclass(value):
-            keys |= {f"{section.name}.{f.name}": str(f.type) for f in fields(value)}
-        else:
-            keys[section.name] = str(section.type)
-    return keys
+def _merge(config: Any, pairs: Sequence[tuple[str, Any]], types: dict[str, str]) -> Any:
+    """Put values into a structured config: all at once, and one by one only to find the culprit."""
+    with suppress(OmegaConfBaseException, TypeError):
+        return OmegaConf.merge(config, _nested(pairs))
+    for key, value in pairs:
+        try:
+            config = OmegaConf.merge(config, _nested([(key, value)]))
+        except (OmegaConfBaseException, TypeError) as error:
+            raise InputError(f"{key} must be of type {types[key]}, got {value!r}") from error
+    return config
+
+
+def _nested(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Put dotted keys into the sections that they name."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        *section, name = key.split(".")
+        target = content.setdefault(section[0], {}) if section else content
+        target[name] = value
+    return content
 
 
 def _first_line(error: Exception) -> str:

@@ -1,8 +1,9 @@
-"""Regenerate the paper's findings: run the variants of recipes/paper/*.yaml and write their tables and figures.
+"""Check what is claimed of the paper: run the variants of recipes/paper/*.yaml and write their tables and figures.
 
 provgen paper --quick
 provgen paper --experiment alpha --experiment sharing
 provgen paper --experiment fashion_alpha data.path=FOLDER
+provgen paper --tables docs/paper
 
 On two cores two processes of one thread each are faster than one of two:
 
@@ -12,11 +13,11 @@ The same command goes on where it was stopped; a run that was stopped starts aga
 """
 
 import os
-import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +31,7 @@ from provgen.studies.paper.experiments import Experiment, VariantRun, load_exper
 from provgen.studies.paper.figure import plot_variants
 from provgen.studies.paper.findings import findings_page, judge, overview
 from provgen.studies.paper.measurement import is_trained, read_measured, write_measured
-from provgen.studies.paper.table import METRICS, markdown_table, with_ratios, write_parquet
+from provgen.studies.paper.table import METRICS, markdown_table, read_parquet, with_ratios, write_parquet
 from provgen.training.checkpoint import list_checkpoints
 
 EMBEDDED = "digits"
@@ -44,20 +45,26 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small versions, into OUTPUT/quick.")] = False,
     output: Annotated[Path, typer.Option(help="Folder of runs, tables and figures.")] = Path("runs/paper"),
-    part: Annotated[str, typer.Option(help="Which share of the runs: 1/2 takes every other one.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="Which share of the runs: 1/2 takes every other one.")] = "1/1",
+    tables: Annotated[
+        Path | None, typer.Option(help="Only write figures, tables and findings beside each table.parquet in here.")
+    ] = None,
 ) -> None:
     """Train and measure every variant that is not measured yet; write tables, figures and findings."""
-    share, root = Shard.parse(part), output / "quick" if quick else output
+    share, root = Shard.parse(shard), output / "quick" if quick else output
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("paper runs in one process; start it without accelerate launch, once for each --shard")
+    if tables is not None:
+        remake_tables(tables)
+        return
     experiments = [
         load_experiment(path, cli.recipes_folder(), quick=quick, overrides=overrides or [])
         for path in experiment_files(experiment or [])
     ]
-    mine = share.share([run for chosen in experiments for run in chosen.runs()])
-    waiting = [run for run in mine if measured(run, root) is None]
+    shared = share.share([run for chosen in experiments for run in chosen.runs()])
+    waiting = [run for run in shared if measured(run, root) is None]
     seconds = {e.name: [row["seconds"] for row in measured_rows(e, root)] for e in experiments}
-    print(f"{len(mine)} runs into {root}, {len(mine) - len(waiting)} of them measured before")
+    print(f"{len(shared)} runs into {root}, {len(shared) - len(waiting)} of them measured before")
     done = 0
     for chosen in experiments:
         for run in [run for run in waiting if run.experiment is chosen]:
@@ -66,7 +73,7 @@ def main(
             seconds[chosen.name].append(row["seconds"])
             left = minutes_left(waiting[done:], seconds)
             print(f"[{done}/{len(waiting)}] {run.name}: {summary(row, chosen)}; {left}", flush=True)
-        write_tables(chosen, root)
+        collect(chosen, root)
     write_overview(root)
 
 
@@ -126,58 +133,86 @@ def measured_rows(experiment: Experiment, root: Path) -> list[dict[str, Any]]:
     return [run.row(metrics) for run, metrics in pairs if metrics is not None]
 
 
-def summary(row: dict[str, Any], experiment: Experiment) -> str:
-    """Say what was found of a run in a few words."""
+def summary(row: Mapping[str, Any], experiment: Experiment) -> str:
+    """Write the first few metrics of a run in a line."""
     shown = [name for name in experiment.description.figure if row.get(name) is not None][:3]
     numbers = [f"{METRICS[name].title} {row[name]:{METRICS[name].format}}" for name in shown]
     return ", ".join([f"{row['seconds']:.0f} s", *numbers])
 
 
-def minutes_left(waiting: Sequence[VariantRun], seconds: dict[str, list[float]]) -> str:
+def minutes_left(waiting: Sequence[VariantRun], seconds: Mapping[str, list[float]]) -> str:
     """Estimate from the runs of the same experiment; from all if it has none yet."""
-    every = [second for some in seconds.values() for second in some]
-    known = {name: some or every for name, some in seconds.items()}
+    every = [second for times in seconds.values() for second in times]
+    known = {name: times or every for name, times in seconds.items()}
     means = [sum(known[run.experiment.name]) / len(known[run.experiment.name]) for run in waiting]
     return f"about {sum(means) / 60:.0f} min left"
 
 
-def write_tables(experiment: Experiment, root: Path) -> None:
+def collect(experiment: Experiment, root: Path) -> None:
     """Write table, figure and findings of an experiment from all of its runs that are measured."""
-    said, folder = experiment.description, root / experiment.name
-    total, planned = len(experiment.runs()), [variant.values for variant in experiment.variants]
+    folder, total = root / experiment.name, len(experiment.runs())
     rows: list[dict[str, Any]] = []
     # Another process may finish a run meanwhile, and must not be left out by whoever writes last.
     while len(newer := measured_rows(experiment, root)) > len(rows):
         rows = newer
-        findings = [finding for claim in said.claims for finding in judge(rows, claim, planned)]
-        seeds = "seed 0" if said.seeds == 1 else f"seeds 0 to {said.seeds - 1}"
-        settings = ", ".join([said.config, *(pair for pair in experiment.common if "data.path" not in pair)])
-        facts = f"{len(rows)} of {total} runs measured, {seeds}; settings: {settings}"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tables-") as name:
-            new = Path(name)
+        with published(folder) as new:
             write_parquet(new / "table.parquet", rows)
-            (new / "table.md").write_text(markdown_table(rows, said.table), encoding="utf-8")
-            plot_variants(rows, said.figure, x=said.x, lines=said.lines).savefig(new / "figure.png", dpi=130)
-            page = findings_page(said.title, said.question, facts, said.claims, findings)
-            (new / "findings.md").write_text(page, encoding="utf-8")
-            for path in new.iterdir():
-                path.replace(folder / path.name)
+            write_tables(experiment, rows, new)
     where = f"; tables in {folder}" if rows else ""
     print(f"{experiment.name}: {len(rows)} of {total} runs measured{where}")
 
 
+def remake_tables(root: Path) -> None:
+    """Write figure, table and findings again from every kept `table.parquet` at or below a folder.
+
+    Raises:
+        InputError: There is none, or no shipped experiment has the name of its folder.
+    """
+    folders = [path.parent for path in sorted(root.rglob("table.parquet"))]
+    if not folders:
+        raise InputError(f"no table.parquet at or below {root}; give a folder such as docs/paper/alpha")
+    for folder in folders:
+        path = cli.recipes_folder() / "paper" / f"{folder.resolve().name}.yaml"
+        experiment, rows = load_experiment(path, cli.recipes_folder()), read_parquet(folder / "table.parquet")
+        for key in {"variant", "seed", *experiment.variants[0].values} - set(rows[0]):
+            raise InputError(f"{folder / 'table.parquet'} has no column {key}; it is no table of {experiment.name}")
+        with published(folder) as new:
+            write_tables(experiment, rows, new)
+        print(f"{experiment.name}: tables in {folder}")
+
+
+def write_tables(experiment: Experiment, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write table, figure and findings of an experiment into a folder."""
+    said, planned = experiment.description, [variant.values for variant in experiment.variants]
+    findings = [finding for claim in said.claims for finding in judge(rows, claim, planned)]
+    seeds = "seed 0" if said.seeds == 1 else f"seeds 0 to {said.seeds - 1}"
+    settings = ", ".join([said.config, *(pair for pair in experiment.common if "data.path" not in pair)])
+    facts = f"{len(rows)} of {len(experiment.runs())} runs measured, {seeds}; settings: {settings}"
+    (folder / "table.md").write_text(markdown_table(rows, said.table), encoding="utf-8")
+    plot_variants(rows, said.figure, x=said.x, lines=said.lines).savefig(folder / "figure.png", dpi=130)
+    page = findings_page(said.title, said.question, facts, said.claims, findings)
+    (folder / "findings.md").write_text(page, encoding="utf-8")
+
+
 def write_overview(root: Path) -> None:
     """Collect all experiments that have tables on one page."""
-    folders = sorted(path.parent for path in root.glob("*/findings.md"))
-    parts = {
-        folder.name: [(folder / name).read_text(encoding="utf-8") for name in ("findings.md", "table.md")]
-        for folder in folders
+    pages = {
+        path.parent.name: (path.read_text(encoding="utf-8"), (path.parent / "table.md").read_text(encoding="utf-8"))
+        for path in sorted(root.glob("*/findings.md"))
     }
-    if parts:
-        with tempfile.TemporaryDirectory(dir=root, prefix=".tables-") as name:
-            (Path(name) / "README.md").write_text(overview(parts), encoding="utf-8")
-            (Path(name) / "README.md").replace(root / "README.md")
+    if pages:
+        with published(root) as new:
+            (new / "README.md").write_text(overview(pages), encoding="utf-8")
         print(f"all together in {root / 'README.md'}")
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """Give a folder to write to, of this process alone; move its files into `folder` when the block ends well."""
+    with TemporaryDirectory(dir=folder, prefix=".tables-") as name:
+        yield Path(name)
+        for path in Path(name).iterdir():
+            path.replace(folder / path.name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from PIL import Image
 
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
+from provgen.studies.paper.table import write_parquet
 
 SMALL = """
 title: Small
@@ -21,7 +22,7 @@ x: provenance.label_mixing
 figure: [index_top1]
 table: [index_top1, class_accuracy]
 claims:
-  - {text: It falls., metric: index_top1, along: provenance.label_mixing, expected: falls, tolerance: 0}
+  - {text: It falls., source: ours, metric: index_top1, along: provenance.label_mixing, expected: falls, tolerance: 0}
 """
 
 NAMES = ["label_mixing=0-seed0", "label_mixing=1-seed0"]
@@ -45,15 +46,15 @@ def small(tmp_path_factory, tiny_overrides):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, run_recipe, small):
-    """Folder of the experiment after both parts, run one after the other, and what each left behind."""
+    """Folder of the experiment after both shards, run one after the other, and what each left behind."""
     output, found = tmp_path_factory.mktemp("paper"), []
-    for part in ("1/2", "2/2"):
-        assert run_recipe("paper", *small, "--output", output, "--shard", part) == 0
+    for shard in ("1/2", "2/2"):
+        assert run_recipe("paper", *small, "--output", output, "--shard", shard) == 0
         found.append(sorted(path.parent.name for path in output.glob("small/*/measured.json")))
     return output / "small", found
 
 
-def test_parts_share_the_runs_and_the_last_writes_tables_of_all(finished):
+def test_shards_share_the_runs_and_the_last_writes_tables_of_all(finished):
     folder, found = finished
     assert found == [NAMES[:1], NAMES]
     assert {path.name for path in folder.iterdir()} == {*NAMES, *TABLES}
@@ -86,6 +87,41 @@ def test_figure_findings_and_overview_are_readable(finished):
     overview = (folder.parent / "README.md").read_text(encoding="utf-8")
     assert "## Small" in overview
     assert "| label_mixing=1 | 1 |" in overview
+
+
+def test_tables_are_made_again_from_what_is_kept(run_recipe, tmp_path):
+    folder = tmp_path / "kept" / "alpha"
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "variant": f"mixing={mixing},label_mixing={mix}",
+            "seed": seed,
+            "provenance.label_mixing": mix,
+            "provenance.mixing": mixing,
+            "index_top1": 1 - mix + 0.001 * seed,
+        }
+        for mixing in ("class", "neighbors")
+        for mix in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+        for seed in range(3)
+    ]
+    write_parquet(folder / "table.parquet", rows)
+    before = (folder / "table.parquet").read_bytes()
+    assert run_recipe("paper", "--tables", tmp_path / "kept") == 0
+    assert {path.name for path in folder.iterdir()} == TABLES
+    assert (folder / "table.parquet").read_bytes() == before
+    findings = (folder / "findings.md").read_text(encoding="utf-8")
+    assert "36 of 60 runs measured" in findings
+    assert "**reproduced** (mixing class): as label mixing goes from 0 to 1, index top-1 goes from 1.001" in findings
+
+
+def test_a_kept_table_of_another_experiment_is_refused(run_recipe, capsys, tmp_path):
+    (tmp_path / "vae").mkdir()
+    write_parquet(tmp_path / "vae" / "table.parquet", [{"variant": "a", "seed": 0}])
+    assert run_recipe("paper", "--tables", tmp_path) == 2
+    assert "has no column generator.kl_weight" in capsys.readouterr().err
+    (tmp_path / "vae").rename(tmp_path / "beta")
+    assert run_recipe("paper", "--tables", tmp_path) == 2
+    assert "there are alpha, " in capsys.readouterr().err
 
 
 def test_what_is_measured_is_neither_trained_nor_measured_again(finished, small, run_recipe, capsys, tmp_path):
@@ -130,8 +166,9 @@ def test_a_run_of_other_settings_in_the_way_is_refused(finished, small, run_reci
 
 
 MISTAKES = {
+    "no tables": (["--tables", "."], "no table.parquet"),
     "no such experiment": (["--experiment", "beta"], "there are alpha, "),
-    "no such part": (["--shard", "3/2"], "--shard must be"),
+    "no such shard": (["--shard", "3/2"], "--shard must be"),
     "a key that varies": (["--experiment", "alpha", "provenance.label_mixing=1"], "provenance.label_mixing"),
     "an unknown key": (["--experiment", "alpha", "provenance.label_mix=1"], "did you mean"),
 }

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
-from difflib import get_close_matches
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from typing import Any
 
 from provgen.errors import InputError
 from provgen.settings import Settings, flat_settings
-from provgen.settings_file import load_settings
-from provgen.studies.paper.findings import EXPECTED, Claim
-from provgen.studies.paper.table import METRICS, text_of
+from provgen.settings_file import load_settings, read_dataclass, read_yaml
+from provgen.studies.paper.findings import Claim
+from provgen.studies.paper.table import require_metric, text_of
 
-Values = dict[str, Any]
+Scalar = bool | int | float | str | None
+
+OF_EACH_RUN = ("output_dir", "training.seed")
+"""Settings that are different in every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +29,14 @@ class Description:
 
     title: str
     question: str
-    """One sentence."""
+    """What the runs are to answer, in one sentence."""
     config: str
     """Name of the shipped settings that every variant starts from."""
-    settings: Values = field(default_factory=dict)
+    settings: dict[str, Scalar] = field(default_factory=dict)
     """Dotted key to value, for all variants."""
-    vary: dict[str, list[Any]] = field(default_factory=dict)
+    vary: dict[str, list[Scalar]] = field(default_factory=dict)
     """Dotted key to values: every combination is a variant."""
-    variants: dict[str, Values] = field(default_factory=dict)
+    variants: dict[str, dict[str, Scalar]] = field(default_factory=dict)
     """Name to dotted keys and values: a variant each, or one for every combination of `vary`."""
     seeds: int
     """Runs of each variant, with seeds 0, 1, ..."""
@@ -51,162 +49,18 @@ class Description:
     table: tuple[str, ...]
     """Metrics with a column each."""
     claims: tuple[Claim, ...] = ()
-    """What the paper found."""
+    """What the runs are expected to show, written down before them."""
 
-
-QUICK_KEYS = ("seeds", "settings", "vary", "variants", "x", "lines", "claims")
-"""What the small version may say differently."""
-
-
-def read_description(path: Path, *, quick: bool) -> Description:
-    """Read the file of an experiment.
-
-    The keys under `quick` replace those of the full version if `quick` is asked for; `settings` one by one, the others
-    as a whole.
-
-    Raises:
-        InputError: An unreadable file; a key that is unknown, missing or of the wrong type; an unknown metric.
-    """
-    content = _read_yaml(path)
-    small = _mapping(path, "quick", content.pop("quick", {}))
-    _require_known(path, "quick.", small, QUICK_KEYS)
-    if quick:
-        small["settings"] = _mapping(path, "settings", content.get("settings", {})) | small.get("settings", {})
-        content |= small | {"title": f"{content.get('title')} (quick)"}
-    return _description(path, content)
-
-
-def _read_yaml(path: Path) -> Values:
-    if not path.is_file():
-        shipped = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
-        hint = f"there are {shipped}" if shipped else "give a YAML file such as recipes/paper/alpha.yaml"
-        raise InputError(f"no experiment at {path}; {hint}")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        first_line = " ".join(str(error).splitlines()[:1])
-        raise InputError(f"{path} is not valid YAML: {first_line}; mend it") from error
-    return _mapping(path, "the file", content)
-
-
-def _description(path: Path, content: Values) -> Description:
-    known = [key.name for key in fields(Description)]
-    _require_known(path, "", content, known)
-    optional = [f.name for f in fields(Description) if (f.default, f.default_factory) != (MISSING, MISSING)]
-    for key in known:
-        if key not in content and key not in optional:
-            raise InputError(f"{path.name}: {key} is missing, write `{key}: ...`")
-    vary = _mapping(path, "vary", content.get("vary"))
-    for key, values in vary.items():
-        for value in _list(path, f"vary.{key}", values):
-            _settings(path, "vary", {key: value})
-    variants = _mapping(path, "variants", content.get("variants"))
-    if not vary and not variants:
-        raise InputError(f"{path.name}: vary or variants is missing, write `vary: {{key: [values]}}`")
-    claims = _list(path, "claims", content.get("claims") or [], may_be_empty=True)
-    return Description(
-        **{key: _string(path, key, content[key]) for key in ("title", "question", "config")},
-        settings=_settings(path, "settings", content.get("settings")),
-        vary=vary,
-        variants={_name(path, key): _settings(path, f"variants.{key}", v) for key, v in variants.items()},
-        seeds=_count(path, content["seeds"]),
-        x=None if content.get("x") is None else _string(path, "x", content["x"]),
-        lines=tuple(_one_or_more(content.get("lines"))),
-        figure=_metrics(path, "figure", content["figure"]),
-        table=_metrics(path, "table", content["table"]),
-        claims=tuple(_claim(path, claim) for claim in claims),
-    )
-
-
-def _claim(path: Path, given: Any) -> Claim:
-    content = _mapping(path, "a claim", given)
-    known = [key.name for key in fields(Claim)]
-    _require_known(path, "claims.", content, known)
-    for key in known:
-        if key not in content and key != "where":
-            raise InputError(f"{path.name}: a claim has no {key}, write `{key}: ...`")
-    (metric,) = _metrics(path, "claims.metric", [content["metric"]])
-    if content["expected"] not in EXPECTED:
-        raise InputError(f"{path.name}: expected must be {', '.join(EXPECTED)}, got {content['expected']}")
-    tolerance = content["tolerance"]
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise InputError(f"{path.name}: tolerance must be a number, at least 0, got {tolerance}")
-    return Claim(
-        text=_string(path, "claims.text", content["text"]),
-        metric=metric,
-        along=_string(path, "claims.along", content["along"]),
-        where=_mapping(path, "claims.where", content.get("where")),
-        expected=content["expected"],
-        tolerance=float(tolerance),
-    )
-
-
-def _require_known(path: Path, prefix: str, content: Mapping[Any, Any], known: Iterable[str]) -> None:
-    for key in content:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise InputError(f"{path.name}: unknown key {prefix}{key}; {hint}")
-
-
-def _mapping(path: Path, key: str, value: Any) -> Values:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(inner, str) for inner in value):
-        raise InputError(f"{path.name}: {key} must hold `name: value` lines, got {value!r}")
-    return dict(value)
-
-
-def _settings(path: Path, key: str, value: Any) -> Values:
-    """Read dotted keys with a single value each."""
-    settings = _mapping(path, key, value)
-    for name, inner in settings.items():
-        if isinstance(inner, dict | list):
-            raise InputError(f"{path.name}: {key}.{name} must be a single value, write section.key: value")
-    return settings
-
-
-def _list(path: Path, key: str, value: Any, *, may_be_empty: bool = False) -> list[Any]:
-    if not isinstance(value, list) or not (value or may_be_empty):
-        raise InputError(f"{path.name}: {key} must be a list such as [1, 2], got {value!r}")
-    return value
-
-
-def _one_or_more(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _string(path: Path, key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{path.name}: {key} must be text, not empty, got {value!r}")
-    return value.strip()
-
-
-def _name(path: Path, name: str) -> str:
-    if not re.fullmatch(r"\w[\w.+-]*", name, flags=re.ASCII):
-        raise InputError(f"{path.name}: {name!r} is no name of a variant, use letters, digits and . _ + -")
-    return name
-
-
-def _count(path: Path, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{path.name}: seeds must be a number of runs, at least 1, got {value!r}")
-    return value
-
-
-def _metrics(path: Path, key: str, value: Any) -> tuple[str, ...]:
-    for name in _list(path, key, value):
-        if name not in METRICS:
-            close = get_close_matches(str(name), METRICS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(METRICS)}"
-            raise InputError(f"{path.name}: {key} names no metric by {name!r}; {hint}")
-    return tuple(value)
-
-
-OF_THE_DRIVER = ("output_dir", "training.seed")
-"""Settings that every run gets a value of its own of."""
-
-T = TypeVar("T")
+    def __post_init__(self) -> None:
+        for name in (*self.figure, *self.table):
+            require_metric(name)
+        if self.seeds < 1:
+            raise InputError(f"seeds must be a number of runs, at least 1, got {self.seeds}")
+        if not self.vary and not self.variants:
+            raise InputError("vary or variants is missing; write `vary: {key: [values]}`")
+        for key, values in self.vary.items():
+            if not values:
+                raise InputError(f"vary.{key} must be a list such as [1, 2], got {values}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,13 +68,13 @@ class Variant:
     """One row of an experiment's table."""
 
     name: str
-    """Safe in file names, unique within its experiment."""
+    """Name of its folders and of its row, unique within the experiment."""
     overrides: tuple[str, ...]
     """Everything on top of the shipped settings, as `key=value`."""
     settings: Settings
-    """What it is trained with, but for the seed and the folder."""
-    values: Values
-    """Those of its settings that vary in the experiment, by dotted key."""
+    """Settings that it is trained with, but for the seed and the folder."""
+    values: dict[str, Any]
+    """Settings that vary in the experiment, by dotted key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,15 +82,15 @@ class Experiment:
     """Variants of one run, and which of their metrics are shown."""
 
     name: str
-    """Of its file and of its folder."""
+    """Name of its file and of its folder."""
     config: Path
-    """The shipped settings that all variants start from."""
+    """Shipped settings that all variants start from."""
     common: tuple[str, ...]
-    """What every variant has on top of those, as `key=value`."""
+    """What every variant has on top of `config`, as `key=value`."""
     description: Description
     """What its file says."""
     variants: tuple[Variant, ...]
-    """In the order of the table."""
+    """Variants in the order of the table."""
 
     def runs(self) -> list[VariantRun]:
         """List every seed of every variant."""
@@ -268,10 +122,32 @@ class VariantRun:
         training = replace(shared.training, seed=self.seed)
         return replace(shared, training=training, output_dir=str(output / self.name))
 
-    def row(self, measured: Mapping[str, Any]) -> Values:
+    def row(self, measured: Mapping[str, Any]) -> dict[str, Any]:
         """Make a row of the experiment's table: what the run is, then every metric."""
         head = {"experiment": self.experiment.name, "variant": self.variant.name, "seed": self.seed}
         return {**head, **self.variant.values, **measured}
+
+
+def read_description(path: Path, *, quick: bool) -> Description:
+    """Read the file of an experiment.
+
+    The keys under `quick` replace those of the full version if `quick` is asked for; `settings` one by one, the others
+    as a whole.
+
+    Raises:
+        InputError: An unreadable file; a key that is unknown, missing or of the wrong type; an unknown metric.
+    """
+    if not path.is_file():
+        shipped = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
+        raise InputError(f"no experiment at {path}; there are {shipped or 'none beside it'}")
+    with _named(path):
+        full = read_yaml(path)
+        changes = _mapping("quick", full.pop("quick", {}))
+        settings = _mapping("settings", full.get("settings", {})) | _mapping("settings", changes.get("settings", {}))
+        small = {**full, **changes, "settings": settings, "title": f"{full.get('title')} (quick)"}
+        # Both are read, whichever is asked for: a mistake is found before the long runs, not after.
+        descriptions = {False: _description(full), True: _description(small)}
+    return descriptions[quick]
 
 
 def load_experiment(path: Path, configs: Path, *, quick: bool = False, overrides: Sequence[str] = ()) -> Experiment:
@@ -288,108 +164,112 @@ def load_experiment(path: Path, configs: Path, *, quick: bool = False, overrides
             names the file.
     """
     description = read_description(path, quick=quick)
-    config = configs / f"{description.config}.yaml"
-    chosen = _combinations(description)
-    varied = tuple(dict.fromkeys(key for _, values in chosen for key in values))
-    _refuse_varied(path, varied, description, overrides)
-    _require_varied(path, varied, description)
-    common = (*_pairs(description.settings), *overrides)
-    base = _load(path, config, common)
-    variants = []
-    for name, own in chosen:
-        settings = _changed(path, name, base, own)
-        flat = flat_settings(settings)
-        values = {key: flat[key] for key in varied}
-        given = (*common, *_pairs(own))
-        variants.append(Variant(name=name, overrides=given, settings=settings, values=values))
-    _require_distinct(path, variants)
-    if not quick:
-        _require_matches(path, variants, description)
+    with _named(path):
+        chosen = _combinations(description)
+        varied = tuple(dict.fromkeys(key for values in chosen.values() for key in values))
+        _refuse_set_for_all(description, overrides, varied)
+        _require_varied(description, varied)
+        config = configs / f"{description.config}.yaml"
+        common = (*_pairs(description.settings), *overrides)
+        variants = [_variant(name, config, (*common, *_pairs(values)), varied) for name, values in chosen.items()]
+        if not quick:
+            _require_comparable(description, variants)
     return Experiment(name=path.stem, config=config, common=common, description=description, variants=tuple(variants))
 
 
-def _combinations(description: Description) -> list[tuple[str, Values]]:
-    """Name every variant: the named ones, each with every combination of the varied values."""
-    keys = list(description.vary)
-    found = []
-    for name, values in (description.variants or {"": {}}).items():
-        for combination in product(*description.vary.values()):
-            varied = dict(zip(keys, combination, strict=True))
-            parts = [name] * bool(name) + [f"{key.split('.')[-1]}={text_of(v)}" for key, v in varied.items()]
-            found.append((re.sub(r"[^\w.,=+-]", "_", ",".join(parts), flags=re.ASCII), values | varied))
-    return found
-
-
-def _refuse_varied(path: Path, varied: Sequence[str], description: Description, overrides: Sequence[str]) -> None:
-    """Refuse settings that would make variants alike, and those that the driver sets."""
-    given = [override.partition("=")[0] for override in overrides]
-    for key in OF_THE_DRIVER:
-        if key in {*varied, *description.settings, *given}:
-            raise InputError(f"{path.name}: {key} is different in every run, and cannot be set for all of them")
-    for key in varied:
-        if key in given:
-            raise InputError(f"{path.name}: {key} is what varies here, so it cannot be set for all variants")
-
-
-def _require_varied(path: Path, varied: Sequence[str], description: Description) -> None:
-    """Refuse an x axis, lines and claims over what does not vary, and lines that would mix variants."""
-    axes = [*([] if description.x is None else [description.x]), *description.lines]
-    for key in axes + [key for claim in description.claims for key in (claim.along, *claim.where)]:
-        if key not in varied:
-            raise InputError(f"{path.name}: {key} does not vary; x, lines and claims name {', '.join(varied)}")
-    mixed = [key for key in varied if key not in axes]
-    if description.x is not None and mixed:
-        raise InputError(f"{path.name}: {mixed[0]} varies and is neither x nor in lines; add it to lines")
-
-
-def _require_matches(path: Path, variants: Sequence[Variant], description: Description) -> None:
-    """Refuse claims about variants that there are not."""
-    for claim in description.claims:
-        about = [variant.values for variant in variants if claim.is_about(variant.values)]
-        if len({values[claim.along] for values in about}) < 2:
-            raise InputError(
-                f"{path.name}: where of the claim on {claim.metric} leaves fewer than two values of {claim.along}; "
-                "compare it with the values of the variants"
-            )
-
-
-def _require_distinct(path: Path, variants: Sequence[Variant]) -> None:
-    seen: set[str] = set()
-    for variant in variants:
-        name = variant.name.casefold()  # some file systems do not tell capitals apart
-        if name in seen:
-            raise InputError(f"{path.name}: two variants are named {variant.name}; rename one of them")
-        seen.add(name)
-
-
-def _load(path: Path, config: Path, overrides: Sequence[str]) -> Settings:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Put the file's name before the message of a mistake in it."""
     try:
-        return load_settings(config, list(overrides))
+        yield
     except InputError as error:
         raise InputError(f"{path.name}: {error}") from error
 
 
-def _changed(path: Path, name: str, base: Settings, own: Values) -> Settings:
-    """Change some settings; the same as loading all of them again, in a fraction of the time."""
+def _description(content: Mapping[Any, Any]) -> Description:
+    claims = content.get("claims", [])
+    if not isinstance(claims, list):
+        raise InputError(f"claims must be a list of claims, got {claims!r}")
+    pairs = [(str(key), value) for key, value in content.items() if key != "claims"]
+    description = read_dataclass(Description, pairs)
+    return replace(description, claims=tuple(_claim(number, claim) for number, claim in enumerate(claims, start=1)))
+
+
+def _claim(number: int, content: Any) -> Claim:
     try:
-        for key, override in zip(own, _pairs(own), strict=True):
-            section, _, field = key.partition(".")
-            base = replace(base, **{section: replace(getattr(base, section), **{field: _typed(key, override)})})
+        return read_dataclass(Claim, [(str(key), value) for key, value in _mapping("a claim", content).items()])
     except InputError as error:
-        raise InputError(f"{path.name}, variant {name}: {error}") from error
-    return base
+        raise InputError(f"claim {number}: {error}") from error
 
 
-@cache
-def _typed(key: str, override: str) -> Any:
-    """Read one `key=value`; variants have many of them in common."""
-    return flat_settings(load_settings(None, [override]))[key]
+def _mapping(key: str, value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{key} must hold `key: value` lines, got {value!r}")
+    return value
 
 
-def _pairs(values: Values) -> list[str]:
-    return [f"{key}={_text(value)}" for key, value in values.items()]
+def _combinations(description: Description) -> dict[str, dict[str, Scalar]]:
+    """Give the own settings of every variant by name: the named ones, each with every combination that varies."""
+    chosen: dict[str, dict[str, Scalar]] = {}
+    for name, values in (description.variants or {"": {}}).items():
+        if name and not re.fullmatch(r"\w[\w.+-]*", name, flags=re.ASCII):
+            raise InputError(f"{name!r} is no name of a variant; use letters, digits and . _ + -")
+        for combination in product(*description.vary.values()):
+            varied = dict(zip(description.vary, combination, strict=True))
+            labels = [f"{key.split('.')[-1]}={text_of(value)}" for key, value in varied.items()]
+            full_name = re.sub(r"[^\w.,=+-]", "_", ",".join([name] * bool(name) + labels), flags=re.ASCII)
+            # Some file systems do not tell capitals apart.
+            if full_name.casefold() in map(str.casefold, chosen):
+                raise InputError(f"two variants are named {full_name}; rename one of them")
+            chosen[full_name] = values | varied
+    return chosen
 
 
-def _text(value: object) -> str:
-    """Write a YAML value as it stands on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+def _variant(name: str, config: Path, overrides: tuple[str, ...], varied: Sequence[str]) -> Variant:
+    settings = load_settings(config, list(overrides))
+    flat = flat_settings(settings)
+    return Variant(name=name, overrides=overrides, settings=settings, values={key: flat[key] for key in varied})
+
+
+def _refuse_set_for_all(description: Description, overrides: Sequence[str], varied: Sequence[str]) -> None:
+    """Refuse settings that would make variants alike, and those that each run has of its own."""
+    given = [override.partition("=")[0] for override in overrides]
+    for key in OF_EACH_RUN:
+        if key in {*varied, *given, *description.settings}:
+            raise InputError(f"{key} is different in every run; it cannot be set for all of them")
+    for key in varied:
+        if key in given:
+            raise InputError(f"{key} is what varies here; it cannot be set for all variants")
+
+
+def _require_varied(description: Description, varied: Sequence[str]) -> None:
+    """Refuse an x axis, lines and claims over what does not vary, and lines that would mix variants."""
+    axes = [*([] if description.x is None else [description.x]), *description.lines]
+    for key in axes + [key for claim in description.claims for key in (claim.along, *claim.where)]:
+        if key not in varied:
+            raise InputError(f"{key} does not vary; x, lines and claims name {', '.join(varied)}")
+    mixed = [key for key in varied if key not in axes]
+    if description.x is not None and mixed:
+        raise InputError(f"{mixed[0]} varies and is neither x nor in lines; add it to lines")
+
+
+def _require_comparable(description: Description, variants: Sequence[Variant]) -> None:
+    """Refuse claims that compare fewer than two things."""
+    names = [variant.name for variant in variants]
+    for claim in description.claims:
+        if claim.reference is not None and claim.reference not in names:
+            raise InputError(f"reference names no variant by {claim.reference!r}; there are {', '.join(names)}")
+        values = {variant.values[claim.along] for variant in variants if claim.is_about(variant.values)}
+        if len(values) + (claim.reference is not None) < 2:
+            raise InputError(
+                f"where of the claim on {claim.metric} leaves fewer than two values of {claim.along}; "
+                "compare it with the values of the variants"
+            )
+
+
+def _pairs(values: Mapping[str, Any]) -> list[str]:
+    """Write settings as they stand on the command line."""
+    for key, value in values.items():
+        if isinstance(value, dict | list):
+            raise InputError(f"{key} must be a single value, got {value!r}; write section.key: value")
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]

@@ -1,21 +1,55 @@
-"""Findings of the paper as directions that can be checked, and what became of each."""
+"""Claims as directions that can be checked, and what became of each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from provgen.errors import InputError
 from provgen.metrics.statistics import Estimate, mean_over_seeds
-from provgen.studies.paper.table import METRICS, Row, positions, short_key, text_of
+from provgen.studies.paper.table import METRICS, Row, positions, require_metric, short_key, text_of
 
-Expected = Literal["rises", "falls", "flat"]
-Verdict = Literal["reproduced", "not reproduced", "opposite", "one seed"]
+Verdict = Literal["reproduced", "not reproduced", "opposite", "undecided", "one seed"]
+
+SOURCES = {"abstract": "the paper's abstract", "review": "public reviews and summaries of the paper", "ours": "ours"}
+"""Where a claim comes from, and how that is written; the paper's body was not available."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """An expectation of how a metric moves, written down before the runs.
+
+    The body of "Provenance Networks" was not available. What is expected comes from its abstract, from public reviews
+    and summaries of it, or is ours.
+    """
+
+    text: str
+    source: Literal["abstract", "review", "ours"]
+    """Where the claim comes from, a key of `SOURCES`."""
+    metric: str
+    along: str
+    """Key that grows; values that are no numbers grow in the order in which they are listed."""
+    where: dict[str, list[Any]] = field(default_factory=dict)
+    """Variants that the claim is about: key to values."""
+    reference: str | None = None
+    """Name of a variant that counts as the smallest value, such as the generator alone; null for none."""
+    expected: Literal["rises", "falls", "flat"]
+    tolerance: float
+    """Difference that counts as none, in units of the metric."""
+
+    def __post_init__(self) -> None:
+        require_metric(self.metric)
+        if self.tolerance < 0:
+            raise InputError(f"tolerance must be a number, at least 0, got {self.tolerance}")
+
+    def is_about(self, values: Row) -> bool:
+        """Whether a variant, or a run of it, is one that the claim is about."""
+        return all(values[key] in wanted for key, wanted in self.where.items())
 
 
 @dataclass(frozen=True)
@@ -23,81 +57,9 @@ class Trend:
     """How y moves with x, paired within each seed; intervals are 95 % t intervals over seeds, NaN for one seed."""
 
     difference: Estimate
-    """Mean over seeds of y at the largest x minus y at the smallest x, in units of y."""
+    """Mean over seeds of the last y minus the first, in units of y."""
     correlation: Estimate
     """Mean over seeds of Spearman's correlation of y with x; a constant curve counts as 0."""
-
-
-def trend(xs: Sequence[float], ys: Sequence[Sequence[float]]) -> Trend:
-    """Summarise the curves of several seeds over the same x.
-
-    Args:
-        xs: At least two different values, (x,), in any order.
-        ys: One curve for each seed, (seed, x).
-
-    Raises:
-        InputError: The shapes do not fit, the x are not different, or a value is not finite.
-    """
-    grid, curves = np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64)
-    if len(grid) < 2 or len(np.unique(grid)) < len(grid):
-        raise InputError(f"a trend needs at least two x, all different, got {list(xs)}")
-    if curves.ndim != 2 or curves.shape[1] != len(grid) or not len(curves):
-        raise InputError(f"a trend over {len(grid)} x needs curves of (seed, {len(grid)}), got {curves.shape}")
-    if not (np.isfinite(grid).all() and np.isfinite(curves).all()):
-        raise InputError("a trend needs finite values, got NaN or infinity; leave out the runs that failed")
-    differences = curves[:, grid.argmax()] - curves[:, grid.argmin()]
-    correlations = np.array([0.0 if np.ptp(y) == 0 else spearmanr(grid, y).statistic for y in curves])
-    return Trend(mean_over_seeds(differences.tolist()), mean_over_seeds(correlations.tolist()))
-
-
-def verdict(found: Trend, expected: Expected, tolerance: float = 0.0) -> Verdict:
-    """Say whether the expected trend was found, by the interval of the difference.
-
-    Args:
-        found: The trend.
-        expected: What y does as x grows.
-        tolerance: Difference that counts as none, in units of y.
-
-    Returns:
-        `reproduced` if the whole interval is beyond the tolerance on the expected side (for `flat`: within the
-        tolerance), `opposite` if it is beyond it on the other side, else `not reproduced`; `one seed` if there is
-        no interval.
-    """
-    low, high = found.difference.low, found.difference.high
-    if found.difference.n < 2:
-        return "one seed"
-    if expected == "flat":
-        return "reproduced" if -tolerance <= low and high <= tolerance else "not reproduced"
-    if expected == "falls":
-        low, high = -high, -low
-    if low > tolerance:
-        return "reproduced"
-    return "opposite" if high < -tolerance else "not reproduced"
-
-
-EXPECTED: tuple[str, ...] = get_args(Expected)
-"""What a claim may say of a metric."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A finding of the paper, as a direction that can be checked."""
-
-    text: str
-    metric: str
-    along: str
-    """Key that grows; values that are no numbers grow in the order in which they are listed."""
-    where: Mapping[str, Any] = field(default_factory=dict)
-    """Variants it is about: key to value, or to a list of values."""
-    expected: Expected
-    tolerance: float
-    """Difference that counts as none, in units of the metric."""
-
-    def is_about(self, values: Row) -> bool:
-        """Whether a variant, or a run of it, is one of those it is about."""
-        return all(
-            values[key] in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in self.where.items()
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +79,62 @@ class Finding:
     verdict: Verdict
 
 
+def trend(curves: Sequence[Sequence[float]]) -> Trend:
+    """Summarise the curves of several seeds over the same x.
+
+    Args:
+        curves: One for each seed, (seed, x), at least two x in ascending order.
+
+    Raises:
+        InputError: The curves are of different lengths or too short, or a value is not finite.
+    """
+    if not curves or len(curves[0]) < 2 or any(len(curve) != len(curves[0]) for curve in curves):
+        raise InputError(f"a trend needs curves (seed, x) with at least two x, got {curves}")
+    values = np.asarray(curves, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise InputError("a trend needs finite values, got NaN or infinity; leave out the runs that failed")
+    order = np.arange(values.shape[1])
+    correlations = [0.0 if np.ptp(curve) == 0 else float(spearmanr(order, curve).statistic) for curve in values]
+    return Trend(mean_over_seeds((values[:, -1] - values[:, 0]).tolist()), mean_over_seeds(correlations))
+
+
+def verdict(difference: Estimate, expected: str, tolerance: float) -> Verdict:
+    """Say whether the expected trend was found, by where the interval of the difference lies.
+
+    A difference agrees with the claim if it is beyond the tolerance on the expected side; for `flat`, if it is within
+    the tolerance.
+
+    Args:
+        difference: Last y minus first y, with its interval.
+        expected: What y does as x grows: `rises`, `falls` or `flat`.
+        tolerance: Difference that counts as none, in units of y.
+
+    Returns:
+        `reproduced` if every difference in the interval agrees, `undecided` if some do and some do not. If none
+        does: `opposite` if all are beyond the tolerance on the other side, else `not reproduced`; `flat` has no
+        other side. `one seed` if there is no interval.
+    """
+    low, high = difference.low, difference.high
+    if difference.n < 2:
+        return "one seed"
+    if expected == "flat":
+        if -tolerance <= low and high <= tolerance:
+            return "reproduced"
+        return "not reproduced" if low > tolerance or high < -tolerance else "undecided"
+    if expected == "falls":
+        low, high = -high, -low
+    if low > tolerance:
+        return "reproduced"
+    if high > tolerance:
+        return "undecided"
+    return "opposite" if high < -tolerance else "not reproduced"
+
+
 def judge(rows: Sequence[Row], claim: Claim, planned: Sequence[Row]) -> list[Finding]:
     """Check a claim, once for every combination of what it does not mention.
 
-    Seeds are paired: a seed counts if it has the metric at every planned value of `claim.along`. Where no seed has
-    them all there is no finding.
+    Seeds are paired: a seed counts if it has the metric at every planned value of `claim.along`, and of the reference.
+    Where no seed has them all there is no finding.
 
     Args:
         rows: One per run that was measured.
@@ -133,49 +146,49 @@ def judge(rows: Sequence[Row], claim: Claim, planned: Sequence[Row]) -> list[Fin
         if claim.is_about(values):
             fixed = tuple((key, value) for key, value in values.items() if key != claim.along)
             groups.setdefault(fixed, []).append(values[claim.along])
+    references = (
+        {} if claim.reference is None else {claim.reference: _by_seed(rows, claim.metric, {"variant": claim.reference})}
+    )
     findings = []
     for fixed, along in groups.items():
-        of_group = [row for row in rows if all(row[key] == value for key, value in fixed)]
-        curves = _whole_curves(of_group, claim, along)
-        if curves and len(along) > 1:
-            findings.append(_finding(claim, dict(fixed), positions(along), curves))
+        by_value = references | {
+            value: _by_seed(rows, claim.metric, {**dict(fixed), claim.along: value}) for value in positions(along)
+        }
+        seeds = sorted(set.intersection(*(set(metrics) for metrics in by_value.values())))
+        if seeds and len(by_value) > 1:
+            curves = [[metrics[seed] for metrics in by_value.values()] for seed in seeds]
+            findings.append(_finding(claim, dict(fixed), list(by_value), curves))
     return findings
 
 
-def _whole_curves(rows: Sequence[Row], claim: Claim, along: Sequence[Any]) -> list[dict[Any, float]]:
-    """Give metric by value of `claim.along`, of every seed that has them all."""
-    curves: dict[int, dict[Any, float]] = {}
-    for row in rows:
-        if row.get(claim.metric) is not None and row[claim.along] in along:
-            curves.setdefault(row["seed"], {})[row[claim.along]] = float(row[claim.metric])
-    return [curve for curve in curves.values() if len(curve) == len(along)]
+def _by_seed(rows: Sequence[Row], metric: str, values: Row) -> dict[int, float]:
+    """Give a metric by seed, of the runs with these values."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in values.items())]
+    return {row["seed"]: float(row[metric]) for row in chosen if row.get(metric) is not None}
 
 
 def _finding(
-    claim: Claim, fixed: Mapping[str, Any], places: Mapping[Any, float], curves: Sequence[Mapping[Any, float]]
+    claim: Claim, fixed: Mapping[str, Any], along: Sequence[Any], curves: Sequence[Sequence[float]]
 ) -> Finding:
-    first, last = min(places, key=places.__getitem__), max(places, key=places.__getitem__)
-    found = trend(list(places.values()), [[curve[value] for value in places] for curve in curves])
+    found = trend(curves)
     return Finding(
         claim=claim,
         fixed=fixed,
-        ends=(first, last),
-        first=mean_over_seeds([curve[first] for curve in curves]),
-        last=mean_over_seeds([curve[last] for curve in curves]),
+        ends=(along[0], along[-1]),
+        first=mean_over_seeds([curve[0] for curve in curves]),
+        last=mean_over_seeds([curve[-1] for curve in curves]),
         trend=found,
-        verdict=verdict(found, claim.expected, claim.tolerance),
+        verdict=verdict(found.difference, claim.expected, claim.tolerance),
     )
 
 
-def findings_text(claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
-    """Write every claim with its verdict and the numbers behind it, as a Markdown list."""
+def findings_text(claims: Sequence[Claim], findings: Iterable[Finding]) -> str:
+    """Write every claim with its source, its verdict and the numbers behind it, as a Markdown list."""
     lines = []
     for claim in claims:
-        of_claim = [finding for finding in findings if finding.claim is claim]
-        lines.append(f"- {claim.text}")
-        lines += [f"  - {_sentence(finding)}" for finding in of_claim]
-        if not of_claim:
-            lines.append("  - not measured at all of its values")
+        of_claim = [f"  - {_sentence(finding)}" for finding in findings if finding.claim is claim]
+        lines.append(f"- {claim.text} *Claim: {SOURCES[claim.source]}.*")
+        lines += of_claim or ["  - not measured at all of its values"]
     return "\n".join(lines or ["Nothing is claimed here; the table says what was found."]) + "\n"
 
 
@@ -186,12 +199,10 @@ def _sentence(finding: Finding) -> str:
     values = " to ".join(_with_interval(value, look.format) for value in (finding.first, finding.last))
     change = _with_interval(finding.trend.difference, f"+{look.format}")
     seeds = finding.trend.difference.n
-    correlation = finding.trend.correlation.value
     return (
         f"**{finding.verdict}**{f' ({where})' if where else ''}: as {short_key(claim.along)} goes from {ends}, "
-        f"{look.title} goes from {values}: {change} over {seeds} "
-        f"seed{'s' if seeds > 1 else ''}; Spearman's correlation {correlation:+.2f}; expected: "
-        f"{claim.expected}{_tolerance(claim)}"
+        f"{look.title} goes from {values}: {change} over {seeds} seed{'s' if seeds > 1 else ''}; "
+        f"Spearman's correlation {finding.trend.correlation.value:+.2f}; expected: {claim.expected}{_tolerance(claim)}"
     )
 
 
@@ -201,9 +212,9 @@ def _tolerance(claim: Claim) -> str:
     return f" {'within' if claim.expected == 'flat' else 'by more than'} {claim.tolerance:g}"
 
 
-def _with_interval(found: Estimate, form: str) -> str:
-    value = f"{found.value:{form}}"
-    return value if math.isnan(found.low) else f"{value} [{found.low:{form}}, {found.high:{form}}]"
+def _with_interval(estimate: Estimate, form: str) -> str:
+    value = f"{estimate.value:{form}}"
+    return value if math.isnan(estimate.low) else f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def findings_page(title: str, question: str, facts: str, claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
@@ -211,14 +222,14 @@ def findings_page(title: str, question: str, facts: str, claims: Sequence[Claim]
     return f"# {title}\n\n{question}\n\n{facts}.\n\n{findings_text(claims, findings)}"
 
 
-def overview(parts: Mapping[str, Sequence[str]]) -> str:
+def overview(pages: Mapping[str, tuple[str, str]]) -> str:
     """Collect experiments on one Markdown page.
 
     Args:
-        parts: By folder, the page and the table of each experiment.
+        pages: By folder, the page and the table of each experiment.
     """
     sections = [_INTRODUCTION]
-    for folder, (page, table) in parts.items():
+    for folder, (page, table) in pages.items():
         picture = f"![Metrics of every variant of {folder}]({folder}/figure.png)"
         sections.append(
             f"#{page}\n{picture}\n\n{table}\nOne row per run: [{folder}/table.parquet]({folder}/table.parquet)\n"
@@ -226,10 +237,20 @@ def overview(parts: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(sections)
 
 
-_INTRODUCTION = """# Findings of "Provenance Networks" (arXiv 2510.03361), measured again
+_INTRODUCTION = """# Claims about "Provenance Networks" (arXiv 2510.03361), measured
 
-A finding is *reproduced* if the 95 % t interval over seeds of the difference between the two ends lies beyond the
-tolerance on the expected side (for "flat": within it), *opposite* if it lies beyond it on the other side, and else
-*not reproduced*; one seed tells nothing. Beside every metric stands its bound: the best possible, what the closed form
-reaches, or what guessing reaches.
+The body of the paper was not available to us. Claims are those of its abstract and of public reviews and summaries of
+it; some are ours. Each says where it comes from. Our settings are our own, and none of our numbers is the paper's.
+
+Every claim says how a metric moves between two ends, and which difference counts as none: the tolerance. A difference
+agrees with the claim if it lies beyond the tolerance on the expected side. For "flat" it agrees within the tolerance.
+The verdict is where the 95 % t interval over seeds lies:
+
+- *reproduced*: every difference in the interval agrees.
+- *undecided*: some differences in the interval agree and some do not; more seeds may tell.
+- *not reproduced*: no difference in the interval agrees.
+- *opposite*: no difference agrees, and all lie beyond the tolerance on the other side.
+- *one seed*: there is no interval, and nothing can be said.
+
+Beside every metric stands its bound: the best possible, what the closed form reaches, or what guessing reaches.
 """

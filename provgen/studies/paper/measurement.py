@@ -12,13 +12,12 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from scipy.stats import spearmanr
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
 from provgen import build, evaluation
-from provgen.data.batches import fixed_batches
+from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
@@ -36,13 +35,31 @@ from provgen.training.checkpoint import resume_latest
 from provgen.training.logging import read_metrics
 from provgen.training.trainer import CoTrainer
 
-MEASURED_VERSION = 1
-"""Version of `measured.json`; grows when a metric changes its meaning, and then finished runs are measured again."""
+MEASURED_VERSION = 2
+"""Version of `measured.json`; grows when a metric changes its name or meaning, and then runs are measured again."""
 
-Values = dict[str, Any]
+Row = dict[str, float | int | str | None]
+
+SAMPLES = 200
+"""Images generated to look for copies."""
+
+HALF_A_NAT = 0.5
+"""The gap for which the first step is reported from which on it is never reached again."""
+
+PROBE_ALPHA_BAR = 0.9
+"""alpha_bar at which features of a denoiser are probed."""
+
+MAX_PROBED = 4000
+"""Images of either set whose features are probed."""
+
+MAX_TRACED = 1000
+"""Held-out images whose sources are looked at; bounds the (query, train) matrices."""
+
+TIMED_STEPS = 10
+"""Steps timed with and without the provenance network, in turn."""
 
 
-def read_measured(folder: Path, settings: Settings) -> Values | None:
+def read_measured(folder: Path, settings: Settings) -> dict[str, Any] | None:
     """Read the metrics of a run; None if it was not measured by this version, or with other settings."""
     try:
         content = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
@@ -51,7 +68,7 @@ def read_measured(folder: Path, settings: Settings) -> Values | None:
     wanted = {"schema_version": MEASURED_VERSION, "settings": _kept_settings(settings)}
     if any(content.get(key) != value for key, value in wanted.items()):
         return None
-    measured: Values = content["metrics"]
+    measured: dict[str, Any] = content["metrics"]
     return measured
 
 
@@ -73,34 +90,13 @@ def is_trained(folder: RunFolder, settings: Settings, last_step: int) -> bool:
     return _kept_settings(load_settings(folder.config, [])) == _kept_settings(settings)
 
 
-def _kept_settings(settings: Settings) -> Values:
+def _kept_settings(settings: Settings) -> dict[str, Any]:
     """Give the settings that a measurement depends on: not where files are."""
     return {k: v for k, v in flat_settings(settings).items() if k not in ("data.path", "output_dir")}
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-SAMPLES = 200
-"""Images generated to look for copies."""
-
-HALF_A_NAT = 0.5
-"""The gap for which the first step is reported from which on it is never reached again."""
-
-PROBE_ALPHA_BAR = 0.9
-"""alpha_bar at which features of a denoiser are probed."""
-
-MAX_PROBED = 4000
-"""Images of either set whose features are probed."""
-
-MAX_TRACED = 1000
-"""Held-out images whose sources are looked at; bounds the (query, train) matrices."""
-
-TIMED_STEPS = 10
-"""Steps timed with and without the provenance network, in turn."""
-
-Row = dict[str, float | int | str | None]
 
 
 def measure_run(folder: RunFolder) -> Row:
@@ -119,11 +115,9 @@ def measure_run(folder: RunFolder) -> Row:
     network = networks[trainer.observer.name]
     row: Row = {"coverage": float(data.covered.double().mean())}
     row |= _costs(trainer, settings, data) | _step_times(settings, data)
-    sets = {"train_loss": data.train, "holdout_loss": data.holdout}
-    for name, images in sets.items():
-        if not len(images):
-            continue
-        row[name] = float(evaluation.losses(network, settings, images).mean())
+    for name, images in {"train_loss": data.train, "holdout_loss": data.holdout}.items():
+        if len(images):
+            row[name] = float(evaluation.losses(network, settings, images).mean())
     if "provenance" in networks:
         row |= _index_metrics(read_metrics(folder.metrics))
         row |= _class_metrics(trainer, settings, data)
@@ -149,11 +143,16 @@ def _costs(trainer: CoTrainer, settings: Settings, data: build.RunData) -> Row:
 
 def _activation_bytes(settings: Settings, data: build.RunData) -> int:
     """Count what one step of a fresh trainer keeps for its backward pass: the same on every machine."""
-    accelerator = build.make_accelerator(settings)
-    trainer = build.make_trainer(settings, data, accelerator)
-    batch = build.make_batches(settings, data.train, accelerator).batch(0).to(accelerator.device)
+    trainer, batch = _fresh(settings, data)
     parameters = [p for network in trainer.networks.values() for p in network.parameters()]
     return _kept_for_backward(lambda: trainer.step(batch, 0), parameters)
+
+
+def _fresh(settings: Settings, data: build.RunData) -> tuple[CoTrainer, Batch]:
+    """Make a trainer that has not learned anything yet, and its first batch."""
+    accelerator = build.make_accelerator(settings)
+    trainer = build.make_trainer(settings, data, accelerator)
+    return trainer, build.make_batches(settings, data.train, accelerator).batch(0).to(accelerator.device)
 
 
 def _kept_for_backward(computation: Callable[[], object], parameters: Iterable[Tensor]) -> int:
@@ -179,27 +178,23 @@ def _count(network: torch.nn.Module) -> int:
 def _step_times(settings: Settings, data: build.RunData) -> Row:
     """Time optimiser steps with and without the provenance network, in turn, on fresh trainers."""
     chosen = settings.provenance
-    is_nothing_else = settings.generator.kind == "none" and chosen.class_loss_weight == 0
-    if chosen.index_head == "none" or is_nothing_else:
+    has_nothing_else = settings.generator.kind == "none" and chosen.class_loss_weight == 0
+    if chosen.index_head == "none" or has_nothing_else:
         return {}
     alone = replace(settings, provenance=replace(chosen, index_head="none"))
-    steppers = [_stepper(variant, data) for variant in (settings, alone)]
-    times: list[list[float]] = [[], []]
+    steppers = {"step_ms": _stepper(settings, data), "step_ms_alone": _stepper(alone, data)}
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for number in range(TIMED_STEPS + 2):
-        for which, stepper in enumerate(steppers):
+        for name, stepper in steppers.items():
             start = time.perf_counter()
             stepper(number)
-            times[which].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     # The first two steps warm up.
-    together, by_itself = (1e3 * median(seconds[2:]) for seconds in times)
-    return {"step_ms": together, "step_ms_alone": by_itself}
+    return {name: 1e3 * median(times[2:]) for name, times in seconds.items()}
 
 
 def _stepper(settings: Settings, data: build.RunData) -> Callable[[int], None]:
-    accelerator = build.make_accelerator(settings)
-    trainer = build.make_trainer(settings, data, accelerator)
-    batches = build.make_batches(settings, data.train, accelerator)
-    batch = batches.batch(0).to(accelerator.device)
+    trainer, batch = _fresh(settings, data)
 
     def step(number: int) -> None:
         losses = trainer.step(batch, number)
@@ -238,10 +233,8 @@ def _class_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData) 
     network = evaluation.averaged_posterior(trainer)
     measured = evaluation.class_qualities(network, settings, data.train, _some_labelled(data.holdout, MAX_TRACED))
     rows = [quality.as_row() for quality in measured.values()]
-    names = [
-        name for name, value in rows[0].items() if isinstance(value, float) and not name.endswith(("_low", "_high"))
-    ]
-    return {name: _mean(rows, name) for name in names}
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    return {name: _mean(rows, name) for name in names if not name.endswith(("_low", "_high"))}
 
 
 @torch.no_grad()
@@ -250,10 +243,9 @@ def _class_accuracy(trainer: CoTrainer, settings: Settings, data: build.RunData)
     holdout = _some_labelled(data.holdout, MAX_PROBED)
     if not len(holdout):
         return {}
-    kind, rows = make_kind(settings, data.train), torch.arange(len(holdout))
-    (batch,) = fixed_batches(holdout, rows, [0], noise_shape=kind.noise_shape(), seed=0)
     network = evaluation.averaged_networks(trainer)[trainer.observer.name]
-    logits = trainer.observer.observe(network, batch.to(network.device)).class_logits
+    batch = _unlabelled_batch(settings, holdout).to(network.device)
+    logits = trainer.observer.observe(network, batch).class_logits
     assert logits is not None, "a classifier alone has a class head"
     return {"class_accuracy": float((logits.argmax(dim=1).cpu() == holdout.labels).double().mean())}
 
@@ -269,9 +261,9 @@ def _sample_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData)
     row: Row = {}
     for end, images in (("", generated), ("_baseline", holdout)):
         if len(images):
-            found = nearest(images, distinct, 2)
-            row[f"share_memorized{end}"] = share_memorized(distance_ratio(found)).value
-            row[f"nearest_distance{end}"] = float(found.distances[:, 0].mean())
+            neighbors = nearest(images, distinct, 2)
+            row[f"share_memorized{end}"] = share_memorized(distance_ratio(neighbors)).value
+            row[f"nearest_distance{end}"] = float(neighbors.distances[:, 0].mean())
     if sampled.attribution is None or len(holdout) < 2:
         return row
     realism = -nearest(generated, holdout, 1).distances[:, 0]
@@ -316,21 +308,25 @@ def _some_labelled(images: ImageSet, count: int) -> ImageSet:
     return labelled.select(stratified_subset(labelled.labels, count, seed=0))
 
 
+def _unlabelled_batch(settings: Settings, images: ImageSet) -> Batch:
+    """Make one batch of all images with little noise, told no class."""
+    kind, rows = make_kind(settings, images), torch.arange(len(images))
+    timesteps = kind.timesteps([PROBE_ALPHA_BAR])
+    (batch,) = fixed_batches(images, rows, timesteps, noise_shape=kind.noise_shape(), seed=0)
+    return replace(batch, labels=torch.full_like(batch.labels, images.num_classes))
+
+
 @torch.no_grad()
 def _features(trainer: CoTrainer, settings: Settings, images: ImageSet) -> dict[str, Tensor]:
-    """Flatten the last stage of both encoders, told no class: (query, feature) each."""
-    kind = make_kind(settings, images)
-    networks: dict[str, ModelMixin] = evaluation.averaged_networks(trainer)
-    rows = torch.arange(len(images))
-    (batch,) = fixed_batches(images, rows, kind.timesteps([PROBE_ALPHA_BAR]), noise_shape=kind.noise_shape(), seed=0)
-    batch = replace(batch, labels=torch.full_like(batch.labels, images.num_classes))
-    parts: dict[str, list[Tensor]] = {}
-    for some in rows.split(256):
-        observation = trainer.observer.observe(
-            networks[trainer.observer.name], batch.select(some).to(trainer.accelerator.device)
-        )
-        parts.setdefault("accuracy", []).append(observation.feature_maps[-1].flatten(1).cpu())
+    """Flatten the last feature map of both encoders, told no class: (query, feature) each."""
+    networks = evaluation.averaged_networks(trainer)
+    batch = _unlabelled_batch(settings, images)
+    features: dict[str, list[Tensor]] = {}
+    for rows in torch.arange(len(images)).split(256):
+        part = batch.select(rows).to(trainer.accelerator.device)
+        output = trainer.observer.observe(networks[trainer.observer.name], part)
+        features.setdefault("accuracy", []).append(output.feature_maps[-1].flatten(1).cpu())
         if "provenance" in networks:
-            own = networks["provenance"].last_feature_map(observation.feature_maps, observation.alpha_bar)
-            parts.setdefault("own_accuracy", []).append(own.flatten(1).cpu())
-    return {name: torch.cat(some) for name, some in parts.items()}
+            own = networks["provenance"].last_feature_map(output.feature_maps, output.alpha_bar)
+            features.setdefault("own_accuracy", []).append(own.flatten(1).cpu())
+    return {name: torch.cat(chunks) for name, chunks in features.items()}

@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from provgen.errors import InputError
 from provgen.metrics.statistics import mean_over_seeds
+from provgen.settings_file import did_you_mean
 
 SCHEMA_VERSION = "1"
 
@@ -27,9 +29,9 @@ class MetricLook:
     unit: str
     format: str
     stem: str | None = None
-    """What the endings of `BOUNDS` are attached to; None for its own name."""
+    """Name that the endings of `BOUNDS` are attached to; None for the metric's own."""
     baseline: str = "guessing"
-    """What its baseline is."""
+    """What the metric's baseline is called."""
 
 
 METRICS = {
@@ -77,6 +79,16 @@ BOUNDS = {
     "_alone": "generator alone",
 }
 """What stands beside a metric: ending of its name, and how it is called."""
+
+
+def require_metric(name: str) -> None:
+    """Check that a metric can be shown.
+
+    Raises:
+        InputError: It is none of `METRICS`.
+    """
+    if name not in METRICS:
+        raise InputError(f"no metric is named {name!r}; {did_you_mean(name, METRICS)}")
 
 
 def with_ratios(row: Row) -> dict[str, Any]:
@@ -134,20 +146,20 @@ def _columns(metric: str) -> list[tuple[str, str, str]]:
 def _cell(values: Sequence[float], seeds: int, form: str) -> str:
     if not values:
         return "-"
-    found = mean_over_seeds(values)
-    text = f"{found.value:{form}}"
+    mean = mean_over_seeds(values)
+    text = f"{mean.value:{form}}"
     # Parameters are the same for every seed; an interval would only be noise to the eye.
-    if max(values) - min(values) > 1e-9 * abs(found.value):
-        text += f" ± {found.high - found.value:{form}}"
+    if max(values) - min(values) > 1e-9 * abs(mean.value):
+        text += f" ± {mean.high - mean.value:{form}}"
     return text if len(values) == seeds else f"{text} ({len(values)} of {seeds})"
 
 
 def positions(values: Sequence[Any]) -> dict[Any, float]:
-    """Place values on an axis: numbers where they are, anything else in the order of first appearance."""
+    """Give values their positions on an axis: numbers ascending, anything else in the order of first appearance."""
     different = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in different):
         return {value: float(value) for value in sorted(different)}
-    return {value: float(place) for place, value in enumerate(different)}
+    return {value: float(number) for number, value in enumerate(different)}
 
 
 def short_key(key: str) -> str:
@@ -168,10 +180,27 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     pq.write_table(table, path)
 
 
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """Read the rows that `write_parquet` wrote.
+
+    Raises:
+        InputError: There is no such file, or it is of another version.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"cannot read a table of runs from {path}; give one that `provgen paper` wrote") from error
+    found = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
+    if found != SCHEMA_VERSION:
+        raise InputError(f"{path} is of version {found}, not {SCHEMA_VERSION}; make it again with `provgen paper`")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
 def _column(values: Sequence[Any]) -> pa.Array:
-    there = [value for value in values if value is not None]
-    if any(isinstance(value, str) for value in there):
+    given = [value for value in values if value is not None]
+    if any(isinstance(value, str) for value in given):
         return pa.array([None if value is None else str(value) for value in values], pa.string())
-    if there and all(isinstance(value, int) for value in there):
+    if given and all(isinstance(value, int) for value in given):
         return pa.array(values)
     return pa.array([None if value is None else float(value) for value in values], pa.float64())

@@ -1,7 +1,9 @@
 """The row of numbers of a finished run: every promised name, finite, and equal to what is counted by hand."""
 
+import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from provgen import build
 from provgen.run import RunFolder
 from provgen.studies.paper import measurement
-from provgen.studies.paper.measurement import measure_run
+from provgen.studies.paper.measurement import is_trained, measure_run, read_measured, write_measured
 from provgen.studies.paper.table import METRICS
 from provgen.training.logging import read_metrics
 
@@ -175,3 +177,36 @@ def test_a_classifier_alone_is_measured_by_its_class_head(run_recipe, tiny_overr
     row = measure_run(RunFolder(root))
     assert 0.3 < row["class_accuracy"] <= 1, "guessing is 0.1"
     assert "index_top1" not in row
+
+
+def test_measured_numbers_are_read_back_and_infinite_ones_are_null(tmp_path, tiny_settings):
+    settings = tiny_settings()
+    assert read_measured(tmp_path, settings) is None
+    write_measured(tmp_path, settings, {"a": 0.1, "b": None, "c": 3, "d": math.nan, "e": -math.inf})
+    assert read_measured(tmp_path, settings) == {"a": 0.1, "b": None, "c": 3, "d": None, "e": None}
+    moved = replace(settings, output_dir="elsewhere", data=replace(settings.data, path="elsewhere"))
+    assert read_measured(tmp_path, moved) is not None
+    images = tiny_settings("data.source=folder", "data.path=elsewhere")
+    write_measured(tmp_path / "images", images, {"a": 1})
+    assert read_measured(tmp_path / "images", images) == {"a": 1}
+
+
+def test_what_another_version_or_other_settings_measured_does_not_count(tmp_path, tiny_settings):
+    write_measured(tmp_path, tiny_settings(), {"a": 0.1})
+    assert read_measured(tmp_path, tiny_settings("training.max_steps=21")) is None
+    content = json.loads((tmp_path / "measured.json").read_text())
+    (tmp_path / "measured.json").write_text(json.dumps(content | {"schema_version": 0}))
+    assert read_measured(tmp_path, tiny_settings()) is None
+    (tmp_path / "measured.json").write_text("[1")
+    assert read_measured(tmp_path, tiny_settings()) is None
+
+
+def test_a_run_is_trained_at_its_last_step_with_its_settings(trained_root, tmp_path, tiny_settings):
+    root = tmp_path / "run"
+    root.mkdir()
+    shutil.copy(trained_root / "config.yaml", root)
+    assert is_trained(RunFolder(root), tiny_settings(), 20)
+    assert not is_trained(RunFolder(root), tiny_settings(), 10)
+    assert not is_trained(RunFolder(root), tiny_settings("training.max_steps=30"), 30)
+    assert not is_trained(RunFolder(root), tiny_settings("provenance.width=8"), 20)
+    assert not is_trained(RunFolder(tmp_path), tiny_settings(), 20)

@@ -2,6 +2,7 @@
 
 import math
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
@@ -12,6 +13,7 @@ from provgen.studies.paper.table import (
     bounds_of,
     markdown_table,
     positions,
+    read_parquet,
     with_ratios,
     write_parquet,
 )
@@ -116,12 +118,22 @@ def test_rows_come_back_from_parquet(tmp_path):
     ]
     write_parquet(tmp_path / "table.parquet", rows)
     table = pq.read_table(tmp_path / "table.parquet")
+    assert read_parquet(tmp_path / "table.parquet") == table.to_pylist()
     names = ["experiment", "variant", "seed", "generator.size", "shared", "kl_gap", "x", "late"]
     assert table.column_names == names
     assert table.to_pylist() == [{name: row.get(name) for name in names} for row in rows]
     types = [str(table.schema.field(name).type) for name in ("seed", "shared", "kl_gap", "x", "late")]
     assert types == ["int64", "int64", "double", "double", "int64"]
     assert table.schema.metadata[b"schema_version"] == b"1"
+
+
+def test_what_is_no_table_of_runs_is_refused(tmp_path, message_of):
+    path = tmp_path / "table.parquet"
+    assert str(path) in message_of(read_parquet, path)
+    path.write_text("no table", encoding="utf-8")
+    assert str(path) in message_of(read_parquet, path)
+    pq.write_table(pa.table({"seed": [0]}), path)
+    assert "version none" in message_of(read_parquet, path)
 
 
 def test_a_column_without_numbers_is_still_one_of_numbers(tmp_path):
