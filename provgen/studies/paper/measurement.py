@@ -21,7 +21,8 @@ from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
-from provgen.generators.kinds import make_kind
+from provgen.generators.losses import generator_losses
+from provgen.generators.protocol import Generator
 from provgen.metrics.copying import distance_ratio, share_memorized
 from provgen.metrics.linear_probe import linear_probe
 from provgen.metrics.neighbors import distinct_rows, nearest
@@ -111,21 +112,20 @@ def measure_run(folder: RunFolder) -> Row:
     data = build.open_data(settings, folder)
     trainer = build.make_trainer(settings, data, accelerator)
     resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
-    networks = evaluation.averaged_networks(trainer)
-    network = networks[trainer.observer.name]
+    generator, has_provenance = evaluation.averaged_generator(trainer), "provenance" in trainer.networks
     row: Row = {"coverage": float(data.covered.double().mean())}
-    row |= _costs(trainer, settings, data) | _step_times(settings, data)
+    row |= _costs(trainer, settings, data) | _step_times(settings, data, can_sample=generator.can_sample)
     for name, images in {"train_loss": data.train, "holdout_loss": data.holdout}.items():
         if len(images):
-            row[name] = float(evaluation.losses(network, settings, images).mean())
-    if "provenance" in networks:
+            row[name] = float(generator_losses(generator, images, draws=evaluation.LOSS_DRAWS, seed=0).mean())
+    if has_provenance:
         row |= _index_metrics(read_metrics(folder.metrics))
         row |= _class_metrics(trainer, settings, data)
-    elif settings.generator.kind == "none":
-        row |= _class_accuracy(trainer, settings, data)
-    if settings.generator.kind != "none":
-        row |= _sample_metrics(trainer, settings, data)
-    return row | _probe_metrics(trainer, settings, data)
+    elif not generator.can_sample:
+        row |= _class_accuracy(generator, data)
+    if generator.can_sample:
+        row |= _sample_metrics(trainer, data)
+    return row | _probe_metrics(trainer, data)
 
 
 def _costs(trainer: CoTrainer, settings: Settings, data: build.RunData) -> Row:
@@ -134,7 +134,7 @@ def _costs(trainer: CoTrainer, settings: Settings, data: build.RunData) -> Row:
     # Weights, gradients, the two moments of AdamW and the running average, four bytes each.
     state = 5 * 4 * sum(parameters.values())
     return {
-        "generator_parameters": parameters[trainer.observer.name],
+        "generator_parameters": parameters[trainer.generator.name],
         "provenance_parameters": parameters.get("provenance", 0),
         "index_head_parameters": 0 if index_head is None else _count(index_head),
         "training_megabytes": (state + _activation_bytes(settings, data)) / 1e6,
@@ -175,10 +175,10 @@ def _count(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _step_times(settings: Settings, data: build.RunData) -> Row:
+def _step_times(settings: Settings, data: build.RunData, *, can_sample: bool) -> Row:
     """Time optimiser steps with and without the provenance network, in turn, on fresh trainers."""
     chosen = settings.provenance
-    has_nothing_else = settings.generator.kind == "none" and chosen.class_loss_weight == 0
+    has_nothing_else = not can_sample and chosen.class_loss_weight == 0
     if chosen.index_head == "none" or has_nothing_else:
         return {}
     alone = replace(settings, provenance=replace(chosen, index_head="none"))
@@ -238,22 +238,20 @@ def _class_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData) 
 
 
 @torch.no_grad()
-def _class_accuracy(trainer: CoTrainer, settings: Settings, data: build.RunData) -> Row:
+def _class_accuracy(generator: Generator, data: build.RunData) -> Row:
     """Measure a classifier that was trained without a provenance network."""
     holdout = _some_labelled(data.holdout, MAX_PROBED)
     if not len(holdout):
         return {}
-    network = evaluation.averaged_networks(trainer)[trainer.observer.name]
-    batch = _unlabelled_batch(settings, holdout).to(network.device)
-    logits = trainer.observer.observe(network, batch).class_logits
+    logits = generator.forward(_unlabelled_batch(generator, holdout).to(generator.network.device)).class_logits
     assert logits is not None, "a classifier alone has a class head"
     return {"class_accuracy": float((logits.argmax(dim=1).cpu() == holdout.labels).double().mean())}
 
 
-def _sample_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData) -> Row:
+def _sample_metrics(trainer: CoTrainer, data: build.RunData) -> Row:
     """Generate, look for copies, and compare how sure the sources are with how real the samples look."""
-    pipeline = evaluation.make_pipeline(trainer, settings, data)
-    sampled = evaluation.sample(pipeline, settings, data, count=SAMPLES)
+    pipeline = evaluation.make_pipeline(trainer, data)
+    sampled = evaluation.sample(pipeline, data, count=SAMPLES)
     train, holdout, generated = (
         to_unit_range(images).flatten(1) for images in (data.train.images, data.holdout.images, sampled.images)
     )
@@ -280,7 +278,7 @@ def _confidence_baseline(pipeline: ProvenancePipeline, holdout: ImageSet) -> flo
     """Correlate the same for images that are real: as many held-out ones, each with the nearest other one."""
     chosen = stratified_subset(holdout.labels, SAMPLES, seed=0)
     labels = [
-        int(label) if pipeline.is_class_conditional and label < holdout.num_classes else None
+        int(label) if pipeline.generator.is_class_conditional and label < holdout.num_classes else None
         for label in holdout.labels[chosen]
     ]
     sources = pipeline.attribute(holdout.images[chosen], top_k=1, class_labels=labels)
@@ -289,12 +287,12 @@ def _confidence_baseline(pipeline: ProvenancePipeline, holdout: ImageSet) -> flo
     return _confidence_with(-nearest(pixels[chosen], pixels, 2).distances[:, 1], sources)
 
 
-def _probe_metrics(trainer: CoTrainer, settings: Settings, data: build.RunData) -> Row:
+def _probe_metrics(trainer: CoTrainer, data: build.RunData) -> Row:
     """Probe the last encoder stage of the generator, and that of the provenance network, for the class."""
     train, holdout = (_some_labelled(images, MAX_PROBED) for images in (data.train, data.holdout))
     if not len(holdout):
         return {}
-    seen, unseen = (_features(trainer, settings, images) for images in (train, holdout))
+    seen, unseen = (_features(trainer, images) for images in (train, holdout))
     row: Row = {}
     for name in seen:
         result = linear_probe(seen[name], train.labels, unseen[name], holdout.labels, seed=0)
@@ -308,23 +306,22 @@ def _some_labelled(images: ImageSet, count: int) -> ImageSet:
     return labelled.select(stratified_subset(labelled.labels, count, seed=0))
 
 
-def _unlabelled_batch(settings: Settings, images: ImageSet) -> Batch:
-    """Make one batch of all images with little noise, told no class."""
-    kind, rows = make_kind(settings, images), torch.arange(len(images))
-    timesteps = kind.timesteps([PROBE_ALPHA_BAR])
-    (batch,) = fixed_batches(images, rows, timesteps, noise_shape=kind.noise_shape(), seed=0)
+def _unlabelled_batch(generator: Generator, images: ImageSet) -> Batch:
+    """Make one batch of all images with little noise, without a class."""
+    rows, timesteps = torch.arange(len(images)), generator.timesteps([PROBE_ALPHA_BAR])
+    (batch,) = fixed_batches(images, rows, timesteps, noise_shape=generator.noise_shape, seed=0)
     return replace(batch, labels=torch.full_like(batch.labels, images.num_classes))
 
 
 @torch.no_grad()
-def _features(trainer: CoTrainer, settings: Settings, images: ImageSet) -> dict[str, Tensor]:
+def _features(trainer: CoTrainer, images: ImageSet) -> dict[str, Tensor]:
     """Flatten the last feature map of both encoders, told no class: (query, feature) each."""
-    networks = evaluation.averaged_networks(trainer)
-    batch = _unlabelled_batch(settings, images)
+    networks, generator = evaluation.averaged_networks(trainer), evaluation.averaged_generator(trainer)
+    batch = _unlabelled_batch(generator, images)
     features: dict[str, list[Tensor]] = {}
     for rows in torch.arange(len(images)).split(256):
         part = batch.select(rows).to(trainer.accelerator.device)
-        output = trainer.observer.observe(networks[trainer.observer.name], part)
+        output = generator.forward(part)
         features.setdefault("accuracy", []).append(output.feature_maps[-1].flatten(1).cpu())
         if "provenance" in networks:
             own = networks["provenance"].last_feature_map(output.feature_maps, output.alpha_bar)
