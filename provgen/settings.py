@@ -1,6 +1,6 @@
 """Settings of a run: frozen dataclasses, read from YAML by `settings_file`.
 
-Only `kinds` and the layers above it know these classes; library classes take plain arguments.
+Only `build` and the layers above it know these classes; library classes take plain arguments.
 Every field's docstring gives its unit and what is allowed.
 """
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-import alpha_bar
+import signal
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -450,7 +450,7 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(kind, tmp_path, reposi
             assert process.poll() is None
             time.sleep(0.005)
     finally:
-        process.send_signal(alpha_bar.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (killed / "checkpoints" / "step-000080").exists(), "killed before the end"
 

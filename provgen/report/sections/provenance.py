@@ -40,7 +40,7 @@ def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -
             [f"{row['alpha_bar']:.2f}", row["rows"], float(row["kl_gap"]), *(row[column] for column in columns)]
             for row in rows
         ],
-        "Parents are averaged over the closed-form posterior; see docs/metrics.md.",
+        "Parents are averaged over the closed-form posterior; see docs/reference/metrics.md.",
     )
     asked = "For training images, as this generator shows them to its provenance network"
     pictures = []

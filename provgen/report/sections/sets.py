@@ -111,7 +111,7 @@ def sets_section(measures: Mapping[str, SetMeasure], features: str) -> Part:
             ["measure", *(title for title, _ in COLUMNS.values()), "what it counts"],
             rows,
             "95 % intervals in brackets: Clopper-Pearson for shares, bootstrap for C_T and density, jackknife for "
-            "distances and Vendi score. docs/metrics.md has definitions and sources.",
+            "distances and Vendi score. docs/reference/metrics.md has definitions and sources.",
         ),
     )
     return section, metrics

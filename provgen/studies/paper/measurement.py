@@ -105,7 +105,7 @@ def measure_run(folder: RunFolder) -> Row:
 
     Returns:
         Metrics by name, None where one does not apply; a bound has the metric's name with `_ceiling` or
-        `_closed_form`, guessing with `_baseline`. docs/metrics.md defines them.
+        `_closed_form`, guessing with `_baseline`. docs/reference/metrics.md defines them.
     """
     settings = load_settings(folder.config, [])
     accelerator = build.make_accelerator(settings)

@@ -70,7 +70,7 @@ METRICS = {
     "step_ratio": MetricLook("step time, with / without provenance", "ratio", SMALL),
     "coverage": MetricLook("coverage", "share of training images", SHARE),
 }
-"""Metrics that experiments may show; docs/metrics.md says what they are."""
+"""Metrics that experiments may show; docs/reference/metrics.md says what they are."""
 
 BOUNDS = {
     "_ceiling": "best possible",
