@@ -29,8 +29,8 @@ from provgen.data.splits import (
 )
 from provgen.errors import InputError
 from provgen.generators.classifier import ClassifierGenerator
-from provgen.generators.closed_form import Posterior, posterior_entropies
-from provgen.generators.diffusion import DiffusionGenerator, image_posterior
+from provgen.generators.closed_form import Posterior, image_posterior, posterior_entropies
+from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.protocol import Generator
 from provgen.generators.vae import VaeGenerator
 from provgen.models.classifier import ImageClassifier

@@ -14,8 +14,8 @@ from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
-from provgen.generators.closed_form import Posterior
-from provgen.generators.diffusion import DiffusionGenerator, image_posterior
+from provgen.generators.closed_form import Posterior, image_posterior
+from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import denoiser_divergence, generator_losses
 from provgen.generators.protocol import Generator, Output
 from provgen.metrics.agreement import beam_recall, shared_sources

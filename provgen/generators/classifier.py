@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from provgen.data.batches import Batch
-from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
-from provgen.generators.closed_form import Posterior
-from provgen.generators.diffusion import image_posterior
-from provgen.generators.protocol import Output, Step
+from provgen.generators.protocol import Generator, Output, Step
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierGenerator:
+class ClassifierGenerator(Generator):
     """A classifier of clean images; its steps are one, the image as it is."""
 
     network: Any
@@ -43,22 +40,10 @@ class ClassifierGenerator:
         """Parts of a pipeline, by their names in it."""
         return {"classifier": self.network}
 
-    def with_network(self, network: nn.Module) -> Self:
-        """Give the same generator with another classifier."""
-        return replace(self, network=network)
-
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """Shape of an image; batches hold noise for every kind."""
         return self.image_shape
-
-    def timesteps(self, alpha_bars: Sequence[float]) -> list[int]:  # noqa: ARG002 - see DiffusionGenerator
-        """Give one timestep, 0."""
-        return [0]
-
-    def alpha_bars(self, num_inference_steps: int) -> Tensor:  # noqa: ARG002 - see DiffusionGenerator
-        """Give one level without noise, (step,)."""
-        return torch.tensor([CLEAN_ALPHA_BAR])
 
     def forward(self, batch: Batch, *, with_feature_maps: bool = True) -> Output:  # noqa: ARG002 - they cost nothing
         """Predict the class of the clean images; images without a class have no loss."""
@@ -120,12 +105,6 @@ class ClassifierGenerator:
         """Give the last feature map of images in [-1, 1], flattened, (query, feature)."""
         feature_maps: list[Tensor] = self.network(images).feature_maps
         return feature_maps[-1].flatten(1)
-
-    def closed_form(
-        self, train: ImageSet, *, dtype: torch.dtype, device: torch.device, covered: Tensor | None = None
-    ) -> Posterior:
-        """Make the closed form of noised images, which at this level names exact copies."""
-        return image_posterior(train, dtype=dtype, device=device, covered=covered)
 
 
 def no_generator(count: int) -> InputError:

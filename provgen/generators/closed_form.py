@@ -10,6 +10,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.models.vae import ImageVae
 
@@ -123,6 +125,18 @@ def impossible(class_labels: Tensor, example_labels: Tensor, null_label: int, co
     is_given = class_labels != null_label
     ruled_out = is_given[:, None] & (class_labels[:, None] != example_labels[None, :])
     return ruled_out if covered is None else ruled_out | ~covered
+
+
+def image_posterior(
+    train: ImageSet, *, dtype: torch.dtype, device: torch.device, covered: Tensor | None = None
+) -> ClosedFormPosterior:
+    """Make the closed form over training images, or over those that are `covered`, bool (train,)."""
+    return ClosedFormPosterior(
+        to_unit_range(train.images, dtype).to(device),
+        train.labels.to(device),
+        null_label=train.num_classes,
+        covered=None if covered is None else covered.to(device),
+    )
 
 
 ENCODED_AT_ONCE = 500

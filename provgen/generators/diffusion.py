@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from provgen.data.batches import Batch
-from provgen.data.dataset import ImageSet
-from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.errors import InputError
-from provgen.generators.closed_form import ClosedFormPosterior, Posterior
-from provgen.generators.protocol import LastLayer, Output, Step
+from provgen.generators.protocol import Generator, LastLayer, Output, Step
 from provgen.models.diffusion import encoder_feature_maps, record_feature_maps, record_features
 
 CLEAR_ALPHA_BAR = 0.9
@@ -26,7 +23,7 @@ CLEAR_ALPHA_BAR = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionGenerator:
+class DiffusionGenerator(Generator):
     """A denoiser with its sampler, whose noise levels are those of training."""
 
     network: Any
@@ -45,10 +42,6 @@ class DiffusionGenerator:
     def components(self) -> dict[str, Any]:
         """Parts of a pipeline, by their names in it."""
         return {"unet": self.network, "scheduler": self.scheduler}
-
-    def with_network(self, network: nn.Module) -> Self:
-        """Give the same generator with another denoiser."""
-        return replace(self, network=network)
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -167,24 +160,6 @@ class DiffusionGenerator:
         null = torch.full((len(images),), self.network.config.num_class_embeds - 1, device=images.device)
         noisy = self.noised(images, timestep, seed=0)
         return encoder_feature_maps(self.network, noisy, timestep, null)[-1].flatten(1)
-
-    def closed_form(
-        self, train: ImageSet, *, dtype: torch.dtype, device: torch.device, covered: Tensor | None = None
-    ) -> Posterior:
-        """Make the exact posterior of the forward process."""
-        return image_posterior(train, dtype=dtype, device=device, covered=covered)
-
-
-def image_posterior(
-    train: ImageSet, *, dtype: torch.dtype, device: torch.device, covered: Tensor | None = None
-) -> ClosedFormPosterior:
-    """Make the closed form over training images, or over those that are `covered`, bool (train,)."""
-    return ClosedFormPosterior(
-        to_unit_range(train.images, dtype).to(device),
-        train.labels.to(device),
-        null_label=train.num_classes,
-        covered=None if covered is None else covered.to(device),
-    )
 
 
 def denoising_loss(predicted_noise: Tensor, noise: Tensor) -> Tensor:

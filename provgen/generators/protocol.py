@@ -6,7 +6,7 @@ A kind is one file beside this one. `tracing.trace` folds over the steps of any 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from provgen.data.batches import Batch
 from provgen.data.dataset import ImageSet
-from provgen.generators.closed_form import Posterior
+from provgen.generators.closed_form import Posterior, image_posterior
+from provgen.models.classifier import CLEAN_ALPHA_BAR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,10 @@ class Step:
 
 
 class Generator(Protocol):
-    """One kind of generator with its network."""
+    """One kind of generator with its network; what is written out here holds for kinds without noise levels."""
 
+    network: Any
+    """Network, wrapped by Accelerate or not."""
     name: ClassVar[str]
     """Name of the network in checkpoints and logs."""
     loss_name: ClassVar[str]
@@ -106,31 +109,26 @@ class Generator(Protocol):
     """Whether its loss depends on noise."""
 
     @property
-    def network(self) -> Any:
-        """The network, wrapped by Accelerate or not."""
-        ...
-
-    @property
     def components(self) -> dict[str, Any]:
         """Parts of a pipeline, by their names in it."""
         ...
 
     def with_network(self, network: nn.Module) -> Self:
         """Give the same generator with another network, such as one with averaged weights."""
-        ...
+        return replace(self, network=network)  # type: ignore[type-var]  # every kind is a dataclass
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """Shape of the noise of one image."""
         ...
 
-    def timesteps(self, alpha_bars: Sequence[float]) -> list[int]:
-        """Give the timesteps nearest to noise levels; without noise levels there is one, 0."""
-        ...
+    def timesteps(self, alpha_bars: Sequence[float]) -> list[int]:  # noqa: ARG002 - for kinds with noise levels
+        """Give the timesteps nearest to noise levels."""
+        return [0]
 
-    def alpha_bars(self, num_inference_steps: int) -> Tensor:
+    def alpha_bars(self, num_inference_steps: int) -> Tensor:  # noqa: ARG002
         """Give the cumulative alphas of sampling steps, (step,)."""
-        ...
+        return torch.tensor([CLEAN_ALPHA_BAR])
 
     def forward(self, batch: Batch, *, with_feature_maps: bool = True) -> Output:
         """Run the network on a batch as in training; feature maps that nobody reads need not be made."""
@@ -180,4 +178,4 @@ class Generator(Protocol):
         self, train: ImageSet, *, dtype: torch.dtype, device: torch.device, covered: Tensor | None = None
     ) -> Posterior:
         """Make the exact posterior over the training images, or over those that are `covered`, bool (train,)."""
-        ...
+        return image_posterior(train, dtype=dtype, device=device, covered=covered)

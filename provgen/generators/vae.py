@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from provgen.data.batches import Batch
 from provgen.data.dataset import ImageSet
@@ -16,7 +16,7 @@ from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.errors import InputError
 from provgen.generators.closed_form import LatentPosterior, Posterior
-from provgen.generators.protocol import Output, Step
+from provgen.generators.protocol import Generator, Output, Step
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.vae import latent_shape
 
@@ -25,7 +25,7 @@ LATENT_DRAWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeGenerator:
+class VaeGenerator(Generator):
     """An autoencoder; its provenance network sees what it decodes."""
 
     network: Any
@@ -46,22 +46,10 @@ class VaeGenerator:
         """Parts of a pipeline, by their names in it."""
         return {"vae": self.network}
 
-    def with_network(self, network: nn.Module) -> Self:
-        """Give the same generator with another autoencoder."""
-        return replace(self, network=network)
-
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """Shape of a latent."""
         return latent_shape(self.network)
-
-    def timesteps(self, alpha_bars: Sequence[float]) -> list[int]:  # noqa: ARG002 - see DiffusionGenerator
-        """Give one timestep, 0."""
-        return [0]
-
-    def alpha_bars(self, num_inference_steps: int) -> Tensor:  # noqa: ARG002 - see DiffusionGenerator
-        """Give one level without noise, (step,)."""
-        return torch.tensor([CLEAN_ALPHA_BAR])
 
     def forward(self, batch: Batch, *, with_feature_maps: bool = True) -> Output:
         """Encode, sample the latent with the batch's noise, decode, and encode what was decoded."""

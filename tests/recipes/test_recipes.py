@@ -4,12 +4,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 
-import signal
 import pyarrow.parquet as pq
 import pytest
 import torch
