@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -20,11 +20,11 @@ class Batch:
     indices: Tensor
     """Example index, int64 (batch,)."""
     clean_images: Tensor
-    """In [-1, 1], (batch, channel, height, width)."""
+    """Pixels in [-1, 1], (batch, channel, height, width)."""
     noise: Tensor
     """Standard normal, (batch, ...) in the shape of what the generator adds it to."""
     timesteps: Tensor
-    """int64 (batch,)."""
+    """Noise level of each row, int64 (batch,)."""
     labels: Tensor
     """What the generator is told, int64 (batch,): the class, or the null label where it was dropped."""
     clean_labels: Tensor
@@ -35,9 +35,9 @@ class Batch:
         size = len(self.indices) // num_processes
         return self.select(torch.arange(process * size, (process + 1) * size))
 
-    def select(self, rows: Tensor) -> Batch:
-        """Keep the `rows` (int64, (selected,))."""
-        return Batch(**{name: value[rows] for name, value in vars(self).items()})
+    def select(self, selected: Tensor) -> Batch:
+        """Keep the rows `selected`, int64 (selected,)."""
+        return Batch(**{name: value[selected] for name, value in vars(self).items()})
 
     def to(self, device: torch.device) -> Batch:
         """Move every tensor to `device`."""
@@ -45,26 +45,21 @@ class Batch:
 
 
 def fixed_batches(
-    images: ImageSet, rows: Tensor, timesteps: list[int], *, noise_shape: tuple[int, ...], seed: int
+    images: ImageSet, indices: Tensor, timesteps: list[int], *, noise_shape: tuple[int, ...], seed: int
 ) -> list[Batch]:
-    """Make one batch per timestep of the same images with the same noise, for evaluation.
+    """Make one batch per timestep for evaluation: the images `indices`, int64 (batch,), with the same noise each time.
 
-    Args:
-        images: Where the rows are taken from; `indices` refer to it.
-        rows: int64 (batch,).
-        timesteps: One per batch.
-        noise_shape: Shape of one row of noise.
-        seed: Seed of the noise.
+    `noise_shape` is that of one row of noise.
     """
     generator = seeded_generator(seed, Stream.FIXED_BATCH)
-    noise = randn_tensor((len(rows), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
-    labels = images.labels[rows]
+    noise = randn_tensor((len(indices), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
+    labels = images.labels[indices]
     return [
         Batch(
-            indices=rows,
-            clean_images=to_unit_range(images.images[rows]),
+            indices=indices,
+            clean_images=to_unit_range(images.images[indices]),
             noise=noise,
-            timesteps=torch.full((len(rows),), timestep),
+            timesteps=torch.full((len(indices),), timestep),
             labels=labels,
             clean_labels=labels,
         )
@@ -72,6 +67,7 @@ def fixed_batches(
     ]
 
 
+@dataclass
 class BatchStream:
     """The endless sequence of global batches.
 
@@ -79,40 +75,24 @@ class BatchStream:
     the CPU, so the same batch comes out on every device.
     """
 
-    def __init__(
-        self,
-        train: ImageSet,
-        *,
-        batch_size: int,
-        num_train_timesteps: int,
-        label_dropout: float,
-        seed: int,
-        noise_shape: tuple[int, ...] | None = None,
-    ) -> None:
-        """Keep what a batch is drawn from.
-
-        Args:
-            train: The images.
-            batch_size: Images of all processes together.
-            num_train_timesteps: Noise levels.
-            label_dropout: Probability of the null label.
-            seed: Seed of everything that is drawn.
-            noise_shape: Shape of one row of noise; None for that of an image.
-        """
-        self.train = train
-        self.batch_size = batch_size
-        self.num_train_timesteps = num_train_timesteps
-        self.label_dropout = label_dropout
-        self.seed = seed
-        self.noise_shape = tuple(train.images.shape[1:]) if noise_shape is None else noise_shape
-        self._permutation: tuple[int, Tensor] | None = None
+    train: ImageSet
+    _: KW_ONLY
+    batch_size: int
+    """Images of all processes together."""
+    num_train_timesteps: int
+    label_dropout: float
+    """Probability of the null label."""
+    seed: int
+    noise_shape: tuple[int, ...] | None = None
+    """Shape of one row of noise; None for that of an image."""
+    _permutation: tuple[int, Tensor] | None = field(default=None, init=False)
 
     def batch(self, step: int) -> Batch:
         """Draw the global batch of the 0-based `step`."""
         indices = self.indices(step)
         clean_images = to_unit_range(self.train.images[indices])
         generator = seeded_generator(self.seed, Stream.BATCH, step)
-        shape = (len(indices), *self.noise_shape)
+        shape = (len(indices), *(self.noise_shape or clean_images.shape[1:]))
         noise = randn_tensor(shape, generator=generator, dtype=clean_images.dtype)
         timesteps = torch.randint(self.num_train_timesteps, (len(indices),), generator=generator)
         is_dropped = torch.rand(len(indices), generator=generator) < self.label_dropout

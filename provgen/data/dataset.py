@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,9 +17,9 @@ class ImageSet:
     """
 
     images: Tensor
-    """uint8 (train, channel, height, width); 1 or 3 channels."""
+    """Pixels, uint8 (train, channel, height, width); 1 or 3 channels."""
     labels: Tensor
-    """int64 (train,), each in 0 ... num_classes, the last being the null label."""
+    """Classes, int64 (train,), each in 0 ... num_classes; the last is the null label."""
     class_names: tuple[str, ...]
     """One name per class; empty for a set without labels."""
     paths: tuple[str, ...]
@@ -32,8 +32,8 @@ class ImageSet:
     """Licence of the image, where known."""
 
     def __post_init__(self) -> None:
-        rows = {len(self.images), len(self.labels), len(self.paths), len(self.sha256)}
-        assert rows == {len(self.contributors)} == {len(self.licenses)}
+        lengths = {len(value) for name, value in vars(self).items() if name != "class_names"}
+        assert len(lengths) == 1
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,14 +55,8 @@ class ImageSet:
         return self.class_names.index(name)
 
     def select(self, indices: Tensor) -> ImageSet:
-        """Keep the rows `indices` (int64, (selected,)), in that order."""
-        rows = indices.tolist()
-        return ImageSet(
-            images=self.images[indices],
-            labels=self.labels[indices],
-            class_names=self.class_names,
-            paths=tuple(self.paths[row] for row in rows),
-            sha256=tuple(self.sha256[row] for row in rows),
-            contributors=tuple(self.contributors[row] for row in rows),
-            licenses=tuple(self.licenses[row] for row in rows),
-        )
+        """Keep the images `indices` (int64, (selected,)), in that order."""
+        chosen = indices.tolist()
+        words = ("paths", "sha256", "contributors", "licenses")
+        kept = {name: tuple(getattr(self, name)[index] for index in chosen) for name in words}
+        return replace(self, images=self.images[indices], labels=self.labels[indices], **kept)

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -23,14 +24,11 @@ _COLUMNS = ("file_name", "label", "contributor", "license")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMetadata:
-    """One row; a field that is empty or has no column is None."""
+    """Class name, maker and licence of one image; a cell that is empty or has no column is None."""
 
     label: str | None = None
-    """Class name."""
     contributor: str | None = None
-    """Who made the image."""
     license: str | None = None
-    """Its licence."""
 
 
 def read_metadata(csv_path: Path, image_paths: Collection[str]) -> dict[str, ImageMetadata]:
@@ -43,37 +41,38 @@ def read_metadata(csv_path: Path, image_paths: Collection[str]) -> dict[str, Ima
     if not csv_path.is_file():
         return {}
     known = set(image_paths)
-    rows: dict[str, ImageMetadata] = {}
-    for line, (file_name, row) in _rows(csv_path):
+    metadata: dict[str, ImageMetadata] = {}
+    for line, file_name, entry in _parsed_lines(csv_path):
         if file_name not in known:
             raise InputError(
                 f"{csv_path} line {line}: no image {file_name!r} in {csv_path.parent}; fix or remove the row"
             )
-        if file_name in rows:
+        if file_name in metadata:
             raise InputError(f"{csv_path} line {line}: second row for {file_name}; keep one")
-        rows[file_name] = row
-    return rows
+        metadata[file_name] = entry
+    return metadata
 
 
-def _rows(csv_path: Path) -> list[tuple[int, tuple[str, ImageMetadata]]]:
+def _parsed_lines(csv_path: Path) -> list[tuple[int, str, ImageMetadata]]:
     try:
         # utf-8-sig: spreadsheets put a byte order mark in front.
         with csv_path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             _require_columns(reader.fieldnames or [], csv_path)
-            return [(reader.line_num, _parse(row, csv_path, reader.line_num)) for row in reader]
+            return [(reader.line_num, *_parse(row, csv_path, reader.line_num)) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {csv_path}: {error}; save it as UTF-8 CSV") from error
 
 
 def _require_columns(names: Collection[str], csv_path: Path) -> None:
+    # Unknown ones are refused, not skipped: a misspelt `licence` would be lost without a word.
+    wrong = [f"an unknown column {name!r}" for name in names if name not in _COLUMNS]
     if "file_name" not in names:
-        raise InputError(f"{csv_path} has no column file_name; its columns can be {', '.join(_COLUMNS)}")
-    # Refused, not skipped: a misspelt `licence` would be lost without a word.
-    unknown = [name for name in names if name not in _COLUMNS]
-    if unknown or len(set(names)) < len(names):
-        what = f"an unknown column {unknown[0]!r}" if unknown else "a column twice"
-        raise InputError(f"{csv_path} has {what}; its columns can be {', '.join(_COLUMNS)}")
+        wrong = ["no column file_name"]
+    elif len(set(names)) < len(names):
+        wrong.append("a column twice")
+    if wrong:
+        raise InputError(f"{csv_path} has {wrong[0]}; its columns can be {', '.join(_COLUMNS)}")
 
 
 def _parse(row: dict[str, str | None], csv_path: Path, line: int) -> tuple[str, ImageMetadata]:
@@ -102,9 +101,10 @@ def load_image_folder(root: Path, image_size: int) -> ImageSet:
     """
     paths = _list_images(root)
     metadata = read_metadata(root / "metadata.csv", paths)
-    rows = [metadata.get(path, ImageMetadata()) for path in paths]
-    classes = [row.label or _folder_class(path) for row, path in zip(rows, paths, strict=True)]
-    class_names, labels = _to_labels(classes)
+    entries = [metadata.get(path, ImageMetadata()) for path in paths]
+    # None for an image that lies in the root: it has no class.
+    folders = [PurePosixPath(path).parent.name or None for path in paths]
+    class_names, labels = _to_labels([entry.label or name for entry, name in zip(entries, folders, strict=True)])
     images, digests = _read_all(root, paths, image_size)
     return ImageSet(
         images=images,
@@ -112,8 +112,8 @@ def load_image_folder(root: Path, image_size: int) -> ImageSet:
         class_names=class_names,
         paths=tuple(paths),
         sha256=digests,
-        contributors=tuple(row.contributor for row in rows),
-        licenses=tuple(row.license for row in rows),
+        contributors=tuple(entry.contributor for entry in entries),
+        licenses=tuple(entry.license for entry in entries),
     )
 
 
@@ -132,10 +132,10 @@ def _list_images(root: Path) -> list[str]:
     _require_flat_classes(by_class)
     if not at_root and not with_images:
         raise InputError(f"no images in {root}; it needs {', '.join(_SUFFIXES)} files, or class folders with them")
-    if with_images:
-        _require_no_empty_class(by_class)
-    found = [*at_root, *(image for images in by_class.values() for image in images)]
-    return sorted(_relative(path, root) for path in found)
+    empty = [folder for folder, images in by_class.items() if not images]
+    if with_images and empty:
+        raise InputError(f"class folder {empty[0]} holds no images; add some or remove the folder")
+    return sorted(_relative(path, root) for path in chain(at_root, *by_class.values()))
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -164,12 +164,6 @@ def _require_flat_classes(by_class: dict[Path, list[Path]]) -> None:
                 )
 
 
-def _require_no_empty_class(by_class: dict[Path, list[Path]]) -> None:
-    for folder, images in by_class.items():
-        if not images:
-            raise InputError(f"class folder {folder} holds no images; add some or remove the folder")
-
-
 def _relative(path: Path, root: Path) -> str:
     relative = path.relative_to(root).as_posix()
     try:
@@ -177,11 +171,6 @@ def _relative(path: Path, root: Path) -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"file name {relative!r} in {root} is not valid UTF-8; rename the file") from error
     return relative
-
-
-def _folder_class(path: str) -> str | None:
-    folder, separator, _ = path.rpartition("/")
-    return folder if separator else None
 
 
 def _to_labels(classes: list[str | None]) -> tuple[tuple[str, ...], Tensor]:

@@ -22,16 +22,9 @@ from provgen.run import atomic_path
 _LARGEST_ASPECT_RATIO = 100
 # What PIL's decoders raise on damaged files, apart from OSError.
 _DECODER_ERRORS = (
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
+    SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, struct.error, zlib.error,
     Image.DecompressionBombError,
-)
+)  # fmt: skip
 
 
 def to_unit_range(images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -123,14 +116,10 @@ def naming_image(path: Path) -> Iterator[None]:
         raise InputError(f"cannot read the image {path}: {reason}; replace or remove it") from error
 
 
-def save_png(image: Tensor, path: Path, text: dict[str, str], *, scale: int = 1) -> None:
-    """Write one uint8 image (channel, height, width) as a PNG with `text` in its metadata.
+def save_png(image: Tensor, path: Path, text: dict[str, str]) -> None:
+    """Write one uint8 image (channel, height, width) of 1 or 3 channels as a PNG; it appears only when complete.
 
-    Args:
-        image: uint8 (channel, height, width), 1 or 3 channels.
-        path: File to write; appears only when complete.
-        text: PNG text entries, any Unicode.
-        scale: Every pixel becomes a square of this many pixels.
+    `text` goes into its metadata, any Unicode.
 
     Raises:
         InputError: The file cannot be written.
@@ -138,10 +127,8 @@ def save_png(image: Tensor, path: Path, text: dict[str, str], *, scale: int = 1)
     entries = PngInfo()
     for key, value in text.items():
         entries.add_text(key, value)
-    picture = to_pil(image)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=entries)
+        to_pil(image).save(temporary, format="PNG", pnginfo=entries)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -159,6 +146,5 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image
-    foreground = image.convert("RGBA")
-    white = Image.new("RGBA", foreground.size, "white")
-    return Image.alpha_composite(white, foreground).convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -60,8 +60,8 @@ class Manifest:
     """Every train and holdout image of a run, in the order of the example index."""
 
     table: pa.Table
-    """One row per image, all of train before all of holdout; `example_index` counts within each. `reachable`
-    says whether the index head covers a train image, and is null for holdout."""
+    """One row per image, all of train before all of holdout; `example_index` counts within each, and `reachable` is
+    null for holdout."""
     image_size: int
     """Height and width in pixels."""
     channels: int
@@ -73,9 +73,8 @@ class Manifest:
     def of(cls, train: ImageSet, holdout: ImageSet) -> Manifest:
         """Fix the order that `train` and `holdout` are in now; all of `train` is reachable."""
         assert train.class_names == holdout.class_names
-        parts = [_rows(train, "train"), _rows(holdout, "holdout")]
         return cls(
-            table=pa.concat_tables(parts),
+            table=pa.concat_tables([_table(train, "train"), _table(holdout, "holdout")]),
             image_size=train.images.shape[-1],
             channels=train.images.shape[1],
             class_names=train.class_names,
@@ -112,9 +111,9 @@ class Manifest:
         splits = table["split"].to_pylist()
         num_train = splits.count("train")
         num_holdout = len(splits) - num_train
-        counted = [*range(num_train), *range(num_holdout)]
         if splits != ["train"] * num_train + ["holdout"] * num_holdout:
             raise ValueError("rows out of order")
+        counted = [*range(num_train), *range(num_holdout)]
         if not table.schema.equals(_SCHEMA) or table["example_index"].to_pylist() != counted:
             raise ValueError("columns are not those of a manifest")
         if table["reachable"].is_null().to_pylist() != [False] * num_train + [True] * num_holdout:
@@ -154,22 +153,22 @@ class Manifest:
         """Mark the example indices `covered` (int64, (covered,)) as reachable, and all others as not."""
         reachable = torch.zeros(self.num_train, dtype=torch.bool)
         reachable[covered.cpu()] = True
-        rows = reachable.tolist() + [None] * (len(self.table) - self.num_train)
-        place = self.table.schema.get_field_index("reachable")
-        column = pa.array(rows, pa.bool_())
-        return replace(self, table=self.table.set_column(place, _SCHEMA.field("reachable"), column))
+        values = reachable.tolist() + [None] * (len(self.table) - self.num_train)
+        position = _SCHEMA.get_field_index("reachable")
+        column = pa.array(values, pa.bool_())
+        return replace(self, table=self.table.set_column(position, _SCHEMA.field(position), column))
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest (hex) of pixels, labels and their order; not of `reachable`, which is no property of the data."""
-        rows = [self._train["sha256"].to_pylist(), self._train["label"].to_pylist()]
-        content = [self.image_size, self.channels, self.class_names, *rows]
+        columns = [self._train[name].to_pylist() for name in ("sha256", "label")]
+        content = [self.image_size, self.channels, self.class_names, *columns]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def sources(self, indices: Tensor | Sequence[int]) -> list[Source]:
         """Name the training images with the example `indices` (selected,), in that order."""
-        rows = self._train.take(pa.array([int(index) for index in indices], pa.int64()))
-        return [Source(**row) for row in rows.select(list(Source.__dataclass_fields__)).to_pylist()]
+        named = self._train.take(pa.array([int(index) for index in indices], pa.int64()))
+        return [Source(**row) for row in named.select(list(Source.__dataclass_fields__)).to_pylist()]
 
     def align(self, images: ImageSet) -> tuple[ImageSet, ImageSet]:
         """Find this manifest's images again in freshly loaded ones: `(train, holdout)` in the old order.
@@ -185,37 +184,36 @@ class Manifest:
                 f"this run was built with data.image_size={self.image_size}, got {images.images.shape[-1]}; "
                 f"set it to {self.image_size} or start a new output_dir"
             )
-        found = images.select(self._find(images))
-        self._require_same_classes(found)
+        ordered = images.select(self._find(images))
+        self._require_same_classes(ordered)
         aligned = replace(
-            found,
-            images=_with_channels(found.images, self.channels),
+            ordered,
+            images=_with_channels(ordered.images, self.channels),
             labels=torch.tensor(self.table["label"].to_pylist(), dtype=torch.int64),
             class_names=self.class_names,
         )
-        rows = torch.arange(len(aligned))
-        return aligned.select(rows[: self.num_train]), aligned.select(rows[self.num_train :])
+        train, holdout = torch.arange(len(aligned)).tensor_split([self.num_train])
+        return aligned.select(train), aligned.select(holdout)
 
     def _find(self, images: ImageSet) -> Tensor:
         wanted = list(zip(*(self.table[name].to_pylist() for name in _IDENTITY), strict=True))
-        given = list(zip(images.sha256, images.paths, _class_of_rows(images), strict=True))
-        rows = _match(wanted, given)
-        missing = [path for (_, path, _), row in zip(wanted, rows, strict=True) if row is None]
+        given = list(zip(images.sha256, images.paths, _class_of_each(images), strict=True))
+        positions = _match(wanted, given)
+        missing = [path for (_, path, _), position in zip(wanted, positions, strict=True) if position is None]
         if missing:
             raise InputError(
-                f"{len(missing)} of the {len(rows)} images of this run are missing or changed, the first is "
+                f"{len(missing)} of the {len(wanted)} images of this run are missing or changed, the first is "
                 f"{missing[0]}; restore the files or start a new output_dir"
             )
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(positions, dtype=torch.int64)
 
-    def _require_same_classes(self, found: ImageSet) -> None:
-        before, now = self.table["class_name"].to_pylist(), _class_of_rows(found)
-        changed = [row for row in range(len(now)) if before[row] != now[row]]
+    def _require_same_classes(self, images: ImageSet) -> None:
+        classes = zip(images.paths, self.table["class_name"].to_pylist(), _class_of_each(images), strict=True)
+        changed = [f"{path}: {before} became {now}" for path, before, now in classes if before != now]
         if changed:
-            row = changed[0]
             raise InputError(
-                f"{len(changed)} labels changed since this run was built, the first is {found.paths[row]}: "
-                f"{before[row]} became {now[row]}; restore the labels or start a new output_dir"
+                f"{len(changed)} labels changed since this run was built, the first is {changed[0]}; "
+                "restore the labels or start a new output_dir"
             )
 
 
@@ -228,30 +226,30 @@ def _match(wanted: list[_Identity], given: list[_Identity]) -> list[int | None]:
 
     The same path comes first, then the same class (a file that was renamed), then any.
     """
-    rows: list[int | None] = [None] * len(wanted)
+    matched: list[int | None] = [None] * len(wanted)
     free = set(range(len(given)))
     for columns in ((0, 1), (0, 2), (0,)):
-        if None not in rows:
+        if None not in matched:
             break
         candidates: dict[tuple[str | None, ...], deque[int]] = defaultdict(deque)
-        for row in sorted(free):
-            candidates[tuple(given[row][column] for column in columns)].append(row)
-        for position, identity in enumerate(wanted):
+        for position in sorted(free):
+            candidates[tuple(given[position][column] for column in columns)].append(position)
+        for number, identity in enumerate(wanted):
             same = candidates[tuple(identity[column] for column in columns)]
-            if rows[position] is None and same:
-                rows[position] = same.popleft()
-        free -= set(rows)
-    return rows
+            if matched[number] is None and same:
+                matched[number] = same.popleft()
+        free -= set(matched)
+    return matched
 
 
-def _rows(images: ImageSet, split: str) -> pa.Table:
+def _table(images: ImageSet, split: str) -> pa.Table:
     columns = {
         "split": [split] * len(images),
         "example_index": range(len(images)),
         "path": images.paths,
         "sha256": images.sha256,
         "label": images.labels.tolist(),
-        "class_name": _class_of_rows(images),
+        "class_name": _class_of_each(images),
         "contributor": images.contributors,
         "license": images.licenses,
         "reachable": [True if split == "train" else None] * len(images),
@@ -261,11 +259,11 @@ def _rows(images: ImageSet, split: str) -> pa.Table:
 
 def _all_reachable(table: pa.Table) -> pa.Table:
     """Add the column that version 1 did not have."""
-    rows = [True if split == "train" else None for split in table["split"].to_pylist()]
-    return table.append_column(_SCHEMA.field("reachable"), pa.array(rows, pa.bool_()))
+    values = [True if split == "train" else None for split in table["split"].to_pylist()]
+    return table.append_column(_SCHEMA.field("reachable"), pa.array(values, pa.bool_()))
 
 
-def _class_of_rows(images: ImageSet) -> list[str | None]:
+def _class_of_each(images: ImageSet) -> list[str | None]:
     names = [*images.class_names, None]
     return [names[label] for label in images.labels.tolist()]
 

@@ -25,8 +25,7 @@ def read_idx_folder(folder: Path, preferred: str) -> tuple[Tensor, Tensor]:
     """Read the training part of an MNIST-like data set from anywhere in `folder`.
 
     Args:
-        folder: Holds train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz, at most two levels
-            down.
+        folder: Holds train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz, at most two levels down.
         preferred: Name of the subfolder to take if several hold such files.
 
     Returns:
@@ -53,8 +52,8 @@ def read_cifar10_folder(folder: Path) -> tuple[Tensor, Tensor]:
     """
     first = _find(folder, ["data_batch_1"], "cifar-10-batches-py")
     paths = [first, *(_find(first.parent, [f"data_batch_{i}"], "") for i in range(2, 6))]
-    batches = [_read_cifar_batch(path) for path in paths]
-    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+    images, labels = zip(*map(_read_cifar_batch, paths), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def _find(folder: Path, names: Sequence[str], preferred: str) -> Path:
@@ -62,18 +61,18 @@ def _find(folder: Path, names: Sequence[str], preferred: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"no folder at {folder}; set data.path to the folder that holds {names[0]}")
     for level in ("", "*/", "*/*/"):
-        found = [path for name in names for end in ("", ".gz") for path in folder.glob(f"{level}{name}{end}")]
-        if found:
-            return _only(found, preferred, folder)
+        copies = [path for name in names for end in ("", ".gz") for path in folder.glob(f"{level}{name}{end}")]
+        if copies:
+            return _only(copies, preferred, folder)
     raise InputError(f"no {names[0]} (plain or .gz) in {folder}; set data.path to the folder that holds it")
 
 
-def _only(found: list[Path], preferred: str, folder: Path) -> Path:
-    parents = {path.parent for path in found}
-    chosen = [path for path in found if len(parents) == 1 or preferred in path.relative_to(folder).parts]
+def _only(copies: list[Path], preferred: str, folder: Path) -> Path:
+    parents = {path.parent for path in copies}
+    chosen = [path for path in copies if len(parents) == 1 or preferred in path.relative_to(folder).parts]
     if len({path.parent for path in chosen}) != 1:
-        options = " or ".join(sorted(str(parent) for parent in parents))
-        raise InputError(f"several copies of {found[0].name} in {folder}; set data.path to one of them: {options}")
+        options = " or ".join(sorted(map(str, parents)))
+        raise InputError(f"several copies of {copies[0].name} in {folder}; set data.path to one of them: {options}")
     return chosen[0]
 
 

@@ -21,12 +21,9 @@ _CLASS_NAMES = {
     "digits": _DIGIT_NAMES,
     "mnist": _DIGIT_NAMES,
     "fashion_mnist": (
-        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-        "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
     ),
-    "cifar10": (
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    ),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }  # fmt: skip
 _TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 
@@ -72,19 +69,18 @@ def _load_packed(source: str, folder: Path, image_size: int) -> ImageSet:
     else:
         images, labels = read_idx_folder(folder, _TORCHVISION_NAMES[source])
     last = len(_CLASS_NAMES[source]) - 1
-    unknown = labels[(labels < 0) | (labels > last)]
-    if len(unknown):
-        raise InputError(f"label {int(unknown[0])} in {folder}, {source} has 0 ... {last}; check data.path")
+    unknown = labels[(labels < 0) | (labels > last)].tolist()
+    if unknown:
+        raise InputError(f"label {unknown[0]} in {folder}, {source} has 0 ... {last}; check data.path")
     return _pack(source, images, images, labels, image_size)
 
 
 def _pack(source: str, originals: Tensor, pixels: Tensor, labels: Tensor, image_size: int) -> ImageSet:
     """Give packed images names, and digests of the `originals`, which no choice of image size changes."""
     # In parts: on some processors torchvision resizes in float32, four times the memory.
-    resized = torch.cat([resize_and_crop(part, image_size) for part in pixels.split(4096)])
     unknown = (None,) * len(labels)
     return ImageSet(
-        images=resized,
+        images=torch.cat([resize_and_crop(part, image_size) for part in pixels.split(4096)]),
         labels=labels,
         class_names=_CLASS_NAMES[source],
         paths=tuple(f"{source}/{i:05d}" for i in range(len(labels))),
@@ -103,9 +99,8 @@ def _download(source: str) -> Path:
         # train=False: the download brings both parts, and the test part is the quicker one to read back.
         getattr(torchvision.datasets, _TORCHVISION_NAMES[source])(folder, train=False, download=True)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"cannot download {source} to {folder}: {reason}; "
+            f"cannot download {source} to {folder}: {' '.join(str(error).split())}; "
             "get its files another way and set data.path to their folder"
         ) from error
     return folder

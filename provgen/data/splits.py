@@ -12,15 +12,10 @@ from provgen.errors import InputError
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out the same share of every class, the null label counting as one.
-
-    Args:
-        labels: int64 (example,).
-        fraction: Share of every class that is held out, rounded; at least one example is kept for training.
-        seed: Which examples are held out.
+    """Hold out the rounded share `fraction` of every class, the null label counting as one, but never all of it.
 
     Returns:
-        Train and holdout indices, each int64 and ascending; together they are all examples.
+        Train and holdout indices, each int64 and ascending; together they are all of `labels`, int64 (example,).
     """
     is_holdout = torch.zeros(len(labels), dtype=torch.bool)
     for members in _shuffled_classes(labels, seed):
@@ -32,10 +27,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     """Choose `count` examples (or all, if there are fewer) in the proportions of the classes.
 
-    Args:
-        labels: int64 (example,).
-        count: Examples to choose, at least 0; what rounding leaves goes to the largest remainders.
-        seed: Which examples are chosen.
+    What rounding leaves goes to the largest remainders. `labels` is int64 (example,).
 
     Returns:
         Indices int64 (min(count, example),), ascending.
@@ -47,21 +39,15 @@ def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def subset_masks(labels: Tensor, *, num_subsets: int, fraction: float, seed: int) -> Tensor:
-    """Draw subsets of the examples, each with its share of every class.
-
-    Args:
-        labels: int64 (example,).
-        num_subsets: How many; the first of more are the same.
-        fraction: Size of each, as a share of the examples.
-        seed: Which examples they have.
+    """Draw subsets, each a `fraction` of the examples and of every class; the first of more are the same.
 
     Returns:
-        bool (subset, example).
+        bool (subset, example) for `labels`, int64 (example,).
     """
     masks = torch.zeros(num_subsets, len(labels), dtype=torch.bool)
     seeds = torch.randint(2**62, (num_subsets,), generator=torch.Generator().manual_seed(seed))
-    for mask, own in zip(masks, seeds.tolist(), strict=True):
-        mask[stratified_subset(labels, round(fraction * len(labels)), own)] = True
+    for mask, subset_seed in zip(masks, seeds.tolist(), strict=True):
+        mask[stratified_subset(labels, round(fraction * len(labels)), subset_seed)] = True
     return masks
 
 
@@ -87,12 +73,12 @@ def stratified_coverage(labels: Tensor, count: int, seed: int) -> Tensor:
     A class too small for its share gets one example; the other classes share the rest.
 
     Args:
-        labels: int64 (train,); the null label counts as a class.
+        labels: int64 (train,); the null label counts as a class, as in the other rules of coverage.
         count: Examples to cover, from one of every class present to all.
-        seed: Which examples are drawn.
+        seed: Seed of the draw.
 
     Returns:
-        Example indices int64 (count,), ascending.
+        Example indices int64 (count,), ascending, as those of the other rules.
 
     Raises:
         InputError: `count` is out of range.
@@ -118,23 +104,16 @@ def k_center_coverage(features: Tensor, labels: Tensor, count: int) -> Tensor:
     nearest to the mean of each class. Ties go to the lowest index. O(count x train x feature).
 
     Args:
-        features: Floating (train, feature); Euclidean distances between rows count.
-        labels: int64 (train,); the null label counts as a class.
-        count: Examples to cover, from one of every class present to all.
-
-    Returns:
-        Example indices int64 (count,), ascending.
-
-    Raises:
-        InputError: `count` is out of range.
+        features: Points of the examples in Euclidean space, floating (train, feature).
+        labels: As in `stratified_coverage`, and so are `count`, what is returned and what is raised.
+        count: Number of examples.
     """
     centers = _nearest_to_class_means(features, _possible(labels, count))
     to_nearest_center = features.new_full((len(features),), inf)
     for number in range(count):
         if number == len(centers):
             centers.append(int(to_nearest_center.argmax()))
-        distances = _distances(features, features[centers[number]])
-        to_nearest_center = torch.minimum(to_nearest_center, distances)
+        to_nearest_center = torch.minimum(to_nearest_center, _distances(features, features[centers[number]]))
         # Below the 0 of a copy, so that no example is chosen twice.
         to_nearest_center[centers[number]] = -1
     return torch.tensor(centers).sort().values
@@ -143,16 +122,12 @@ def k_center_coverage(features: Tensor, labels: Tensor, count: int) -> Tensor:
 def entropy_coverage(entropies: Tensor, labels: Tensor, count: int) -> Tensor:
     """Choose the examples that are hardest to tell apart: the highest entropy of every class, then of all.
 
+    Ties go to the lowest index.
+
     Args:
         entropies: Entropy of each example's posterior (`posterior_entropies`) in nats, (train,).
-        labels: int64 (train,); the null label counts as a class.
-        count: Examples to cover, from one of every class present to all.
-
-    Returns:
-        Example indices int64 (count,), ascending; ties go to the lowest.
-
-    Raises:
-        InputError: `count` is out of range.
+        labels: As in `stratified_coverage`, and so are `count`, what is returned and what is raised.
+        count: Number of examples.
     """
     labels = _possible(labels, count)
     order = entropies.cpu().argsort(descending=True, stable=True)
@@ -182,11 +157,11 @@ def _nearest_to_class_means(features: Tensor, labels: Tensor) -> list[int]:
     centers = []
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
-        rows = features[members]
-        centers.append(int(members[_distances(rows, rows.mean(dim=0)).argmin()]))
+        points = features[members]
+        centers.append(int(members[_distances(points, points.mean(dim=0)).argmin()]))
     return centers
 
 
-def _distances(rows: Tensor, point: Tensor) -> Tensor:
-    """Euclidean distances (row,) of rows (row, feature) to a point (feature,); exactly 0 for a copy of it."""
-    return torch.cdist(point[None], rows, compute_mode="donot_use_mm_for_euclid_dist")[0]
+def _distances(points: Tensor, center: Tensor) -> Tensor:
+    """Euclidean distances (point,) of points (point, feature) to a center (feature,); exactly 0 for a copy of it."""
+    return torch.cdist(center[None], points, compute_mode="donot_use_mm_for_euclid_dist")[0]

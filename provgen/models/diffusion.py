@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d_blocks import DownBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ from provgen.errors import InputError
 
 @dataclass(frozen=True)
 class DenoiserSize:
-    """Channels of each down block, and residual layers in each."""
+    """Channels of each down block, residual layers in each, and groups of group normalisation."""
 
     channels: tuple[int, ...]
     layers: int
@@ -95,31 +96,27 @@ def encoder_shapes(size: str, image_size: int, image_channels: int) -> list[tupl
 def record_feature_maps(denoiser: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the noisy image and the encoder feature maps of one forward pass, in the order of `encoder_shapes`.
 
-    Args:
-        denoiser: A UNet2DModel, wrapped by Accelerate or not.
-
-    Yields:
-        A list that the forward pass inside the block fills with (batch, channel, height, width) tensors.
+    The pass inside the block fills the list with (batch, channel, height, width) tensors. `denoiser` is a UNet2DModel,
+    wrapped by Accelerate or not.
     """
     unet = extract_model_from_parallel(denoiser)
     assert isinstance(unet, UNet2DModel)
     feature_maps: list[Tensor] = []
-    hooks = [
-        unet.conv_in.register_forward_pre_hook(lambda _m, inputs: feature_maps.append(inputs[0])),
-        unet.conv_in.register_forward_hook(lambda _m, _i, output: feature_maps.append(output)),
-    ]
-    for block in unet.down_blocks:
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        feature_maps.append(output)
+
+    def keep_stage(block: DownBlock2D, _inputs: object, output: tuple[Tensor, tuple[Tensor, ...]]) -> None:
         # A down block returns (downsampled, all its residual outputs); the last residual layer is the stage.
-        last = len(block.resnets) - 1
-        hooks.append(
-            block.register_forward_hook(lambda _m, _i, output, last=last: feature_maps.append(output[1][last]))
-        )
-    hooks.append(unet.mid_block.register_forward_hook(lambda _m, _i, output: feature_maps.append(output)))
-    try:
+        feature_maps.append(output[1][len(block.resnets) - 1])
+
+    with ExitStack() as hooks:
+        hooks.enter_context(unet.conv_in.register_forward_pre_hook(lambda _m, inputs: feature_maps.append(inputs[0])))
+        hooks.enter_context(unet.conv_in.register_forward_hook(keep))
+        for block in unet.down_blocks:
+            hooks.enter_context(block.register_forward_hook(keep_stage))
+        hooks.enter_context(unet.mid_block.register_forward_hook(keep))
         yield feature_maps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def encoder_feature_maps(unet: UNet2DModel, images: Tensor, timestep: Tensor, class_labels: Tensor) -> list[Tensor]:
@@ -138,12 +135,9 @@ def encoder_feature_maps(unet: UNet2DModel, images: Tensor, timestep: Tensor, cl
     def stop(_module: nn.Module, _inputs: object) -> None:
         raise _EncoderDone
 
-    hook = unet.up_blocks[0].register_forward_pre_hook(stop)
-    try:
-        with record_feature_maps(unet) as feature_maps, suppress(_EncoderDone):
-            unet(images, timestep, class_labels=class_labels)
-    finally:
-        hook.remove()
+    stops = unet.up_blocks[0].register_forward_pre_hook(stop)
+    with stops, record_feature_maps(unet) as feature_maps, suppress(_EncoderDone):
+        unet(images, timestep, class_labels=class_labels)
     return feature_maps
 
 
@@ -155,23 +149,16 @@ class _EncoderDone(Exception):  # noqa: N818 - a signal, not an error
 def record_features(unet: UNet2DModel) -> Iterator[list[Tensor]]:
     """Collect what the last layer is given in a forward pass, (batch, channel, height, width)."""
     features: list[Tensor] = []
-    hook = unet.conv_out.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0]))
-    try:
+    with unet.conv_out.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0])):
         yield features
-    finally:
-        hook.remove()
 
 
 def last_layer_gradients(unet: UNet2DModel, features: Tensor, output: Tensor) -> Tensor:
     """Give the gradients of each output's mean square with respect to the last layer, (batch, parameter).
 
     Those of D-TRAK (Zheng et al. 2024, arXiv 2311.00500) at one level. A linear layer's gradient is the product of
-    what goes in and the slope of the loss at what comes out, which here is the output itself.
-
-    Args:
-        unet: The denoiser.
-        features: What its last layer was given.
-        output: What it made of that, (batch, channel, height, width).
+    what goes in, `features`, and the slope of the loss at what comes out, `output` itself here. Both are
+    (batch, channel, height, width).
     """
     last = unet.conv_out
     slopes = 2 * output / output[0].numel()

@@ -60,12 +60,9 @@ class OwnEncoder(nn.Module):
     """
 
     def __init__(self, shapes: list[tuple[int, int]], *, shared: int, reads_level: bool = True) -> None:
-        """Build the blocks.
+        """Build the blocks from `(channels, height)` of the image and of every stage.
 
-        Args:
-            shapes: `(channels, height)` of the image and of every stage.
-            shared: Feature maps taken from the generator, 0 to all.
-            reads_level: Whether the blocks are told the noise level.
+        `shared` counts the feature maps taken from the generator; `reads_level` tells the blocks the noise level.
         """
         super().__init__()
         assert 0 <= shared < len(shapes)
@@ -84,12 +81,10 @@ class OwnEncoder(nn.Module):
         )
 
     def forward(self, feature_maps: list[Tensor], alpha_bar: Tensor) -> list[Tensor]:
-        """Give all feature maps but the image.
+        """Give all feature maps but the image, for noise levels `alpha_bar` (batch,).
 
-        Args:
-            feature_maps: The image and the generator's feature maps, (batch, channel, height, width) each; those
-                after the shared ones are ignored.
-            alpha_bar: alpha_bar (batch,).
+        `feature_maps` are the image and the generator's, (batch, channel, height, width) each; those after the shared
+        ones are ignored.
         """
         made = feature_maps[: self.shared + 1]
         level = None

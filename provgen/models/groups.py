@@ -43,12 +43,12 @@ def class_cells(labels: Tensor) -> Tensor:
 
 
 def place_anchors(coordinates: Tensor, cells: Tensor, num_cells: int, per_cell: int) -> tuple[Tensor, Tensor]:
-    """Sum every cell up by a few points.
+    """Sum every cell, empty ones included, up by `per_cell` points.
 
     Args:
-        coordinates: (train, width).
-        cells: int64 (train,).
-        num_cells: Cells, empty ones included.
+        coordinates: Points of the examples, (train, width).
+        cells: Cell of each example, int64 (train,).
+        num_cells: Number of cells.
         per_cell: Points of each cell.
 
     Returns:
@@ -58,10 +58,10 @@ def place_anchors(coordinates: Tensor, cells: Tensor, num_cells: int, per_cell: 
     weights = coordinates.new_full((num_cells, per_cell), LOG_NOBODY)
     for cell in cells.unique().tolist():
         members = coordinates[cells == cell]
-        found = _kmeans(members, min(per_cell, len(members)))
-        kept = len(found.cluster_centers_)
-        points[cell, :kept] = torch.from_numpy(found.cluster_centers_)
-        counts = torch.from_numpy(found.labels_).long().bincount(minlength=kept).double()
+        clusters = _kmeans(members, min(per_cell, len(members)))
+        kept = len(clusters.cluster_centers_)
+        points[cell, :kept] = torch.from_numpy(clusters.cluster_centers_)
+        counts = torch.from_numpy(clusters.labels_).long().bincount(minlength=kept).double()
         weights[cell, :kept] = counts.clamp_min(math.exp(LOG_NOBODY)).log()
     return points.flatten(0, 1), weights.flatten()
 
@@ -81,22 +81,22 @@ def log_class_shares(cells: Tensor, labels: Tensor, num_cells: int, num_classes:
     return (counts / sizes.clamp_min(1)).log()
 
 
-def _kmeans(rows: Tensor, count: int) -> KMeans:
+def _kmeans(points: Tensor, count: int) -> KMeans:
     from sklearn.cluster import KMeans  # here: loading a pipeline does without
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         # Fewer distinct images than clusters: some stay empty, which is what they should do.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return KMeans(count, n_init=1, max_iter=50, random_state=0).fit(rows.numpy())
+        return KMeans(count, n_init=1, max_iter=50, random_state=0).fit(points.numpy())
 
 
 class AnchorMixture(nn.Module):
     """Log probabilities of groups of examples.
 
     The probability of a group is the sum of the closed form over its members. Here the sum runs over a few anchors
-    with weights: a linear layer on the embedding cannot say it (on digits 0.41 and 0.87 nats from the closed form
-    after 800 steps, against 0.24 and 0.35), and all examples would cost what the groups are to save.
+    with weights: a linear layer on the embedding cannot say it, and all examples would cost what the groups are to
+    save.
     """
 
     def __init__(self, num_groups: int, *, num_examples: int, width: int, share: float) -> None:
@@ -110,8 +110,8 @@ class AnchorMixture(nn.Module):
     def forward(self, embedding: Tensor, alpha_bar: Tensor) -> Tensor:
         """Give log probabilities (batch, group) from an embedding (batch, width) and alpha_bar (batch,)."""
         logits: Tensor = self.anchors(embedding, alpha_bar) + self.weights
-        groups: Tensor = logits.unflatten(1, (self.num_groups, -1)).logsumexp(dim=2).log_softmax(dim=1)
-        return groups
+        groups: Tensor = logits.unflatten(1, (self.num_groups, -1)).logsumexp(dim=2)
+        return groups.log_softmax(dim=1)
 
     @torch.no_grad()
     def start(self, coordinates: Tensor, groups: Tensor, log_cap: Tensor) -> None:
@@ -126,9 +126,9 @@ MATCH_AT_ONCE = 512
 """Slots matched exactly; more are first split along principal coordinates, as the exact match is cubic in them."""
 
 
-def group_means(rows: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Average rows (train, width) over each of `count` groups; zeros for an empty one."""
-    sums = rows.new_zeros(count, rows.shape[1]).index_add(0, groups, rows)
+def group_means(points: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Average points (train, width) over each of `count` groups; zeros for an empty one."""
+    sums = points.new_zeros(count, points.shape[1]).index_add(0, groups, points)
     return sums / groups.bincount(minlength=count).clamp_min(1)[:, None]
 
 
@@ -139,11 +139,11 @@ def assign_slots(points: Tensor, groups: Tensor, num_slots: int) -> Tensor:
 
     Args:
         points: Examples, each from the mean of its group, (train, width).
-        groups: int64 (train,).
+        groups: Group of each, int64 (train,).
         num_slots: At least the size of the largest group.
 
     Returns:
-        int64 (train,).
+        Slot of each, int64 (train,).
     """
     slots = torch.zeros_like(groups)
     means = points.new_zeros(num_slots, points.shape[1])
@@ -162,8 +162,8 @@ def match(points: Tensor, slots: Tensor, axis: int = 0) -> Tensor:
 
     Args:
         points: At most as many as slots.
-        slots: (slot, width).
-        axis: Where to split if there are too many for an exact match.
+        slots: Points (slot, width).
+        axis: Column along which too many for an exact match are split.
 
     Returns:
         int64 (point,).
@@ -175,21 +175,19 @@ def match(points: Tensor, slots: Tensor, axis: int = 0) -> Tensor:
     column = axis % points.shape[1]
     point_order, slot_order = points[:, column].argsort(), slots[:, column].argsort()
     matched = torch.empty(len(points), dtype=torch.int64)
-    for some, among in (
-        (point_order[:part], slot_order[:half]),
-        (point_order[part:], slot_order[half:]),
-    ):
-        matched[some] = among[match(points[some], slots[among], axis + 1)]
+    halves = zip(point_order.tensor_split([part]), slot_order.tensor_split([half]), strict=True)
+    for half_points, half_slots in halves:
+        matched[half_points] = half_slots[match(points[half_points], slots[half_slots], axis + 1)]
     return matched
 
 
-def factorise(points: Tensor, place: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
+def factorise(points: Tensor, cells: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
     """Write points as products of shared slots and group maps, as nearly as `rank` allows (truncated SVD).
 
     Args:
-        points: (train, width).
-        place: group x slots + slot of each example, int64 (train,).
-        shape: Groups and slots.
+        points: Points (train, width).
+        cells: Group x slots + slot of each example, int64 (train,).
+        shape: Numbers of groups and slots.
         rank: Columns of the slots.
 
     Returns:
@@ -198,7 +196,7 @@ def factorise(points: Tensor, place: Tensor, shape: tuple[int, int], rank: int) 
     groups, num_slots = shape
     width = points.shape[1]
     table = points.new_zeros(groups * num_slots, width)
-    table[place] = points
+    table[cells] = points
     beside = table.view(groups, num_slots, width).transpose(0, 1).reshape(num_slots, groups * width)
     left, values, right = torch.linalg.svd(beside, full_matrices=False)
     kept = min(rank, len(values))

@@ -1,7 +1,14 @@
 """Index heads: from encoder feature maps to logits over training examples.
 
-Every head is called as `head(feature maps, signal, class_labels, class_logits)` and started by
-`head.start(images, labels, at_images=...)`.
+Every head is called as `head(feature_maps, alpha_bar, class_labels, class_logits)`, with feature maps (batch, channel,
+height, width), alpha_bar in (0, 1], (batch,), labels int64 (batch,) and class logits (batch, class). It gives index
+logits (batch, train).
+
+Every head is started by `head.start(images, labels, at_images=...)`, with images (train, channel, height, width) in
+[-1, 1] and labels int64 (train,). Unless `at_images`, all weights stay random.
+
+Every head is built from the `(channels, height)` of the feature maps read, the number of examples N, the width of the
+embedding, and the number of classes without the null label.
 """
 
 from __future__ import annotations
@@ -15,13 +22,12 @@ from torch import Tensor, nn
 
 from provgen.models import groups as cell_rules
 from provgen.models.embedding import silent_embedding
-from provgen.models.groups import AnchorMixture, assign_slots, factorise, group_means
+from provgen.models.groups import AnchorMixture, assign_slots, factorise, group_means, log_softmax_within
 from provgen.models.prototypes import Prototypes, principal_coordinates, sharpen, starting_log_cap
 
 RANK = 3
-"""Rank of slots times class maps in the class-conditional head, in halves of the width. On digits at width 64 the
-gap to the closed form is 0.35, 0.21 and 0.14 nats for ranks 64, 96 and 128 after 2,000 steps, and above 120 the head
-is larger than the class-independent one (0.03 nats)."""
+"""Rank of slots times class maps in the class-conditional head, in halves of the width. A larger rank comes nearer to
+the closed form, until the head is larger than the class-independent one."""
 
 CELL_ANCHORS, CLASS_ANCHORS = 8, 4
 """Anchors of cells and of classes, in square roots of the number of examples."""
@@ -31,7 +37,6 @@ class ClassIndependentHead(nn.Module):
     """One softmax over all training examples, each with a prototype."""
 
     def __init__(self, shapes: list[tuple[int, int]], *, num_examples: int, width: int) -> None:
-        """Build the head; `shapes` lists `(channels, height)` of the feature maps read."""
         super().__init__()
         self.embedding = silent_embedding(shapes, width)
         self.prototypes = Prototypes(num_examples, width)
@@ -43,20 +48,14 @@ class ClassIndependentHead(nn.Module):
         class_labels: Tensor,  # noqa: ARG002 - the call that all heads share
         class_logits: Tensor | None,  # noqa: ARG002
     ) -> Tensor:
-        """Give index logits (batch, train) from feature maps and the alpha_bar in (0, 1], (batch,)."""
+        """Give index logits (batch, train)."""
         logits: Tensor = self.prototypes(self.embedding(feature_maps), alpha_bar)
         return logits
 
     def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:  # noqa: ARG002 - as all heads
         """Start the prototypes at the principal coordinates of the training images.
 
-        The embedding then only has to learn the same coordinates of x_t. On digits this is the difference
-        between a gap to the closed form of 2.3 nats and of 0.1 after 900 steps.
-
-        Args:
-            images: (train, channel, height, width), in [-1, 1].
-            labels: int64 (train,).
-            at_images: Otherwise the prototypes stay random.
+        The embedding then only has to learn the same coordinates of x_t.
         """
         if not at_images:
             return
@@ -85,14 +84,9 @@ class ClassConditionalHead(nn.Module):
     ) -> None:
         """Build the head.
 
-        Args:
-            shapes: `(channels, height)` of the feature maps read.
-            num_examples: N.
-            width: Embedding channels.
-            num_classes: Classes without the null label.
-            num_slots: M, examples of the largest class, or of those without a class if they are more.
-            has_unlabelled: Whether some examples carry the null label, `num_classes`.
-            has_class_branch: Whether the head predicts the class itself; if not, it is called with `class_logits`.
+        `num_slots` is M, the examples of the largest class, or of those without a class if they are more.
+        `has_unlabelled` says whether some examples carry the null label, `has_class_branch` whether the head predicts
+        the class itself; if not, it is called with `class_logits`.
         """
         super().__init__()
         self.num_groups = num_classes + has_unlabelled
@@ -124,32 +118,20 @@ class ClassConditionalHead(nn.Module):
     ) -> Tensor:
         """Give index logits (batch, train), normalised if every class has examples.
 
-        Args:
-            feature_maps: (batch, channel, height, width) each.
-            alpha_bar: alpha_bar in (0, 1], (batch,).
-            class_labels: int64 (batch,).
-            class_logits: (batch, class); not read by a head that predicts the class itself.
+        A head that predicts the class itself does not read `class_logits`.
         """
         embedding = self.embedding(feature_maps)
         views = torch.einsum("bw,crw->bcr", embedding, self.maps)
-        similarity = F.linear(views, self.slots).to(alpha_bar.dtype).flatten(1).index_select(1, self._places())
+        products = F.linear(views, self.slots).to(alpha_bar.dtype).flatten(1)
+        similarity = products.index_select(1, self.example_groups * len(self.slots) + self.example_slots)
         logits = sharpen(similarity, self.bias, alpha_bar, self.log_cap)
-        within = cell_rules.log_softmax_within(logits, self.example_groups, self.num_groups)
+        within = log_softmax_within(logits, self.example_groups, self.num_groups)
         groups = self._log_groups(embedding, alpha_bar, class_logits)
         return within + groups.index_select(1, self.example_groups)
 
     @torch.no_grad()
     def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:
-        """Give the examples their slots, and start at the nearest products to their principal coordinates.
-
-        Matching the classes' examples takes the gap to the closed form on digits from 0.54 to 0.47 nats at rank
-        64 (rank 128: 0.28 to 0.26), after 800 steps.
-
-        Args:
-            images: (train, channel, height, width), in [-1, 1].
-            labels: int64 (train,).
-            at_images: Otherwise all weights stay random.
-        """
+        """Give the examples their slots, and start at the nearest products to their principal coordinates."""
         labels = labels.cpu()
         num_slots, rank = self.slots.shape
         coordinates = principal_coordinates(images, self.maps.shape[2])
@@ -160,12 +142,12 @@ class ClassConditionalHead(nn.Module):
         self.example_slots.copy_(slots)
         if not at_images:
             return
-        place = labels * num_slots + slots
-        started, maps = factorise(coordinates - centres, place, (self.num_groups, num_slots), rank)
-        self.slots.copy_(started)
+        cells = labels * num_slots + slots
+        slot_points, maps = factorise(coordinates - centres, cells, (self.num_groups, num_slots), rank)
+        self.slots.copy_(slot_points)
         self.maps.copy_(maps)
-        near = (started @ maps).flatten(0, 1)[place]
-        self.bias.copy_(near.square().sum(1) / 2 + (near * centres).sum(1))
+        points = (slot_points @ maps).flatten(0, 1)[cells]
+        self.bias.copy_(points.square().sum(1) / 2 + (points * centres).sum(1))
         self.log_cap.copy_(starting_log_cap(coordinates))
         if self.class_branch is not None:
             self.class_branch.start(coordinates, labels, starting_log_cap(coordinates))
@@ -174,15 +156,12 @@ class ClassConditionalHead(nn.Module):
             share = (labels == self.num_groups - 1).double().mean()
             self.unlabelled.bias.fill_(float(torch.logit(share, eps=1e-6)))
 
-    def _places(self) -> Tensor:
-        return self.example_groups * len(self.slots) + self.example_slots
-
     def _log_groups(self, embedding: Tensor, alpha_bar: Tensor, class_logits: Tensor | None) -> Tensor:
         """Log probabilities of the classes, and of having none last: (batch, group)."""
         if self.class_branch is not None:
             groups: Tensor = self.class_branch(embedding, alpha_bar)
             return groups
-        assert class_logits is not None, "who has no class branch is told"
+        assert class_logits is not None, "a head without a class branch is given class logits"
         classes = class_logits.to(alpha_bar.dtype).log_softmax(dim=1)
         if self.unlabelled is None:
             return classes
@@ -210,13 +189,8 @@ class TwoStageHead(nn.Module):
     ) -> None:
         """Build the head.
 
-        Args:
-            shapes: `(channels, height)` of the feature maps read.
-            num_examples: N.
-            width: Embedding channels.
-            num_cells: Cells; with `cells` = "classes" as many as there are different labels.
-            num_classes: Classes without the null label.
-            cells: What a cell is: a k-means cluster of principal coordinates, or a class.
+        A cell is a k-means cluster of principal coordinates or, with `cells` = "classes", a class: then `num_cells` is
+        the number of different labels.
         """
         super().__init__()
         self.cells = cells
@@ -238,31 +212,20 @@ class TwoStageHead(nn.Module):
     ) -> Tensor:
         """Give index logits (batch, train), normalised if every cell has examples.
 
-        Args:
-            feature_maps: (batch, channel, height, width) each.
-            alpha_bar: alpha_bar in (0, 1], (batch,).
-            class_labels: int64 (batch,); only a search reads them.
-            class_logits: Not used.
-            beam: Score only the examples of this many cells of each row, the most probable ones that hold
-                examples of the row's class; others get the lowest finite value. None scores all.
+        With a `beam`, score only the examples of so many cells of each row, the most probable ones that hold examples
+        of the row's class; others get the lowest finite value.
         """
         embedding = self.embedding(feature_maps)
         log_cells: Tensor = self.log_cells(embedding, alpha_bar)
         if beam is not None:
             return self._search(embedding, alpha_bar, log_cells, self._best(log_cells, class_labels, beam))
         logits = self.prototypes(embedding, alpha_bar)
-        within = cell_rules.log_softmax_within(logits, self.example_cells, log_cells.shape[1])
+        within = log_softmax_within(logits, self.example_cells, log_cells.shape[1])
         return within + log_cells.index_select(1, self.example_cells)
 
     @torch.no_grad()
     def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:
-        """Choose the cells, and start prototypes and anchors at principal coordinates of the training images.
-
-        Args:
-            images: (train, channel, height, width), in [-1, 1].
-            labels: int64 (train,).
-            at_images: Otherwise all weights stay random.
-        """
+        """Choose the cells, and start prototypes and anchors at principal coordinates of the training images."""
         labels = labels.cpu()
         classes, num_cells = self.log_class_shares.shape
         coordinates = principal_coordinates(images, self.prototypes.points.shape[1])

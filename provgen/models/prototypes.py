@@ -32,13 +32,10 @@ class Prototypes(nn.Module):
         self.log_cap = nn.Parameter(torch.tensor(math.log(CLEAR_CALL)))
 
     def forward(self, embedding: Tensor, alpha_bar: Tensor, members: Tensor | None = None) -> Tensor:
-        """Give logits (batch, outcome).
+        """Give logits (batch, outcome) of the outcomes `members`, int64 (outcome,), or of all.
 
-        Args:
-            embedding: (batch, width).
-            alpha_bar: alpha_bar in (0, 1], (batch,), at least float32: a softmax over thousands of outcomes needs the
-                digits, even of half-precision weights.
-            members: int64 (member,), the outcomes wanted; None for all.
+        `embedding` is (batch, width). `alpha_bar` in (0, 1], (batch,), is at least float32: a softmax over thousands of
+        outcomes needs the digits, even of half-precision weights.
         """
         points: Tensor = self.points if members is None else self.points.index_select(0, members)
         bias: Tensor = self.bias if members is None else self.bias.index_select(0, members)
@@ -71,9 +68,9 @@ def principal_coordinates(images: Tensor, width: int) -> Tensor:
     """
     from sklearn.decomposition import PCA  # here: loading a pipeline does without
 
-    rows = images.flatten(1).double().cpu().numpy()
-    kept = min(width, *rows.shape)
-    coordinates = torch.from_numpy(PCA(kept, random_state=0).fit_transform(rows))
+    pixels = images.flatten(1).double().cpu().numpy()
+    kept = min(width, *pixels.shape)
+    coordinates = torch.from_numpy(PCA(kept, random_state=0).fit_transform(pixels))
     return F.pad(coordinates, (0, width - kept))
 
 
@@ -85,9 +82,9 @@ def starting_log_cap(coordinates: Tensor) -> Tensor:
     return (2 * CLEAR_CALL / distance).log()
 
 
-def _typical_squared_distance(rows: Tensor) -> Tensor:
-    """Median squared distance to the nearest other row, among evenly spaced rows of (train, feature)."""
-    some = rows[:: -(-len(rows) // NEIGHBOR_SAMPLE)]
-    nearest = torch.cdist(some, some).fill_diagonal_(math.inf).min(dim=1).values
+def _typical_squared_distance(points: Tensor) -> Tensor:
+    """Median squared distance to the nearest other point, among evenly spaced ones of (train, feature)."""
+    sample = points[:: -(-len(points) // NEIGHBOR_SAMPLE)]
+    nearest = torch.cdist(sample, sample).fill_diagonal_(math.inf).min(dim=1).values
     # Exact duplicates must not make the cap infinite.
-    return nearest.square().median().clamp_min(1e-6 * some.square().sum(1).mean())
+    return nearest.square().median().clamp_min(1e-6 * sample.square().sum(1).mean())

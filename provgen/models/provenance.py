@@ -23,10 +23,10 @@ class ProvenanceOutput(BaseOutput):
     """Logits of the provenance network."""
 
     index_logits: Tensor
-    """(batch, train); examples that a class label rules out, or that are not covered, have the lowest
-    finite value."""
+    """Logits of sources, (batch, train); examples that a class label rules out, or that are not covered, have the
+    lowest finite value."""
     class_logits: Tensor | None = None
-    """(batch, class); None for a network without a class head."""
+    """Logits of classes, (batch, class); None for a network without a class head."""
 
 
 class ProvenanceNetwork(ModelMixin, ConfigMixin):
@@ -87,9 +87,9 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         """Set everything that depends on the training set.
 
         Args:
-            images: In [-1, 1], (train, channel, height, width).
-            labels: int64 (train,).
-            covered: int64 (covered,), ascending: the examples that the index head can name.
+            images: Pixels in [-1, 1], (train, channel, height, width).
+            labels: Classes, int64 (train,).
+            covered: Examples that the index head can name, int64 (covered,), ascending.
             at_images: Whether prototypes start at the images; otherwise they stay random.
         """
         self.example_labels.copy_(labels)
@@ -107,10 +107,9 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
 
         Args:
             feature_maps: The image and the generator's encoder feature maps, each (batch, channel, height, width).
-            alpha_bar: alpha_bar, the cumulative alpha of each row's noise level, (batch,).
+            alpha_bar: Cumulative alpha of each row's noise level, (batch,).
             class_labels: What the generator was told, int64 (batch,); `num_classes` is the null label.
-            class_logits: Class logits of a generator that is a classifier, (batch, class); the network has no class
-                head of its own then.
+            class_logits: Those of a generator that is a classifier, (batch, class); the network then has no class head.
         """
         # float32 under autocast too: a softmax over thousands of examples needs the digits.
         with torch.autocast(alpha_bar.device.type, enabled=False):

@@ -27,9 +27,9 @@ class VaeOutput(NamedTuple):
     log_variance: Tensor
     """Log-variance of q(z | image) in nats, same shape, clamped to [-30, 20]."""
     latents: Tensor
-    """Drawn from q(z | image), same shape."""
+    """Draws from q(z | image), same shape."""
     reconstruction: Tensor
-    """Decoded from `latents`, (batch, channel, height, width), not clamped."""
+    """Pixels decoded from `latents`, (batch, channel, height, width), not clamped."""
     feature_maps: list[Tensor]
     """The reconstruction, detached, and the encoder's feature maps on it; empty where none were wanted."""
 
@@ -52,15 +52,11 @@ class ImageVae(AutoencoderKL):
         self.post_quant_conv = nn.ConvTranspose2d(channels, channels, grid)
 
     def forward(self, images: Tensor, noise: Tensor, *, with_feature_maps: bool = True) -> VaeOutput:
-        """Encode, draw a latent, decode, and encode what was decoded.
+        """Encode images (batch, channel, height, width) in [-1, 1], draw a latent, decode, and encode what was decoded.
 
         The feature maps see the reconstruction without its history: what is learned on them trains the encoder and
-        never teaches the decoder to hide a message in the image.
-
-        Args:
-            images: In [-1, 1], (batch, channel, height, width).
-            noise: Standard normal, (batch, *latent_shape(vae)).
-            with_feature_maps: Whether to encode the reconstruction too.
+        never teaches the decoder to hide a message in the image. `noise` is standard normal,
+        (batch, *latent_shape(vae)).
         """
         latent = self.encode(images).latent_dist
         latents = latent.mean + latent.std * noise
@@ -74,11 +70,7 @@ class ImageVae(AutoencoderKL):
         )
 
     def feature_maps_of(self, images: Tensor) -> list[Tensor]:
-        """Give the images and the encoder's feature maps on them, in the order of `encoder_shapes`.
-
-        Args:
-            images: (batch, channel, height, width), generated or from outside.
-        """
+        """Give images (batch, channel, height, width) and their feature maps, in the order of `encoder_shapes`."""
         hidden = self.encoder.conv_in(images)
         feature_maps = [images, hidden]
         for block in self.encoder.down_blocks:

@@ -53,10 +53,10 @@ def resume_latest(trainer: CoTrainer, folder: Path, fingerprint: str) -> int:
     Raises:
         InputError: The checkpoint belongs to another training set or other networks, or is damaged.
     """
-    found = list_checkpoints(folder)
-    if not found:
+    saved = list_checkpoints(folder)
+    if not saved:
         return 0
-    path = found[-1]
+    path = saved[-1]
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["fingerprint"] != fingerprint:
@@ -72,8 +72,8 @@ def resume_latest(trainer: CoTrainer, folder: Path, fingerprint: str) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """List finished checkpoints, oldest first; what a kill left half written is not among them."""
-    found = (path.parent for path in folder.glob("step-*/state.json"))
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    finished = (path.parent for path in folder.glob("step-*/state.json"))
+    return sorted(finished, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _load(trainer: CoTrainer, path: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What is said of a training run: `metrics.jsonl`, a progress bar, and tables of index metrics."""
+"""Logs of a training run: `metrics.jsonl`, a progress bar, and tables of index metrics."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 # accelerate's registry of trackers wants a subclass; the method names are its own.
 from accelerate.tracking import GeneralTracker, on_main_process
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from provgen.errors import InputError
@@ -67,9 +59,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics file; a last line cut short by a kill is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
     # A complete file ends in a newline, so what follows the last one is a torn line.
-    return [json.loads(line) for line in lines[:-1]]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 SHORT_NAMES = {
@@ -105,9 +96,7 @@ class TrainingProgress:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def update(self, step: int, losses: Mapping[str, float]) -> None:
@@ -153,10 +142,8 @@ def check_finite(losses: Mapping[str, float], step: int, checkpoints: Path) -> N
     Raises:
         InputError: A loss, or a gradient norm, is NaN or infinite.
     """
-    bad = [name for name, loss in losses.items() if not math.isfinite(loss)]
+    bad = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
     if bad:
         saved = list_checkpoints(checkpoints)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
-        raise InputError(
-            f"{bad[0]} is {losses[bad[0]]} at step {step}; {last}; lower training.learning_rate in a new output_dir"
-        )
+        raise InputError(f"{bad[0]} at step {step}; {last}; lower training.learning_rate in a new output_dir")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,16 +31,16 @@ class ClassMixing:
         """Keep the classes.
 
         Args:
-            example_labels: int64 (train,), at most `num_classes`, which stands for "no label" and is a class too.
+            example_labels: int64 (train,), at most `num_classes`, the null label, which is a class too.
             num_classes: Classes without the null label.
             share: alpha in [0, 1].
-            covered: bool (train,), examples that may receive; None for all.
+            covered: Examples that may receive, bool (train,); None for all.
         """
         self.share = share
         self.members = example_labels[:, None] == torch.arange(num_classes + 1, device=example_labels.device)
-        able = self.members if covered is None else self.members & covered[:, None]
+        covered_members = self.members if covered is None else self.members & covered[:, None]
         # A class without any covered example mixes among itself, so that rows keep their sum.
-        self.receivers = torch.where(able.any(dim=0), able, self.members)
+        self.receivers = torch.where(covered_members.any(dim=0), covered_members, self.members)
 
     def __call__(self, probs: Tensor) -> Tensor:
         """Mix probabilities (query, train)."""
@@ -53,12 +54,7 @@ class NeighborMixing:
     """Spreads a share of every example's probability evenly over its nearest neighbours."""
 
     def __init__(self, neighbors: Tensor, *, share: float) -> None:
-        """Keep the neighbours.
-
-        Args:
-            neighbors: int64 (train, k), such as `nearest_neighbors` gives; one that stands there twice counts twice.
-            share: alpha in [0, 1].
-        """
+        """Keep `neighbors`, int64 (train, k), of which one that stands there twice counts twice; `share` is alpha."""
         self.share = share
         self.num_neighbors = neighbors.shape[1]
         receivers, order = neighbors.flatten().sort(stable=True)
@@ -73,35 +69,34 @@ class NeighborMixing:
         return torch.lerp(probs, sums.T / self.num_neighbors, self.share)
 
 
-def nearest_neighbors(rows: Tensor, labels: Tensor, k: int, *, covered: Tensor | None = None) -> Tensor:
+def nearest_neighbors(points: Tensor, labels: Tensor, k: int, *, covered: Tensor | None = None) -> Tensor:
     """Find the `k` nearest other (covered) examples of the same label, so that a label never rules a target out.
 
     A label with k or fewer others repeats them in turn; an example without any other stands for itself. Exact copies
     of an image are neighbours like any other. Distances are Euclidean, and the search is exact.
 
     Args:
-        rows: (train, feature), on the CPU.
+        points: Images or features, (train, feature), on the CPU.
         labels: int64 (train,); the null label counts as one.
         k: Neighbours of each.
-        covered: bool (train,), examples that may be neighbours; None for all.
+        covered: Examples that may be neighbours, bool (train,); None for all.
 
     Returns:
         int64 (train, k), nearest first.
     """
-    found = torch.arange(len(rows))[:, None].repeat(1, k)
-    candidates = torch.ones(len(rows), dtype=torch.bool) if covered is None else covered
+    neighbors = torch.arange(len(points))[:, None].repeat(1, k)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
-        allowed = (candidates & (labels == label)).nonzero().flatten()
+        allowed = members if covered is None else members[covered[members]]
         if len(allowed):
-            found[members] = _nearest(rows, members, allowed, k)
-    return found
+            neighbors[members] = _nearest(points, members, allowed, k)
+    return neighbors
 
 
-def _nearest(rows: Tensor, members: Tensor, allowed: Tensor, k: int) -> Tensor:
+def _nearest(points: Tensor, members: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Find k nearest of `allowed` for each of `members`, never itself where there is another: (member, k)."""
-    search = NearestNeighbors(n_neighbors=min(k + 1, len(allowed))).fit(rows[allowed].double().numpy())
-    order = allowed[torch.from_numpy(search.kneighbors(rows[members].double().numpy(), return_distance=False))]
+    search = NearestNeighbors(n_neighbors=min(k + 1, len(allowed))).fit(points[allowed].double().numpy())
+    order = allowed[torch.from_numpy(search.kneighbors(points[members].double().numpy(), return_distance=False))]
     # Itself goes last; with exact duplicates it need not be the first that was found.
     last = (order == members[:, None]).long().argsort(dim=1, stable=True)
     order = order.gather(1, last)
@@ -118,7 +113,7 @@ class Targets(Protocol):
         Args:
             indices: Example index of each row, int64 (batch,).
             queries: What the closed form is asked: noisy images, latents or images, (batch, ...).
-            alpha_bar: alpha_bar of each row, (batch,).
+            alpha_bar: Noise level of each row, (batch,).
             class_labels: What the generator was told, int64 (batch,).
         """
         ...
@@ -132,40 +127,34 @@ class SoftTarget(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class OneHotTargets:
     """The very example itself; the cross-entropy's optimum is the closed-form posterior."""
 
-    def __init__(self, num_examples: int) -> None:
-        self.num_examples = num_examples
+    num_examples: int
 
-    def __call__(
-        self,
-        indices: Tensor,
-        queries: Tensor,  # noqa: ARG002 - Targets
-        alpha_bar: Tensor,
-        class_labels: Tensor,  # noqa: ARG002 - Targets
-    ) -> Tensor:
+    def __call__(self, indices: Tensor, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Targets
         """Give one-hot rows (batch, train)."""
         return F.one_hot(indices, self.num_examples).to(alpha_bar.dtype)
 
 
+@dataclass(frozen=True)
 class PosteriorTargets:
     """The closed-form posterior itself: the same optimum as one-hot targets, with far less variance."""
 
-    def __init__(self, posterior: SoftTarget) -> None:
-        self.posterior = posterior
+    posterior: SoftTarget
 
     def __call__(self, indices: Tensor, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002 - Targets
         """Give posterior rows (batch, train)."""
         return self.posterior.probs(queries, alpha_bar, class_labels)
 
 
+@dataclass(frozen=True)
 class MixedTargets:
     """Other targets, mixed over like examples."""
 
-    def __init__(self, targets: Targets, mixing: Mixing) -> None:
-        self.targets = targets
-        self.mixing = mixing
+    targets: Targets
+    mixing: Mixing
 
     def __call__(self, indices: Tensor, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give mixed rows (batch, train)."""
@@ -177,7 +166,7 @@ UPDATE_EVERY = 20
 
 
 class PeriodicPosterior:
-    """Asks the closed form that `make` gave at most REFRESH_EVERY calls ago.
+    """Asks the closed form that `make` gave at most UPDATE_EVERY calls ago.
 
     A resumed run makes it anew, and is the same as one that was never stopped only if that one did so too: so it is
     made at every checkpoint, at equal distances in between.

@@ -1,4 +1,4 @@
-"""One optimiser step over the generator and its provenance network."""
+"""One optimiser step over the generator and its provenance network, and the losses of the latter."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from provgen.data.batches import Batch
 from provgen.generators.protocol import Generator, Output
 from provgen.models.provenance import ProvenanceNetwork
-from provgen.training.losses import class_loss, index_loss
 from provgen.training.targets import Targets
 
 MAX_GRADIENT_NORM = 1.0
@@ -32,7 +32,7 @@ class ProvenanceObjective:
     stops_gradient: bool
     """Whether the generator's encoder is shielded from both."""
     covered: Tensor
-    """bool (train,): examples that the index head can name; only their rows have an index loss."""
+    """Examples that the index head can name, bool (train,); only their rows have an index loss."""
     coverage: float
     """Share of the examples that it can name."""
 
@@ -76,11 +76,7 @@ class CoTrainer:
         self.warmup_steps = warmup_steps
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Do the 0-based optimiser step `step` on this process's share of the batch.
-
-        Args:
-            batch: This process's rows.
-            step: Only the warm-up depends on it.
+        """Do the 0-based optimiser step `step` on this process's share of the batch; the warm-up depends on `step`.
 
         Returns:
             Losses over this process's rows and gradient norms before clipping, by name.
@@ -134,3 +130,38 @@ class CoTrainer:
             is_null = labels == predicted.class_logits.shape[1]
             losses["class_loss"] = class_loss(predicted.class_logits, batch.clean_labels, is_null, self.label_dropout)
         return losses
+
+
+def index_loss(index_logits: Tensor, targets: Tensor, is_covered: Tensor, coverage: float) -> Tensor:
+    """Cross-entropy in nats between target rows and predicted rows, over the rows of covered examples.
+
+    The sum is divided by the expected number of covered rows, never by the actual one: see `class_loss`.
+
+    Args:
+        index_logits: Finite, (batch, train).
+        targets: Probabilities (batch, train).
+        is_covered: Rows whose example the index head can name, bool (batch,).
+        coverage: Share of examples that it can name.
+    """
+    covered_targets = targets * is_covered[:, None]
+    losses = -(covered_targets * index_logits.log_softmax(dim=1)).sum(dim=1)
+    return losses.sum() / (len(losses) * coverage)
+
+
+def class_loss(class_logits: Tensor, clean_labels: Tensor, is_null: Tensor, label_dropout: float) -> Tensor:
+    """Cross-entropy in nats of the true class, on rows whose label the denoiser was not given.
+
+    A row whose label conditions the denoiser would leak it into the features. The sum is divided by the
+    expected number of unconditional rows, never by the actual one: a mean over no rows is NaN, and a branch that
+    differs between processes deadlocks them.
+
+    Args:
+        class_logits: (batch, class).
+        clean_labels: Labels before dropout, int64 (batch,); rows without a class carry the null label and do not count.
+        is_null: Rows whose label was dropped, bool (batch,).
+        label_dropout: Probability of `is_null`.
+    """
+    num_classes = class_logits.shape[1]
+    counts = is_null & (clean_labels < num_classes)
+    losses = F.cross_entropy(class_logits, clean_labels.clamp_max(num_classes - 1), reduction="none")
+    return (losses * counts).sum() / (len(class_logits) * label_dropout)

@@ -190,13 +190,6 @@ def test_saved_png_holds_the_pixels_and_the_text(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
-def test_scale_repeats_pixels(tmp_path):
-    image = torch.randint(256, (1, 3, 3), dtype=torch.uint8)
-    save_png(image, tmp_path / "a.png", {}, scale=4)
-    expected = image.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    assert torch.equal(read_image(tmp_path / "a.png", image_size=12, channels=1), expected)
-
-
 def test_a_png_that_cannot_be_written_is_named(tmp_path, message_of):
     (tmp_path / "a.png").mkdir()
     image = torch.zeros(1, 2, 2, dtype=torch.uint8)
