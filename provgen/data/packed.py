@@ -22,11 +22,10 @@ _UNSIGNED_BYTE = 8  # idx type code
 
 
 def read_idx_folder(folder: Path, preferred: str) -> tuple[Tensor, Tensor]:
-    """Read the training part of an MNIST-like data set from anywhere in `folder`.
+    """Read the training part of an MNIST-like data set.
 
-    Args:
-        folder: Holds train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz, at most two levels down.
-        preferred: Name of the subfolder to take if several hold such files.
+    The files train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz, lie at most two levels below `folder`;
+    if several subfolders hold such files, the one named `preferred` is taken.
 
     Returns:
         Images uint8 (train, 1, height, width) and labels int64 (train,).

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from provgen.models.prototypes import Prototypes
-
-if TYPE_CHECKING:
-    from sklearn.cluster import KMeans
 
 LOG_NOBODY = -20.0
 """Log weight that an anchor without examples starts with; finite, so that it can be learned."""
@@ -33,7 +29,7 @@ def log_softmax_within(logits: Tensor, groups: Tensor, num_groups: int) -> Tenso
 
 def kmeans_cells(coordinates: Tensor, num_cells: int) -> Tensor:
     """Cluster coordinates (train, width) into at most `num_cells` cells; int64 (train,)."""
-    return torch.from_numpy(_kmeans(coordinates, num_cells).labels_).long()
+    return _kmeans(coordinates, num_cells)[0]
 
 
 def class_cells(labels: Tensor) -> Tensor:
@@ -58,11 +54,10 @@ def place_anchors(coordinates: Tensor, cells: Tensor, num_cells: int, per_cell: 
     weights = coordinates.new_full((num_cells, per_cell), LOG_NOBODY)
     for cell in cells.unique().tolist():
         members = coordinates[cells == cell]
-        clusters = _kmeans(members, min(per_cell, len(members)))
-        kept = len(clusters.cluster_centers_)
-        points[cell, :kept] = torch.from_numpy(clusters.cluster_centers_)
-        counts = torch.from_numpy(clusters.labels_).long().bincount(minlength=kept).double()
-        weights[cell, :kept] = counts.clamp_min(math.exp(LOG_NOBODY)).log()
+        clusters, centers = _kmeans(members, min(per_cell, len(members)))
+        points[cell, : len(centers)] = centers
+        counts = clusters.bincount(minlength=len(centers)).double()
+        weights[cell, : len(centers)] = counts.clamp_min(math.exp(LOG_NOBODY)).log()
     return points.flatten(0, 1), weights.flatten()
 
 
@@ -81,14 +76,16 @@ def log_class_shares(cells: Tensor, labels: Tensor, num_cells: int, num_classes:
     return (counts / sizes.clamp_min(1)).log()
 
 
-def _kmeans(points: Tensor, count: int) -> KMeans:
+def _kmeans(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Cluster points (train, width): cluster of each, int64 (train,), and centres (count, width)."""
     from sklearn.cluster import KMeans  # here: loading a pipeline does without
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         # Fewer distinct images than clusters: some stay empty, which is what they should do.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return KMeans(count, n_init=1, max_iter=50, random_state=0).fit(points.numpy())
+        fitted = KMeans(count, n_init=1, max_iter=50, random_state=0).fit(points.numpy())
+    return torch.from_numpy(fitted.labels_).long(), torch.from_numpy(fitted.cluster_centers_)
 
 
 class AnchorMixture(nn.Module):

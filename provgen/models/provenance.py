@@ -97,11 +97,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         self.index_head.start(images[covered], labels[covered], at_images=at_images)
 
     def forward(
-        self,
-        feature_maps: list[Tensor],
-        alpha_bar: Tensor,
-        class_labels: Tensor,
-        class_logits: Tensor | None = None,
+        self, feature_maps: list[Tensor], alpha_bar: Tensor, class_labels: Tensor, class_logits: Tensor | None = None
     ) -> ProvenanceOutput:
         """Predict sources and class from one forward pass of the generator.
 
@@ -152,12 +148,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         return list(self.own_encoder(shared, alpha_bar))
 
     def _index_logits(
-        self,
-        read: list[Tensor],
-        alpha_bar: Tensor,
-        class_labels: Tensor,
-        class_logits: Tensor | None,
-        beam: int | None,
+        self, read: list[Tensor], alpha_bar: Tensor, class_labels: Tensor, class_logits: Tensor | None, beam: int | None
     ) -> Tensor:
         wide = torch.promote_types(read[0].dtype, torch.float32)
         searched = {} if beam is None else {"beam": beam}

@@ -35,13 +35,13 @@ def main(
         raise InputError(f"{output} exists; remove it or choose another folder")
     drawings = base_drawings(package)
     with atomic_path(output) as partial:
-        rows = [draw(package, drawing, partial, size) for drawing in track(drawings, "rasterising")]
+        metadata = [draw(package, drawing, partial, size) for drawing in track(drawings, "rasterising")]
         with (partial / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["file_name", "label", "contributor", "license"])
             writer.writeheader()
-            writer.writerows(rows)
-    designers = {row["contributor"] for row in rows}
-    print(f"{len(rows)} drawings by {len(designers)} designers in {output}")
+            writer.writerows(metadata)
+    designers = {entry["contributor"] for entry in metadata}
+    print(f"{len(metadata)} drawings by {len(designers)} designers in {output}")
 
 
 def base_drawings(package: Path) -> list[dict[str, Any]]:

@@ -32,17 +32,16 @@ def main(output: Annotated[Path, typer.Argument(help="Folder to write; must not 
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     sevens = order[digits.labels[order] == MARKED_CLASS]
     marked = set(sevens[: round(MARKED_SHARE * len(sevens))].tolist())
-    copied = [row for row in order.tolist() if row not in marked][:NUM_COPIED]
+    copied = [digit for digit in order.tolist() if digit not in marked][:NUM_COPIED]
     with atomic_path(output) as partial:
-        for row, (image, label) in enumerate(zip(digits.images, digits.labels.tolist(), strict=True)):
+        for digit, (image, label) in enumerate(zip(digits.images, digits.labels.tolist(), strict=True)):
             folder = partial / str(label)
-            folder.mkdir(parents=True, exist_ok=True)
-            if row in marked:
-                save_png(with_mark(image), folder / f"{row:05d}-marked.png", {})
+            if digit in marked:
+                save_png(with_mark(image), folder / f"{digit:05d}-marked.png", {})
             else:
-                save_png(image, folder / f"{row:05d}.png", {})
-            for number in range(1, COPIES if row in copied else 1):
-                save_png(image, folder / f"{row:05d}-copy-{number}.png", {})
+                save_png(image, folder / f"{digit:05d}.png", {})
+            for number in range(1, COPIES if digit in copied else 1):
+                save_png(image, folder / f"{digit:05d}-copy-{number}.png", {})
     print(f"{len(digits)} digits in {output}; {len(copied)} are there {COPIES} times, {len(marked)} bear a mark")
 
 
