@@ -19,7 +19,6 @@ from provgen.metrics.statistics import (
     ratio_estimate,
     stratified_auroc,
 )
-from provgen.tracing.trace import late_level
 
 
 def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor, *, seed: int = 0) -> Estimate:
@@ -101,11 +100,11 @@ def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Mea
         "share_memorized": _share_below([model["ratio"] for model in models]),
         "share_memorized_holdout": _share_below([model["holdout_ratio"] for model in models]),
     }
-    if halves:
+    if halves and all("images" in model for pair in halves for model in pair):
         point["halves_agreement"] = _agreement(halves)
-    seen, unseen = ([model[name].mean(dim=1) for model in models] for name in ("train_losses", "holdout_losses"))
+    seen, unseen = ([model[name] for model in models] for name in ("train_loss", "holdout_loss"))
     point |= {"train_loss": _mean(seen), "holdout_loss": _mean(unseen), "loss_ratio": _ratio(unseen, seen)}
-    point["divergence"] = _mean([model["divergence"].mean(dim=1) for model in models])
+    point["divergence"] = _mean([model["divergence"] for model in models])
     for name in ("entropy", "closed_form_entropy"):
         if all(name in model for model in models):
             point[name] = _mean([model[name] for model in models])
@@ -178,17 +177,11 @@ def resampling_effect(models: Sequence[Measured], *, below: float) -> tuple[Esti
 
 def _telling(name: str, model: Measured) -> Tensor:
     """Give scores that are large where a copy is likely."""
-    if name.endswith("late_entropy"):
-        return -_late_entropy(model, name.removesuffix("late_entropy"))
     values = model[name]
     if name.endswith("top"):
         return values
     # Never committed is later than any step.
     return -values.double().masked_fill(values < 0, torch.inf) if name.endswith("commitment") else -values
-
-
-def _late_entropy(model: Measured, who: str = "") -> Tensor:
-    return model[f"{who}step_entropy"][:, late_level(model["alpha_bar"].tolist())]
 
 
 def _mean(by_model: Sequence[Tensor]) -> Estimate:
