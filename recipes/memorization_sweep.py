@@ -96,8 +96,7 @@ def report(folder: sweep.SweepFolder, models: Sequence[sweep.SweepModel]) -> Non
 
 def require_sweepable(settings: Settings, data: build.RunData) -> None:
     """Refuse what could only fail when everything is trained."""
-    if settings.generator.kind != "diffusion":
-        raise InputError(f"a sweep needs generator.kind=diffusion, got {settings.generator.kind}")
+    build.require_noise_levels(settings, "a sweep")
     if settings.provenance.coverage < 1:
         raise InputError(f"a sweep needs provenance.coverage=1, got {settings.provenance.coverage}")
     if not len(data.holdout):
@@ -122,7 +121,7 @@ def train_and_measure(
         trainer.step(stream.batch(step).to(accelerator.device), step)
         if step + 1 in steps:
             is_last = step + 1 == steps[-1]
-            arrays = sweep.measure(trainer, own, images, num_images=num_images, is_last=is_last)
+            arrays = sweep.measure(trainer, images, num_images=num_images, is_last=is_last)
             folder.save(model, step + 1, arrays)
     accelerator.free_memory()
 

@@ -194,7 +194,7 @@ def train_generator(settings: Settings, data: RunData, accelerator: Accelerator)
     for step in range(settings.training.max_steps):
         trainer.step(stream.batch(step).to(accelerator.device), step)
     accelerator.free_memory()  # it would hold on to every model it has prepared
-    return evaluation.averaged_networks(trainer)[trainer.observer.name]
+    return evaluation.averaged_network(trainer, trainer.generator.name)
 
 
 def make_queries(trained: TrainedRun, count: int) -> dict[str, QueryImages]:
@@ -212,7 +212,7 @@ def make_queries(trained: TrainedRun, count: int) -> dict[str, QueryImages]:
         raise InputError(
             f"the run holds {len(holdout)} images out, fewer than {count} queries; ask for fewer --num-queries"
         )
-    samples = evaluation.sample(trained.pipeline, trained.settings, trained.data, count=count).images
+    samples = evaluation.sample(trained.pipeline, trained.data, count=count).images
     classes = torch.arange(count) % train.num_classes if train.num_classes else torch.zeros(count).long()
     rows = stratified_subset(holdout.labels, count, seed=0)
     return {

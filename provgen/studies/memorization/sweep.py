@@ -17,6 +17,8 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
+from provgen.generators.diffusion import DiffusionGenerator
+from provgen.generators.losses import generator_losses
 from provgen.metrics.copying import distance_ratio
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.pipeline import ProvenancePipeline
@@ -94,7 +96,7 @@ def own_settings(settings: Settings, model: SweepModel) -> Settings:
     return replace(settings, training=replace(settings.training, seed=model.seed))
 
 
-def measure(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images: int, is_last: bool) -> Arrays:
+def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool) -> Arrays:
     """Generate with a trainer's averaged weights, trace, and measure losses.
 
     Returns:
@@ -103,8 +105,9 @@ def measure(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images
         of the closed form. At the last step also `top` and `late_entropy` (query,) of both, the network's
         `step_entropy` (query, step) and `alpha_bar` (step,), and what `resampled_names` names for each of `BOUNDS`.
     """
-    pipeline = evaluation.make_pipeline(trainer, settings, data)
-    sampled = evaluation.sample(pipeline, settings, data, count=num_images)
+    pipeline = evaluation.make_pipeline(trainer, data)
+    sampled = evaluation.sample(pipeline, data, count=num_images)
+    denoiser = DiffusionGenerator(network=pipeline.unet, scheduler=pipeline.scheduler)
     arrays: dict[str, Tensor] = {
         "images": sampled.images,
         "labels": torch.arange(num_images) % max(1, data.train.num_classes),
@@ -116,22 +119,20 @@ def measure(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images
             arrays |= {f"{name}{key}": values for key, values in _trace(attribution, is_last=is_last).items()}
     if sampled.attribution is not None and is_last:
         arrays |= {"step_entropy": sampled.attribution.step_entropy, "alpha_bar": sampled.attribution.alpha_bar}
-        arrays |= _resampled(pipeline, settings, data, num_images=num_images)
+        arrays |= _resampled(pipeline, data, num_images=num_images)
     for name, images in (("train", data.train), ("holdout", data.holdout)):
-        losses = evaluation.losses_by_draw(pipeline.unet, settings, _subset(images), draws=evaluation.LOSS_DRAWS)
+        losses = generator_losses(denoiser, _subset(images), draws=evaluation.LOSS_DRAWS, seed=0)
         arrays[f"{name}_loss"] = losses.mean(dim=1)
-    by_step = evaluation.divergence_by_step(pipeline.unet, settings, data.train, _subset(data.train))
+    by_step = evaluation.divergence_by_step(denoiser, data.train, _subset(data.train))
     arrays["divergence"] = torch.stack(list(by_step.values()), dim=1).mean(dim=1)
     return {name: values.cpu().numpy() for name, values in arrays.items()}
 
 
-def _resampled(
-    pipeline: ProvenancePipeline, settings: Settings, data: RunData, *, num_images: int
-) -> dict[str, Tensor]:
+def _resampled(pipeline: ProvenancePipeline, data: RunData, *, num_images: int) -> dict[str, Tensor]:
     """Generate the same images again, but resample what has less late entropy than each of `BOUNDS`."""
     arrays: dict[str, Tensor] = {}
     for below in BOUNDS:
-        sampled = evaluation.sample(pipeline, settings, data, count=num_images, resample_below=below)
+        sampled = evaluation.sample(pipeline, data, count=num_images, resample_below=below)
         measured = (_ratios(sampled.images, data.train), sampled.resamplings)
         arrays |= dict(zip(resampled_names(below), measured, strict=True))
     return arrays
