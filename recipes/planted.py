@@ -13,12 +13,14 @@ from typing import Annotated
 
 import torch
 import typer
+from provgen.tracing.diffusion_tracer import DiffusionTracer
 from torch import Tensor
 
 from provgen import build, cli, evaluation
 from provgen.data.images import to_unit_range
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.metrics.statistics import auroc, mean_estimate, proportion
+from provgen.report.format import interval, markdown_table
 from provgen.run import atomic_path
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.methods import NUM_INFERENCE_STEPS, make_methods
@@ -33,7 +35,6 @@ from provgen.studies.faithfulness.planted import (
     source_groups,
 )
 from provgen.studies.faithfulness.posteriors import closed_form_steps, network_steps
-from provgen.tracing.diffusion_tracer import DiffusionTracer
 from provgen.tracing.trace import WINDOW, late_level
 
 SETTING = f"probabilities, {WINDOW[0]} < alpha_bar < {WINDOW[1]}, temperature 1"
@@ -128,46 +129,47 @@ def unsupported(trained: build.TrainedRun, num_queries: int) -> list[str]:
     """Plant what no training image supports into held-out images, and see whether the evidence tells."""
     train, holdout = trained.data.train, trained.data.holdout
     has_class = holdout.labels < max(1, train.num_classes)  # without classes the null label is 0
-    some = torch.randperm(int(has_class.sum()), generator=torch.Generator().manual_seed(0))[:num_queries]
-    rows = has_class.nonzero().flatten()[some]
+    chosen = torch.randperm(int(has_class.sum()), generator=torch.Generator().manual_seed(0))[:num_queries]
+    rows = has_class.nonzero().flatten()[chosen]
     images, labels = holdout.images[rows], holdout.labels[rows]
-    order = torch.randperm(images[0, 0].numel(), generator=torch.Generator().manual_seed(1))
-    shuffled = images.flatten(2)[..., order].view_as(images)
-    planted = {"pixels shuffled": (shuffled, labels)}
-    if train.num_classes > 1:
-        other = (labels + 1) % train.num_classes
-        by_class, partner = labels.argsort(), torch.empty_like(rows)
-        partner[by_class] = by_class.roll(len(rows) // 2)  # of another class, unless one has half of the images
-        blended = ((images.int() + images[partner].int()) // 2).to(torch.uint8)
-        planted |= {"mean of two classes": (blended, labels), "told another class": (images, other)}
     known = evaluation.evidence_of(trained, images, labels)
-    lines = [
-        "| planted | distance | effective sources | entropy at little noise | posterior of the class |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, (some, given) in planted.items():
-        found = evaluation.evidence_of(trained, some, given)
+    lines = []
+    for name, (changed, asked) in without_support(images, labels, train.num_classes).items():
+        evidence = evaluation.evidence_of(trained, changed, asked)
         pairs = [
-            (found.distance, known.distance),
-            (found.sources, known.sources),
-            (found.late_entropy, known.late_entropy),
-            (-found.of_class, -known.of_class),
+            (evidence.distance, known.distance),
+            (evidence.sources, known.sources),
+            (evidence.late_entropy, known.late_entropy),
+            (-evidence.of_class, -known.of_class),
         ]
-        cells = [auroc(positives, negatives, seed=0) for positives, negatives in pairs]
-        texts = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in cells]
-        lines.append(f"| {name} | {' | '.join(texts if train.num_classes else [*texts[:-1], '-'])} |")
+        cells = [interval(auroc(positives, negatives, seed=0)) for positives, negatives in pairs]
+        lines.append([name, *cells] if train.num_classes else [name, *cells[:-1], None])
+    header = ["planted", "distance", "effective sources", "entropy at little noise", "posterior of the class"]
     return [
         "## Unsupported images\n",
         f"AUROC of telling them from the {len(rows)} held-out images they were made of\n",
-        "\n".join(lines) + "\n",
+        markdown_table(header, lines),
     ]
+
+
+def without_support(images: Tensor, labels: Tensor, num_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Make images, and classes they are asked for, that no training image supports, by what was done to them."""
+    order = torch.randperm(images[0, 0].numel(), generator=torch.Generator().manual_seed(1))
+    planted = {"pixels shuffled": (images.flatten(2)[..., order].view_as(images), labels)}
+    if num_classes > 1:
+        by_class, partner = labels.argsort(), torch.empty_like(labels)
+        partner[by_class] = by_class.roll(len(labels) // 2)  # of another class, unless one has half of the images
+        blended = ((images.int() + images[partner].int()) // 2).to(torch.uint8)
+        planted["mean of two classes"] = (blended, labels)
+        planted["told another class"] = (images, (labels + 1) % num_classes)
+    return planted
 
 
 def marked_cluster(trained: build.TrainedRun, num_queries: int) -> list[str]:
     """Generate the class whose images bear the mark in part; see whether samples with it have sources with it."""
     train = trained.data.train
     is_marked = torch.tensor([MARK in path for path in train.paths])
-    place = train.images[is_marked].min(dim=0).values == 255
+    mark = train.images[is_marked].min(dim=0).values == 255
     label = int(train.labels[is_marked].mode().values)
     trained.pipeline.set_progress_bar_config(disable=True)
     made = trained.pipeline(
@@ -177,21 +179,21 @@ def marked_cluster(trained: build.TrainedRun, num_queries: int) -> list[str]:
         closed_form=trained.closed_form(),
         output_type="pt",
     )
-    bears = made.images[:, place].float().mean(dim=1) > 255 / 2
+    bears = made.images[:, mark].float().mean(dim=1) > 255 / 2
     of_class = train.labels == label
     guess = 100 * float(is_marked[of_class].float().mean())
-    lines = [
+    lines = []
+    for name, attribution in (("provenance network", made.attribution), ("closed form", made.closed_form)):
+        share = is_marked[attribution.example_index].double().mean(dim=1)
+        shares = [100 * share[samples] for samples in (bears, ~bears) if samples.any()]
+        cells = [interval(mean_estimate(values, seed=0), ".1f") for values in shares]
+        lines.append([name, f"{int(bears.sum())} + {int((~bears).sum())}", *cells])
+    return [
         f"## A marked cluster: {int(is_marked.sum())} of {int(of_class.sum())} training images of class "
         f"{train.class_names[label]!r}\n",
         f"Share of the first {FIRST} sources that bear the mark, %; by guessing {guess:.1f}\n",
-        "| tracer | samples | with the mark | without it |\n| --- | ---: | ---: | ---: |",
+        markdown_table(["tracer", "samples", "with the mark", "without it"], lines),
     ]
-    for name, attribution in (("provenance network", made.attribution), ("closed form", made.closed_form)):
-        share = is_marked[attribution.example_index].double().mean(dim=1)
-        found = [mean_estimate(100 * share[some], seed=0) for some in (bears, ~bears) if some.any()]
-        cells = " | ".join(f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]" for e in found)
-        lines.append(f"| {name} | {int(bears.sum())} + {int((~bears).sum())} | {cells} |")
-    return [*lines[:2], "\n".join(lines[2:]) + "\n"]
 
 
 def traced(trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False) -> dict[str, Tensor]:
