@@ -31,10 +31,10 @@ def queries_of(images):
 @torch.no_grad()
 def test_by_hand(train, denoiser):
     scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
-    method = EmbeddingCosine(DiffusionTracer(denoiser, None, scheduler), torch.device("cpu"))
+    method = EmbeddingCosine(DiffusionTracer(denoiser, None, scheduler).encode, torch.device("cpu"))
     method.fit(train)
     pixels = to_unit_range(train.images)
-    found = method.attribute(queries_of(pixels[[4, 1]])).of("")
+    found = method.attribute(queries_of(pixels[[4, 1]])).values[0]
     timestep = (scheduler.alphas_cumprod - 0.9).abs().argmin()
     level = scheduler.alphas_cumprod[timestep]
     noise = torch.randn(1, 8, 8, generator=seeded_generator(0, 4, int(timestep)))
