@@ -22,15 +22,15 @@ from provgen.tracing.calibrate import AttributionScores
 from provgen.tracing.noisy_queries import NoisyQueries
 
 MAX_BYTES = 256 * 2**20
-"""Of the (query, train, height, width) array that is held at once."""
+"""Bytes of the (query, train, height, width) array that is held at once."""
 
 
 class PatchPosterior:
-    """The mean over all places of softmax_i(-|x_t patch - sqrt(a) x_i patch|^2 / (2 (1 - a))).
+    """Mean over all positions of softmax_i(-|x_t patch - sqrt(alpha_bar) x_i patch|^2 / (2 (1 - alpha_bar))).
 
     A convolutional denoiser sees patches, and blends images that no single posterior holds (Kamb and Ganguli 2024,
     arXiv 2412.20292); NDA (arXiv 2510.14269) scores training images by such weights. Here a patch is compared with the
-    patches at its own place.
+    patches at its own position.
     """
 
     def __init__(self, train_images: Tensor, train_labels: Tensor, *, null_label: int, patch_size: int) -> None:
@@ -60,9 +60,9 @@ class PatchPosterior:
         patches = F.avg_pool2d(squares, self.patch_size, stride=1) * self.patch_size**2
         logits = -patches / (2 * (1 - alpha_bar))
         logits = logits.masked_fill(ruled_out[:, :, None, None], torch.finfo(logits.dtype).min)
-        # In logarithms: at little noise all places of most images underflow, and their order would be lost.
-        places = logits.shape[2] * logits.shape[3]
-        return logits.log_softmax(dim=1).logsumexp(dim=(2, 3)) - math.log(places)
+        # In logarithms: at little noise all positions of most images underflow, and their order would be lost.
+        num_positions = logits.shape[2] * logits.shape[3]
+        return logits.log_softmax(dim=1).logsumexp(dim=(2, 3)) - math.log(num_positions)
 
 
 LOWEST, HIGHEST = (0.01, 0.05, 0.2), (0.5, 0.9, 0.99)
@@ -94,8 +94,10 @@ def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPoste
     def logits(noisy: Tensor, timestep: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         noisy, labels = noisy.to(unet.device), class_labels.to(unet.device)
         feature_maps = encoder_feature_maps(unet, noisy, timestep, labels)
-        found: Tensor = provenance.index_logits(feature_maps, alpha_bar.to(unet.device).expand(len(noisy)), labels)
-        return found.cpu()
+        index_logits: Tensor = provenance.index_logits(
+            feature_maps, alpha_bar.to(unet.device).expand(len(noisy)), labels
+        )
+        return index_logits.cpu()
 
     return logits
 
