@@ -102,11 +102,16 @@ class ProvenancePipeline(DiffusionPipeline):
     def generator(self) -> Generator:
         """The generator, of whichever kind; its training losses are not set here."""
         if self.unet is not None:
-            return DiffusionGenerator(network=self.unet, scheduler=self.scheduler)
+            return self.denoiser
         if self.vae is not None:
             return VaeGenerator(network=self.vae)
         shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
         return ClassifierGenerator(network=self.classifier, image_shape=shape)
+
+    @property
+    def denoiser(self) -> DiffusionGenerator:
+        """The diffusion generator; only of a pipeline that holds one."""
+        return DiffusionGenerator(network=self.unet, scheduler=self.scheduler)
 
     @property
     def manifest(self) -> Manifest:
@@ -290,7 +295,7 @@ class ProvenancePipeline(DiffusionPipeline):
 
     def _credit(self, features: CreditFeatures, class_labels: Tensor) -> Tensor:
         """Give calibrated shares (query, train)."""
-        mean = features.mean(self.credit.config.level_power)
+        mean = features.mean(self.credit.calibration.level_power)
         shares: Tensor = self.credit(mean.to(self.credit.dtype), class_labels)
         return shares
 

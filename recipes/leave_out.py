@@ -21,11 +21,11 @@ from torch import Tensor
 from provgen import build, cli
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
-from provgen.models.credit import CreditHead
 from provgen.run import claim_folder, require_run
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
 from provgen.studies.faithfulness import retraining
+from provgen.studies.faithfulness.attributor import Method
 from provgen.studies.faithfulness.leave_out import (
     NOTHING,
     LeaveOutFolder,
@@ -76,14 +76,14 @@ def main(
         return
     portion, accelerator = Shard.parse(shard), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = build.open_trained_run(run, accelerator.device)
-    tuned = tuned_methods(trained, names)
+    tuned, methods = tuned_methods(trained, names)
     samples = RetrainedFolder(run / "retrained").load().queries["generated"]
     if accelerator.is_main_process:
         claim_folder(folder.root, retraining.fingerprint(trained.settings))
     accelerator.wait_for_everyone()
     # Samples that no method was tuned on.
     others = [n for n in range(len(samples.images)) if n not in set(tuned.calibration_queries)][:num_queries]
-    rankings = ranked_sources(trained, tuned, names, samples, others, folder)
+    rankings = ranked_sources(trained, tuned, {name: methods[name] for name in names}, samples, others, folder)
     left_out = examples_left_out(rankings, plan(names, shares, others, seeds), len(trained.data.train))
     train_missing(left_out, trained, samples, folder, portion, accelerator)
     if accelerator.is_main_process:
@@ -97,16 +97,20 @@ def main(
     accelerator.end_training()
 
 
-def tuned_methods(trained: build.TrainedRun, names: Sequence[str]) -> Tuned:
-    """Read how methods were tuned.
+def tuned_methods(trained: build.TrainedRun, names: Sequence[str]) -> tuple[Tuned, dict[str, Method]]:
+    """Read how methods were tuned; give these methods by name.
 
     Raises:
         InputError: One of them was not, or the pipeline was calibrated since.
     """
-    tuned = Tuned.load(trained.folder.root / "faithfulness" / "tuned.json")
+    folder = trained.folder.faithfulness
+    tuned = Tuned.load(folder / "tuned.json")
     tuned.require(names)
-    require_same_calibration(tuned, names, trained.pipeline.credit)
-    return tuned
+    methods = {method.name: method for method in make_methods(trained, folder, num_timesteps=tuned.timesteps)}
+    for method in methods.values():
+        if method.name in names:
+            tuned.setting(method)  # refuses a trace that was calibrated since
+    return tuned, methods
 
 
 def examples_left_out(
@@ -153,42 +157,28 @@ def train_missing(
             folder.save(model, outcome(network, settings, trained, samples, model, left_out[model]))
 
 
-def require_same_calibration(tuned: Tuned, names: Sequence[str], credit: CreditHead | None) -> None:
-    """Refuse a calibrated trace that was compared under another calibration than the pipeline's.
-
-    Raises:
-        InputError: It was calibrated since.
-    """
-    if credit is None:  # a copy that goes on with what methods named
-        return
-    for name in names:
-        if name.startswith("calibrated trace") and tuned.settings[name] != credit.setting:
-            raise InputError("this run was calibrated again since `provgen faithfulness`; run that first")
-
-
 def ranked_sources(
     trained: build.TrainedRun,
     tuned: Tuned,
-    names: Sequence[str],
+    methods: Mapping[str, Method],
     samples: QueryImages,
     queries: Sequence[int],
     folder: LeaveOutFolder,
 ) -> dict[str, dict[int, Tensor]]:
     """Order training examples by what tuned methods say, int64 (train,) by name and sample; kept from then on."""
-    rankings = {name: folder.load_rankings(name, tuned.settings[name]) for name in names}
-    missing = [name for name in names if not set(queries) <= set(rankings[name])]
+    rankings = {name: folder.load_rankings(name, tuned.ranking_key(name)) for name in methods}
+    missing = [name for name in methods if not set(queries) <= set(rankings[name])]
     if not missing:
         return rankings
     traced = trace_queries(trained, {"generated": samples})["generated"]
-    gradients = folder.root.parent / "faithfulness"
-    methods = make_methods(trained, gradients, num_timesteps=tuple(tuned.timesteps))
     train = trained.data.train
     distances = torch.cdist(traced.images.flatten(1), to_unit_range(train.images).flatten(1))
     for name in missing:
-        methods[name].fit(train)
-        order = strongest_first(methods[name].attribute(traced).of(tuned.settings[name]), distances)
+        attributor, setting = methods[name].attributor, tuned.setting(methods[name])
+        attributor.fit(train)
+        order = strongest_first(attributor.attribute(traced, only=setting).under(setting), distances)
         rankings[name] = {query: order[query] for query in queries} | rankings[name]
-        folder.save_rankings(name, tuned.settings[name], rankings[name])
+        folder.save_rankings(name, tuned.ranking_key(name), rankings[name])
     return rankings
 
 

@@ -8,12 +8,12 @@ recipes/data/planted_digits.py writes, samples that bear the mark of a cluster. 
 planted.md into RUN.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from provgen.tracing.diffusion_tracer import DiffusionTracer
 from torch import Tensor
 
 from provgen import build, cli, evaluation
@@ -23,7 +23,9 @@ from provgen.metrics.statistics import auroc, mean_estimate, proportion
 from provgen.report.format import interval, markdown_table
 from provgen.run import atomic_path
 from provgen.studies.faithfulness.attributor import Queries
-from provgen.studies.faithfulness.methods import NUM_INFERENCE_STEPS, make_methods
+from provgen.studies.faithfulness.baselines import Bandwidth
+from provgen.studies.faithfulness.credit import NUM_INFERENCE_STEPS, noised_steps
+from provgen.studies.faithfulness.methods import make_methods
 from provgen.studies.faithfulness.planted import (
     FIRST,
     RANKS,
@@ -34,11 +36,9 @@ from provgen.studies.faithfulness.planted import (
     reliability_table,
     source_groups,
 )
-from provgen.studies.faithfulness.posteriors import closed_form_steps, network_steps
-from provgen.tracing.trace import WINDOW, late_level
-
-SETTING = f"probabilities, {WINDOW[0]} < alpha_bar < {WINDOW[1]}, temperature 1"
-"""The trace as it is made without calibration, but for the class."""
+from provgen.studies.faithfulness.posteriors import DEFAULT, closed_form_steps, network_steps
+from provgen.tracing.calibrate import Untuned
+from provgen.tracing.trace import late_level
 
 LEVELS = (0.5, 0.8, 0.95)
 """alpha_bars a that give the bandwidths sqrt((1 - a) / a) of the kernel density."""
@@ -78,17 +78,19 @@ def kernel_density(
     timestep = (levels - level).abs().argmin()
     alpha_bar = levels[timestep]
     planted = plant(pixels, num_queries, bandwidth=float(((1 - alpha_bar) / alpha_bar).sqrt()), seed=0)
-    hits = [bayes_hits(planted, pixels, groups, k)[0] for k in RANKS]
-    noisy = tracer_of(trained).noised(planted.images, num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
+    best = [proportion(int(bayes_hits(planted, pixels, groups, k)[0].sum()), num_queries) for k in RANKS]
+    noisy = noised_steps(trained.pipeline, planted.images)
     labels = no_class(trained, num_queries)
-    scores = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
+    beliefs, others = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
     ask = network_steps(trained.pipeline.unet, trained.pipeline.provenance)
     logits = ask(alpha_bar.sqrt() * planted.images, timestep, alpha_bar, labels)
-    scores = {"provenance network, that level alone": logits.softmax(dim=1), **scores}
+    beliefs = {"provenance network, that level alone": logits.softmax(dim=1), **beliefs}
     return [
         f"## Kernel density of bandwidth {planted.bandwidth:.2f} (a = {alpha_bar:.3f})\n",
-        precision_table(scores, planted.parents, groups, [proportion(int(some.sum()), num_queries) for some in hits]),
-        reliability_table(beliefs_of(scores), planted.parents, groups),
+        precision_table(
+            beliefs | others, planted.parents, groups, [proportion(int(some.sum()), num_queries) for some in hits]
+        ),
+        reliability_table(beliefs, planted.parents, groups),
     ]
 
 
@@ -107,21 +109,23 @@ def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, la
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
     # The cleanest level of the window by itself.
-    place = late_level(trajectory.alpha_bar.tolist())
-    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.alpha_bar[place], labels)
-    scores = {
+    place = late_level(trajectory.alpha_bars.tolist())
+    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.alpha_bars[place], labels)
+    cleanest = {
         f"{name}, cleanest level": ask(*late).softmax(dim=1)
         for name, ask in (
             ("provenance network", network_steps(trained.pipeline.unet, trained.pipeline.provenance)),
             ("closed form", closed_form_steps(closed_form)),
         )
-    } | traced(trained, queries, is_conditional=is_conditional)
+    }
+    beliefs, others = traced(trained, queries, is_conditional=is_conditional)
+    beliefs = cleanest | beliefs
     told = "asked for classes in turn" if is_conditional else "unconditional"
     return [
         f"## Samples of the closed-form denoiser, along their trajectories, {told}\n",
         f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
-        precision_table(scores, parents, groups, [proportion(num_queries, num_queries)] * len(RANKS)),
-        reliability_table(beliefs_of(scores), parents, groups),
+        precision_table(beliefs | others, parents, groups, [proportion(num_queries, num_queries)] * len(RANKS)),
+        reliability_table(beliefs, parents, groups),
     ]
 
 
@@ -196,33 +200,25 @@ def marked_cluster(trained: build.TrainedRun, num_queries: int) -> list[str]:
     ]
 
 
-def traced(trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False) -> dict[str, Tensor]:
-    """Ask every tracer: scores (query, train)."""
-    methods = make_methods(trained, trained.folder.root, num_timesteps=())
-    setting = f"{'conditional' if is_conditional else 'unconditional'}, {SETTING}"
-    asked = {
-        "provenance network": ("provenance network, trajectory", setting),
-        "closed form": ("closed form, trajectory", setting),
-        "pixel distance": ("pixel kernel", "s=1 apart"),
-        "random": ("random", ""),
+def traced(
+    trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Ask every tracer: beliefs that sum to 1, and other scores, (query, train) each."""
+    methods = {
+        method.name: method.attributor for method in make_methods(trained, trained.folder.root, num_timesteps=())
     }
+
+    def scores(name: str, setting: Any) -> Tensor:
+        methods[name].fit(trained.data.train)
+        return methods[name].attribute(queries, only=setting).under(setting)
+
+    average = replace(DEFAULT, is_conditional=is_conditional)
+    names = ("provenance network", "closed form")
+    beliefs = {name: scores(f"{name}, trajectory", average) for name in names}
+    others = {"pixel distance": scores("pixel kernel", Bandwidth(1.0)), "random": scores("random", Untuned())}
     if (credit := trained.pipeline.credit) is not None:
-        asked["calibrated weight"] = ("calibrated trace, trajectory", credit.setting)
-    scores = {}
-    for name, (method, setting) in asked.items():
-        methods[method].fit(trained.data.train)
-        scores[name] = methods[method].attribute(queries).of(setting)
-    return scores
-
-
-def beliefs_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep the tracers whose scores are beliefs."""
-    return {name: some for name, some in scores.items() if name.startswith(("provenance", "closed"))}
-
-
-def tracer_of(trained: build.TrainedRun) -> DiffusionTracer:
-    """Make the tracer of a denoiser."""
-    return DiffusionTracer(trained.pipeline.unet, trained.pipeline.provenance, trained.pipeline.scheduler)
+        others["calibrated weight"] = scores("calibrated trace, trajectory", credit.calibration)
+    return beliefs, others
 
 
 def no_class(trained: build.TrainedRun, count: int) -> Tensor:

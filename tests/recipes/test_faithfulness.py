@@ -1,6 +1,7 @@
 """The table of methods: everything in it can be recomputed from the files, and the second call costs less."""
 
 import shutil
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,13 +11,15 @@ import torch
 
 from provgen import build
 from provgen.metrics.datamodeling import datamodeling_scores, noise_ceiling
+from provgen.models.credit import GaussianProcess, Kernel
 from provgen.studies.faithfulness import retraining
 from provgen.studies.faithfulness.baselines import PixelCosine
+from provgen.studies.faithfulness.credit import traced_images
 from provgen.studies.faithfulness.leave_out import NOTHING, LeaveOutFolder, LeftOut
 from provgen.studies.faithfulness.methods import make_methods, trace_queries
 from provgen.studies.faithfulness.retraining import RetrainedFolder
-from provgen.studies.faithfulness.tuning import Split
-from provgen.tracing.calibrate import fit_credit_head
+from provgen.studies.faithfulness.tuning import Split, Tuned
+from provgen.tracing.calibrate import LevelPower, fit_credit_head
 
 CALL = ("--calibration-subsets", 2, "--timesteps", 2, "--resamples", 20)
 
@@ -45,14 +48,19 @@ def drop_second_seed(retrained, subsets):
 def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
-    assert len(rows) == 26 + 20, "held-out images have no trajectory"
-    assert len({(row["method"], row["queries"]) for row in rows}) == 46
+    by_kind = {
+        kind: {row["method"]: row for row in rows if row["queries"] == kind} for kind in ("generated", "holdout")
+    }
+    assert set(by_kind["generated"]) > {"random", "pixel kernel", "TRAK squared, 2 timesteps", "ensemble"}
+    without = set(by_kind["generated"]) - set(by_kind["holdout"])
+    assert {by_kind["generated"][name]["along"] for name in without} == {"trajectory"}, "held-out images have none"
+    assert len(rows) == len(by_kind["generated"]) + len(by_kind["holdout"])
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1
-    combined = [row for row in rows if row["method"] == "ensemble without the provenance network"]
-    assert not any("provenance" in row["setting"] for row in combined)
-    for row in (row for row in rows if row["method"].startswith("ensemble")):
+    users = [row["method"] for row in rows if row["uses_provenance"] and row["role"] != "ensemble"]
+    for row in (row for row in rows if row["role"] == "ensemble"):
+        assert row["uses_provenance"] or not any(name in row["setting"] for name in users)
         assert row["stored_bytes"] is None
         assert sum(float(part.split()[0]) for part in row["setting"].split("; ")) > 0.9
     assert all(row["over random"] == 0 for row in rows if row["method"] == "random")
@@ -67,7 +75,7 @@ def test_a_row_is_recomputed_from_the_files(root):
     method.fit(trained.data.train)
     queries = trace_queries(trained, retrained.queries)
     split = Split.first(torch.arange(6), 4, calibration=2)
-    scores = method.attribute(queries["holdout"]).of("")[~split.queries]
+    scores = method.attribute(queries["holdout"]).values[0][~split.queries]
     predicted = scores @ retrained.masks[~split.subsets].double().T
     losses = retrained.losses["holdout"][:, ~split.queries][:, :, ~split.subsets]
     expected = datamodeling_scores(predicted, -losses.mean(dim=0)).mean()
@@ -154,9 +162,10 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     after = build.open_trained_run(copy, torch.device("cpu"))
     assert after.pipeline.credit.config.calibration_subsets == 2
     # Another choice than calibration's: one that needs everything a trace can see.
-    choices = iter(("s=1 apart, across classes 0.5, pixels 0.5, gradients 0.25, lambda=3", "2"))
+    choices = iter((GaussianProcess(Kernel(1.0, 0.5, (0.5, 0.5), 0.25), 3.0), LevelPower(2.0)))
     queries = trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
-    head = fit_credit_head(after, queries, lambda _: next(choices), calibration_subsets=2)
+    images = partial(traced_images, after.pipeline, after.data.train, queries)
+    head = fit_credit_head(images, lambda _: next(choices), calibration_subsets=2)
     head.save_pretrained(copy / "pipeline" / "credit")
     after = build.open_trained_run(copy, torch.device("cpu"))
     labels, count = [0, 1, 2], len(after.data.train)
@@ -174,15 +183,15 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     torch.testing.assert_close(new.attribution.weight.sum(dim=1), torch.ones(3))
     assert not torch.allclose(new.attribution.weight, new.attribution.posterior, atol=1e-3)
     # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
-    methods = make_methods(after, tmp_path, num_timesteps=())
-    chosen = after.pipeline.credit.setting
-    along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of(chosen)[:3]
+    methods = {method.name: method.attributor for method in make_methods(after, tmp_path, num_timesteps=())}
+    chosen = after.pipeline.credit.calibration
+    along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).under(chosen)[:3]
     weights = torch.zeros(3, count).scatter(1, new.attribution.example_index, new.attribution.weight)
     torch.testing.assert_close(along, weights, atol=1e-5, rtol=1e-3)
     held_out = RetrainedFolder(copy / "retrained").load().queries["holdout"]
     outside = after.pipeline.attribute(held_out.images, class_labels=held_out.labels, top_k=count)
     weights = torch.zeros(4, count).scatter(1, outside.example_index, outside.weight)
-    noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).of(chosen)
+    noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).under(chosen)
     torch.testing.assert_close(noised, weights, atol=1e-5, rtol=1e-3)
 
     after.pipeline([0], top_k=3, num_inference_steps=10)  # so few steps that none is clear, but the last one
@@ -191,6 +200,10 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     compared = {(row["method"], row["queries"]): row["over the trace"] for row in table_of(copy)}
     assert compared["calibrated trace, trajectory", "generated"] == 0
     assert compared["calibrated trace, noised", "holdout"] == 0
+    set_up = {row["method"]: row["fit_seconds"] for row in table_of(copy)}
+    assert set_up["calibrated trace, noised"] >= head.config.calibration_seconds > 0
+    note = "Training the 2 subset models it is calibrated on comes on top"
+    assert note in (copy / "faithfulness" / "retrained.md").read_text(encoding="utf-8")
     assert run_recipe("faithfulness", "--run", copy, "--calibration-subsets", 3, *CALL[2:]) == 2
     assert "give both the same number" in capsys.readouterr().err
     assert run_recipe("generate_and_attribute", "--run", copy, "--num-images", 3) == 0
@@ -202,12 +215,13 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     # Sources are left out by what this calibration says, and not by what another one would.
     again = ("leave_out", "--run", copy, *LEAVE_OUT[:-4], "--method", "calibrated trace, trajectory")
     assert run_recipe(*again) == 0
-    kept = LeaveOutFolder(copy / "leave_out").load_rankings("calibrated trace, trajectory", chosen)
-    assert all(ranking[0] == new.attribution.example_index[query, 0] for query, ranking in kept.items() if query < 3)
-    after.pipeline.credit.register_to_config(process="another")
-    after.pipeline.credit.save_pretrained(copy / "pipeline" / "credit")
+    key = Tuned.load(copy / "faithfulness" / "tuned.json").ranking_key("calibrated trace, trajectory")
+    kept = LeaveOutFolder(copy / "leave_out").load_rankings("calibrated trace, trajectory", key)
+    assert torch.equal(kept[:3, 0], new.attribution.example_index[:, 0])
+    config = copy / "pipeline" / "credit" / "config.json"
+    config.write_text(config.read_text().replace('"ridge": 3.0', '"ridge": 10.0'))
     assert run_recipe(*again) == 2
-    assert "calibrated again since" in capsys.readouterr().err
+    assert "by another calibration" in capsys.readouterr().err
 
 
 LEAVE_OUT = (

@@ -12,8 +12,7 @@ from torch import Tensor
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.metrics.statistics import Estimate, mean_estimate, proportion
 from provgen.report.format import markdown_table, percent
-from provgen.tracing.noisy_queries import NoisyQueries
-from provgen.tracing.trace import LEAST_ALPHA_BAR
+from provgen.tracing.trace import LEAST_ALPHA_BAR, NoisyImages
 
 FIRST = 5
 """Sources that the second column of `precision_table` looks at."""
@@ -124,7 +123,7 @@ def ideal_samples(
     class_labels: Tensor,
     *,
     num_inference_steps: int,
-) -> tuple[Tensor, NoisyQueries]:
+) -> tuple[Tensor, NoisyImages]:
     """Sample with E[x_0 | x_t] = sum over i of p(i | x_t) x_i, the denoiser of least loss on the training images.
 
     It ends on training images, or on a mean of several that lie so close together that the last step cannot tell
@@ -151,8 +150,8 @@ def ideal_samples(
         predicted_noise = (images - alpha_bar.sqrt() * denoised) / (1 - alpha_bar).sqrt()
         images = scheduler.step(predicted_noise, timestep, images).prev_sample
     timesteps = scheduler.timesteps[-len(traced) :]
-    return images, NoisyQueries(
-        images=torch.stack(traced), timesteps=timesteps, alpha_bar=scheduler.alphas_cumprod[timesteps]
+    return images, NoisyImages(
+        images=torch.stack(traced), timesteps=timesteps, alpha_bars=scheduler.alphas_cumprod[timesteps]
     )
 
 

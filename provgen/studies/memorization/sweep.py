@@ -17,7 +17,6 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
-from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import generator_losses
 from provgen.metrics.copying import distance_ratio
 from provgen.metrics.neighbors import distinct_rows, nearest
@@ -107,7 +106,6 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
     """
     pipeline = evaluation.make_pipeline(trainer, data)
     sampled = evaluation.sample(pipeline, data, count=num_images)
-    denoiser = DiffusionGenerator(network=pipeline.unet, scheduler=pipeline.scheduler)
     arrays: dict[str, Tensor] = {
         "images": sampled.images,
         "labels": torch.arange(num_images) % max(1, data.train.num_classes),
@@ -121,9 +119,9 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
         arrays |= {"step_entropy": sampled.attribution.step_entropy, "alpha_bar": sampled.attribution.alpha_bar}
         arrays |= _resampled(pipeline, data, num_images=num_images)
     for name, images in (("train", data.train), ("holdout", data.holdout)):
-        losses = generator_losses(denoiser, _subset(images), draws=evaluation.LOSS_DRAWS, seed=0)
+        losses = generator_losses(pipeline.denoiser, _subset(images), draws=evaluation.LOSS_DRAWS, seed=0)
         arrays[f"{name}_loss"] = losses.mean(dim=1)
-    by_step = evaluation.divergence_by_step(denoiser, data.train, _subset(data.train))
+    by_step = evaluation.divergence_by_step(pipeline.denoiser, data.train, _subset(data.train))
     arrays["divergence"] = torch.stack(list(by_step.values()), dim=1).mean(dim=1)
     return {name: values.cpu().numpy() for name, values in arrays.items()}
 
