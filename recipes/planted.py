@@ -87,9 +87,7 @@ def kernel_density(
     beliefs = {"provenance network, that level alone": logits.softmax(dim=1), **beliefs}
     return [
         f"## Kernel density of bandwidth {planted.bandwidth:.2f} (a = {alpha_bar:.3f})\n",
-        precision_table(
-            beliefs | others, planted.parents, groups, [proportion(int(some.sum()), num_queries) for some in hits]
-        ),
+        precision_table(beliefs | others, planted.parents, groups, best),
         reliability_table(beliefs, planted.parents, groups),
     ]
 
