@@ -126,6 +126,22 @@ LEFTOVER_SECONDS = 24 * 3600
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses while `path` is written into one line.
+
+    Raises:
+        InputError: The file system refused the write (full disk, missing permission).
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was saved before is intact, "
+            "free space or fix permissions and run the same command again"
+        ) from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary sibling of `path` to write to; rename it to `path` when the block ends well.
 
@@ -136,20 +152,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         InputError: The file system refused the write (full disk, missing permission).
     """
     temporary = _sibling(path, "partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        replace_path(temporary, path)
-        _remove_leftovers(path)
-    except (OSError, SafetensorError) as error:
-        _remove(temporary)
-        raise InputError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was saved before is intact, "
-            "free space or fix permissions and run the same command again"
-        ) from error
-    except BaseException:
-        _remove(temporary)
-        raise
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            replace_path(temporary, path)
+            _remove_leftovers(path)
+        except BaseException:
+            _remove(temporary)
+            raise
 
 
 def claim_folder(root: Path, fingerprint: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from provgen.errors import InputError
-from provgen.run import atomic_path
+from provgen.run import atomic_path, writing
 from provgen.training.checkpoint import list_checkpoints
 
 
@@ -59,7 +59,7 @@ class JsonLinesTracker(GeneralTracker):
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
