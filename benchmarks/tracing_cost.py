@@ -10,6 +10,7 @@ are printed with their spread.
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated
@@ -19,10 +20,11 @@ import typer
 from torch import Tensor
 
 from provgen import build, cli, evaluation
-from provgen.models.credit import CreditHead
+from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kernel
 from provgen.models.diffusion import make_training_scheduler
+from provgen.studies.faithfulness.credit import TraceFeatures
 from provgen.studies.faithfulness.gradients import GradientFeatures, LossGradients
-from provgen.studies.faithfulness.methods import PROJ_DIM, credit_coordinates
+from provgen.studies.faithfulness.methods import PROJ_DIM
 from provgen.tracing.gaussian_process import MAX_LANDMARKS
 
 
@@ -67,16 +69,16 @@ def main(
 
 def empty_credit(trained: build.TrainedRun, *, finds_gradients: bool) -> CreditHead:
     """Make an empty credit head, which takes as long as a fitted one."""
-    parts = credit_coordinates(trained.pipeline, "trajectory", finds_gradients=finds_gradients).parts
+    parts = TraceFeatures(pipeline=trained.pipeline, along="trajectory", has_gradients=finds_gradients).parts
+    kernel = Kernel(bandwidth=1.0, across=0.5, shares=(0.5, 0.5), gradient_share=0.25 if finds_gradients else 0.0)
     num_examples = len(trained.data.train)
     head: CreditHead = CreditHead(
         num_examples=num_examples,
         num_landmarks=min(MAX_LANDMARKS, num_examples),
-        width=sum(parts.places) + parts.num_gradients,
+        width=sum(parts.distances) + parts.num_gradients,
         num_classes=trained.data.train.num_classes,
-        across=0.5,
         num_gradients=parts.num_gradients,
-        gradient_share=0.25 if finds_gradients else 0.0,
+        calibration=asdict(Calibration(GaussianProcess(kernel, ridge=3.0))),
     )
     head.scale.zero_()  # All distances are 0; kernels that underflow would be slow.
     return head

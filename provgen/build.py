@@ -293,6 +293,16 @@ def make_generator(settings: Settings, train: ImageSet, network: Any) -> Generat
     return ClassifierGenerator(network=network, image_shape=tuple(train.images.shape[1:]), class_loss_weight=weight)
 
 
+def require_noise_levels(settings: Settings, what: str) -> None:
+    """Refuse generators without noise levels for `what`.
+
+    Raises:
+        InputError: It is one.
+    """
+    if settings.generator.kind != "diffusion":
+        raise InputError(f"{what} needs generator.kind=diffusion, got {settings.generator.kind}")
+
+
 def label_dropout(settings: Settings) -> float:
     """Share of rows whose label the generator is not given: all, unless it is class-conditional."""
     return settings.generator.label_dropout if settings.generator.kind == "diffusion" else 1.0

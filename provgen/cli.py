@@ -102,8 +102,6 @@ def _in_one_line(recipe: Callable[..., None]) -> Callable[..., None]:
             recipe(*args, **kwargs)
         except InputError as error:
             _stop(f"error: {' '.join(str(error).split())}", 2)
-        except OSError as error:
-            _stop(f"error: {error}; what was saved before is intact", 2)
         except KeyboardInterrupt:
             _stop("stopped; the same command goes on from the last checkpoint", 130)
 

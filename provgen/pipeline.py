@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -21,7 +21,7 @@ from provgen.errors import InputError
 from provgen.generators.classifier import ClassifierGenerator
 from provgen.generators.closed_form import Posterior
 from provgen.generators.diffusion import DiffusionGenerator
-from provgen.generators.protocol import Generator, Step
+from provgen.generators.protocol import Generator
 from provgen.generators.vae import VaeGenerator
 from provgen.models.classifier import ImageClassifier
 from provgen.models.credit import CreditHead
@@ -39,105 +39,6 @@ from provgen.tracing.trace import (
     resample,
     trace,
 )
-
-
-def check_options(guidance_scale: float, output_type: str, trace_every: int) -> None:
-    """Refuse what no sampler and no caller can use.
-
-    Raises:
-        InputError: An unknown `output_type`, a guidance scale that is not finite, or steps that are no number of steps.
-    """
-    if output_type not in ("pil", "pt"):
-        raise InputError(f"output_type must be pil or pt, got {output_type!r}")
-    if not isfinite(guidance_scale):
-        raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    check_trace_every(trace_every)
-
-
-def check_trace_every(trace_every: int) -> None:
-    """Refuse what is no number of steps.
-
-    Raises:
-        InputError: Below 1.
-    """
-    if trace_every < 1:
-        raise InputError(f"trace_every must be at least 1, got {trace_every}")
-
-
-def check_resampling(resample_below: float | None, max_resamplings: int, *, is_traced: bool) -> None:
-    """Refuse redraws that could never end, or that have no trace to go by.
-
-    Raises:
-        InputError: No positive bound, no redraw at all, or no trace.
-    """
-    if resample_below is None:
-        return
-    if not is_traced:
-        raise InputError("resample_below looks at traces; give top_k as well, or leave it out")
-    if resample_below <= 0 or max_resamplings < 1:
-        raise InputError(
-            f"resample_below must be positive and max_resamplings at least 1, got {resample_below} and "
-            f"{max_resamplings}"
-        )
-
-
-def read_count(
-    class_labels: Sequence[int | None] | Tensor | None,
-    batch_size: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> int:
-    """Give the number of images asked for: one per label, `batch_size` without labels.
-
-    Raises:
-        InputError: None at all, a single label that is no list, or another number of generators.
-    """
-    if isinstance(class_labels, int):
-        raise InputError(f"class_labels must be a list with one class per image, got {class_labels}")
-    count = batch_size if class_labels is None else len(class_labels)
-    if count < 1:
-        raise InputError(f"the number of images must be at least 1, got {count}")
-    if isinstance(generator, list) and len(generator) != count:
-        raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
-    return count
-
-
-def read_labels(class_labels: Sequence[int | None] | Tensor | None, count: int, null_label: int) -> Tensor:
-    """Turn one class label per image, None for no class, into int64 (query,); without any, all are null.
-
-    Raises:
-        InputError: The wrong number of labels, or one that is no class.
-    """
-    if class_labels is None:
-        return torch.full((count,), null_label)
-    given = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
-    if len(given) != count:
-        raise InputError(f"give one class label per image, None for no class: {count} images, {len(given)} labels")
-    labels = [null_label if label is None else label for label in given]
-    allowed = range(null_label + 1)
-    if bad := [label for label in labels if not isinstance(label, int) or label not in allowed]:
-        classes = f"0 to {null_label - 1}, or None for no class" if null_label else "None, there are no classes"
-        raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
-    return torch.tensor(labels)
-
-
-def read_pixels(images: Sequence[Image.Image] | Tensor, *, channels: int, size: int) -> Tensor:
-    """Turn images into uint8 (query, channel, height, width); PIL images are resized and converted.
-
-    Raises:
-        InputError: No images, or a tensor of another type or shape.
-    """
-    if len(images) == 0:
-        raise InputError("no images to attribute; give at least one")
-    if not isinstance(images, Tensor):
-        return torch.stack([from_pil(image, image_size=size, channels=channels) for image in images])
-    wanted = (channels, size, size)
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted:
-        raise InputError(
-            f"images must be uint8 of shape (query, {', '.join(map(str, wanted))}), "
-            f"got {images.dtype} of shape {tuple(images.shape)}"
-        )
-    return images
-
 
 MANIFEST_NAME = "manifest.parquet"
 
@@ -201,11 +102,16 @@ class ProvenancePipeline(DiffusionPipeline):
     def generator(self) -> Generator:
         """The generator, of whichever kind; its training losses are not set here."""
         if self.unet is not None:
-            return DiffusionGenerator(network=self.unet, scheduler=self.scheduler)
+            return self.denoiser
         if self.vae is not None:
             return VaeGenerator(network=self.vae)
         shape = (self.manifest.channels, self.manifest.image_size, self.manifest.image_size)
         return ClassifierGenerator(network=self.classifier, image_shape=shape)
+
+    @property
+    def denoiser(self) -> DiffusionGenerator:
+        """The diffusion generator; only of a pipeline that holds one."""
+        return DiffusionGenerator(network=self.unet, scheduler=self.scheduler)
 
     @property
     def manifest(self) -> Manifest:
@@ -277,17 +183,16 @@ class ProvenancePipeline(DiffusionPipeline):
         """Generate images and trace each along its own trajectory.
 
         Args:
-            class_labels: One class per image, None for no class. Without it `batch_size` unlabelled images.
+            class_labels: One class per image, None for no class. Without it `batch_size` images of no class.
             batch_size: Images, when no labels are given.
             generator: One per image, so that an image does not depend on its batch.
             num_inference_steps: DDIM steps, at least 10.
-            guidance_scale: Classifier-free guidance; 1 is none. Traces always follow the labelled branch.
+            guidance_scale: Classifier-free guidance; 1 is none. Traces always follow the conditional branch.
             top_k: Sources per image, at most the number of training images; None generates without traces.
-            trace_every: Sampling steps from one that is traced to the next: 4 costs a quarter, and knows the commitment
-                step to four steps. Calibrated weights are the same, as they are of the last steps.
-            resample_below: Draw a sample again where the entropy of its sources, shortly before it is finished, is
-                below this, in nats, such as 0.001; such samples are often copies. None keeps all.
-            max_resamplings: Times that a sample may be resampled.
+            trace_every: Sampling steps from one that is traced to the next; the commitment step is known to as many.
+            resample_below: Entropy of a sample's sources in nats, shortly before it is finished, below which it is
+                drawn again, such as 0.001; such samples are often copies. None keeps all.
+            max_resamplings: Times that a sample may be drawn again.
             closed_form: Also trace by the closed form (needs the training images).
             output_type: `pil` or `pt`.
 
@@ -296,48 +201,24 @@ class ProvenancePipeline(DiffusionPipeline):
         """
         if top_k is not None:
             self._check_traceable(top_k)
-        check_options(guidance_scale, output_type, trace_every)
-        check_resampling(resample_below, max_resamplings, is_traced=top_k is not None)
-        count = read_count(class_labels, batch_size, generator)
-        labels = read_labels(class_labels, count, self.null_label).to(self._execution_device)
-
-        total = len(self.generator.alpha_bars(num_inference_steps))
-
-        def steps(rows: Tensor) -> Iterator[Step]:
-            return self.generator.sample(
-                labels[rows.to(labels.device)],
-                null_label=self.null_label,
-                generator=[generator[row] for row in rows.tolist()] if isinstance(generator, list) else generator,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-            )
-
+        _check_options(guidance_scale, output_type, trace_every)
+        _check_resampling(resample_below, max_resamplings, is_traced=top_k is not None)
+        count = _read_count(class_labels, batch_size, generator)
+        sampling = _Sampling(
+            pipeline=self,
+            class_labels=_read_labels(class_labels, count, self.null_label).to(self._execution_device),
+            generator=generator,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
         if top_k is None:
-            images = self._last(steps(torch.arange(count)), total)
+            images = sampling.images(torch.arange(count))
             return ProvenancePipelineOutput(_finished(images, output_type), None, resamplings=torch.zeros(count).long())
-        levels = Levels.of(self.generator, num_inference_steps, trace_every)
-
-        def draw(rows: Tensor) -> Draw:
-            posterior = MeanPosterior(ask_network(self.provenance), levels)
-            exact = None if closed_form is None else MeanPosterior(ask_closed_form(closed_form), levels)
-            features = None if self.credit is None else self._credit_features(num_inference_steps)
-            looks = [look for look in (posterior, exact, features) if look is not None]
-            return Draw(self._last(steps(rows), total, *looks), posterior, exact, features)
-
+        draw = partial(sampling.traced, trace_every=trace_every, closed_form=closed_form)
         most = 0 if resample_below is None else max_resamplings
         drawn, resamplings = resample(draw, count, below=resample_below or 0.0, most=most)
-        summarise = partial(
-            MeanPosterior.attribution,
-            top_k=top_k,
-            is_trajectory=self.generator.has_noise_levels,
-            reachable=self.manifest.reachable,
-        )
-        credit = None if drawn.features is None else self._credit(drawn.features, labels)
         return ProvenancePipelineOutput(
-            _finished(drawn.images, output_type),
-            summarise(drawn.posterior, credit=credit),
-            None if drawn.closed_form is None else summarise(drawn.closed_form),
-            resamplings,
+            _finished(drawn.images, output_type), *self._attributions(drawn, sampling.class_labels, top_k), resamplings
         )
 
     @torch.no_grad()
@@ -370,10 +251,10 @@ class ProvenancePipeline(DiffusionPipeline):
             InputError: No images, an impossible label or `top_k`, or images of another size.
         """
         self._check_traceable(top_k)
-        check_trace_every(trace_every)
-        pixels = read_pixels(images, channels=self.manifest.channels, size=self.manifest.image_size)
+        _check_trace_every(trace_every)
+        pixels = _read_pixels(images, channels=self.manifest.channels, size=self.manifest.image_size)
         clean = to_unit_range(pixels, self.network.dtype).to(self._execution_device)
-        labels = read_labels(class_labels, len(pixels), self.null_label).to(clean.device)
+        labels = _read_labels(class_labels, len(pixels), self.null_label).to(clean.device)
 
         generator = self.generator
         levels = Levels.of(generator, num_inference_steps, trace_every)
@@ -392,12 +273,17 @@ class ProvenancePipeline(DiffusionPipeline):
         batches = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
         return Attribution.concatenate([attributed(*batch) for batch in batches])
 
-    def _last(self, steps: Iterator[Step], total: int, *looks: Look) -> Tensor:
-        """Show steps to looks with a progress bar; give the images of the last one."""
-        with self.progress_bar(total=total) as bar:
-            images = trace(steps, *looks, lambda _: bar.update()).images
-        assert images is not None, "sampling ends in images"
-        return images
+    def _attributions(self, drawn: Draw, class_labels: Tensor, top_k: int) -> tuple[Attribution, Attribution | None]:
+        """Summarise the traces of samples: by the network, and by the closed form where there is one."""
+        summarise = partial(
+            MeanPosterior.attribution,
+            top_k=top_k,
+            is_trajectory=self.generator.has_noise_levels,
+            reachable=self.manifest.reachable,
+        )
+        credit = None if drawn.features is None else self._credit(drawn.features, class_labels)
+        exact = None if drawn.closed_form is None else summarise(drawn.closed_form)
+        return summarise(drawn.posterior, credit=credit), exact
 
     def _credit_features(self, num_inference_steps: int) -> CreditFeatures:
         """Start what the credit head compares images by; only a denoiser has one."""
@@ -409,7 +295,7 @@ class ProvenancePipeline(DiffusionPipeline):
 
     def _credit(self, features: CreditFeatures, class_labels: Tensor) -> Tensor:
         """Give calibrated shares (query, train)."""
-        mean = features.mean(self.credit.config.level_power)
+        mean = features.mean(self.credit.calibration.level_power)
         shares: Tensor = self.credit(mean.to(self.credit.dtype), class_labels)
         return shares
 
@@ -419,6 +305,117 @@ class ProvenancePipeline(DiffusionPipeline):
                 "this pipeline has no provenance network to trace with; give top_k=None, or train with one"
             )
         check_top_k(top_k, self.provenance.config.num_covered)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sampling:
+    """What is sampled in one call of a pipeline, and how."""
+
+    pipeline: ProvenancePipeline
+    class_labels: Tensor
+    """int64 (query,)."""
+    generator: torch.Generator | list[torch.Generator] | None
+    num_inference_steps: int
+    guidance_scale: float
+
+    def images(self, rows: Tensor, *looks: Look) -> Tensor:
+        """Sample the queries of some rows with a progress bar, and show every step to looks."""
+        own, generator = self.generator, self.pipeline.generator
+        steps = generator.sample(
+            self.class_labels[rows.to(self.class_labels.device)],
+            null_label=self.pipeline.null_label,
+            generator=[own[row] for row in rows.tolist()] if isinstance(own, list) else own,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+        )
+        with self.pipeline.progress_bar(total=len(generator.alpha_bars(self.num_inference_steps))) as bar:
+            images = trace(steps, *looks, lambda _: bar.update()).images
+        assert images is not None, "sampling ends in images"
+        return images
+
+    def traced(self, rows: Tensor, *, trace_every: int, closed_form: Posterior | None) -> Draw:
+        """Sample the queries of some rows, and trace them."""
+        pipeline = self.pipeline
+        levels = Levels.of(pipeline.generator, self.num_inference_steps, trace_every)
+        posterior = MeanPosterior(ask_network(pipeline.provenance), levels)
+        exact = None if closed_form is None else MeanPosterior(ask_closed_form(closed_form), levels)
+        features = None if pipeline.credit is None else pipeline._credit_features(self.num_inference_steps)
+        looks = [look for look in (posterior, exact, features) if look is not None]
+        return Draw(self.images(rows, *looks), posterior, exact, features)
+
+
+def _check_options(guidance_scale: float, output_type: str, trace_every: int) -> None:
+    """Refuse what no sampler and no caller can use."""
+    if output_type not in ("pil", "pt"):
+        raise InputError(f"output_type must be pil or pt, got {output_type!r}")
+    if not isfinite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    _check_trace_every(trace_every)
+
+
+def _check_trace_every(trace_every: int) -> None:
+    """Refuse what is no number of steps."""
+    if trace_every < 1:
+        raise InputError(f"trace_every must be at least 1, got {trace_every}")
+
+
+def _check_resampling(resample_below: float | None, max_resamplings: int, *, is_traced: bool) -> None:
+    """Refuse resampling that could never end, or that have no trace to go by."""
+    if resample_below is None:
+        return
+    if not is_traced:
+        raise InputError("resample_below looks at traces; give top_k as well, or leave it out")
+    if resample_below <= 0 or max_resamplings < 1:
+        raise InputError(
+            f"resample_below must be positive and max_resamplings at least 1, got {resample_below} and "
+            f"{max_resamplings}"
+        )
+
+
+def _read_count(
+    class_labels: Sequence[int | None] | Tensor | None,
+    batch_size: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> int:
+    """Give the number of images asked for: one per label, `batch_size` without labels."""
+    if isinstance(class_labels, int):
+        raise InputError(f"class_labels must be a list with one class per image, got {class_labels}")
+    count = batch_size if class_labels is None else len(class_labels)
+    if count < 1:
+        raise InputError(f"the number of images must be at least 1, got {count}")
+    if isinstance(generator, list) and len(generator) != count:
+        raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
+    return count
+
+
+def _read_labels(class_labels: Sequence[int | None] | Tensor | None, count: int, null_label: int) -> Tensor:
+    """Turn one class label per image, None for no class, into int64 (query,); without any, all are null."""
+    if class_labels is None:
+        return torch.full((count,), null_label)
+    given = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
+    if len(given) != count:
+        raise InputError(f"give one class label per image, None for no class: {count} images, {len(given)} labels")
+    labels = [null_label if label is None else label for label in given]
+    allowed = range(null_label + 1)
+    if bad := [label for label in labels if not isinstance(label, int) or label not in allowed]:
+        classes = f"0 to {null_label - 1}, or None for no class" if null_label else "None, there are no classes"
+        raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
+    return torch.tensor(labels)
+
+
+def _read_pixels(images: Sequence[Image.Image] | Tensor, *, channels: int, size: int) -> Tensor:
+    """Turn images into uint8 (query, channel, height, width); PIL images are resized and converted."""
+    if len(images) == 0:
+        raise InputError("no images to attribute; give at least one")
+    if not isinstance(images, Tensor):
+        return torch.stack([from_pil(image, image_size=size, channels=channels) for image in images])
+    wanted = (channels, size, size)
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted:
+        raise InputError(
+            f"images must be uint8 of shape (query, {', '.join(map(str, wanted))}), "
+            f"got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    return images
 
 
 def _finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:

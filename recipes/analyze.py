@@ -14,7 +14,6 @@ from torch import Tensor
 from provgen import build, cli, evaluation
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import generator_losses
 from provgen.metrics.set_measures import FEWEST, common_size, set_measures
 from provgen.metrics.verdicts import FEWEST_HELD_OUT, Evidence, Limits, verdicts
@@ -170,15 +169,14 @@ def has_loss(trained: build.TrainedRun) -> bool:
 
 def generalization_part(trained: build.TrainedRun) -> Part:
     """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
-    generator, train, pipeline = trained.generator, trained.data.train, trained.pipeline
+    generator, train = trained.generator, trained.data.train
     losses = [
         generator_losses(generator, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS, seed=0)
         for images in (train, trained.data.holdout)
     ]
     divergence = None
     if generator.has_noise_levels:
-        denoiser = DiffusionGenerator(network=pipeline.unet, scheduler=pipeline.scheduler)
-        divergence = evaluation.divergence_by_step(denoiser, train, some_of(train, MAX_TRACED))
+        divergence = evaluation.divergence_by_step(trained.pipeline.denoiser, train, some_of(train, MAX_TRACED))
     return generalization_section(generator.loss_name, generator.loss_text, losses[0], losses[1], divergence)
 
 

@@ -21,8 +21,9 @@ from rich.progress import track
 from provgen import build, cli
 from provgen.errors import InputError
 from provgen.run import atomic_path
+from provgen.studies.faithfulness.credit import traced_images
 from provgen.studies.faithfulness.methods import trace_queries
-from provgen.studies.faithfulness.retraining import KINDS, RetrainedFolder
+from provgen.studies.faithfulness.retraining import RetrainedFolder
 from provgen.studies.faithfulness.tuning import Split, tune
 from provgen.tracing import calibrate
 
@@ -42,8 +43,7 @@ def main(
     queries = trace_queries(trained, retrained.queries)
 
     head = calibrate.fit_credit_head(
-        trained,
-        {kind: queries[kind] for kind in KINDS},
+        partial(traced_images, pipeline, trained.data.train, queries),
         partial(tune, masks=retrained.masks, outputs=outputs, split=split),
         calibration_subsets=calibration_subsets,
         progress_bar=partial(track, description="fitting processes", console=Console(stderr=True), transient=True),
@@ -51,7 +51,7 @@ def main(
     pipeline.register_modules(credit=head.to(pipeline.device))
     with atomic_path(trained.folder.pipeline) as path:
         pipeline.save_pretrained(path)
-    print(f"calibrated on {calibration_subsets} subset models: {head.setting}; saved in {trained.folder.pipeline}")
+    print(f"calibrated on {calibration_subsets} subset models: {head.calibration}; saved in {trained.folder.pipeline}")
 
 
 if __name__ == "__main__":

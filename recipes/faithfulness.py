@@ -2,28 +2,30 @@
 
     provgen faithfulness --run runs/digits
 
-Every method, and a mixture of all, is tuned on the same few subset models and queries and reported on the rest. Writes
-retrained.parquet, .md and .png into RUN/faithfulness, and predictions.parquet, of which `provgen faithfulness-table`
-makes them again. Gradients are kept there, and the same command goes on where it was stopped.
+Every method, and an ensemble of all, is tuned on the same few subset models and queries and reported on the rest.
+The command writes retrained.parquet, .md and .png into RUN/faithfulness, and predictions.parquet, of which
+`provgen faithfulness-table` makes them again. It keeps gradients there, and goes on where it was stopped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch import Tensor
 
 from provgen import build, cli
 from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
 from provgen.models.credit import CreditHead
 from provgen.studies.faithfulness import comparison
-from provgen.studies.faithfulness.attributor import AttributionScores, Attributor, Queries
+from provgen.studies.faithfulness.attributor import Method, MethodLabel, Queries, Role
 from provgen.studies.faithfulness.leave_out import read_moved
 from provgen.studies.faithfulness.methods import TunedScores, make_methods, trace_queries, tuned_scores
 from provgen.studies.faithfulness.retraining import KINDS, Retrained, RetrainedFolder
-from provgen.studies.faithfulness.tuning import Split, Tuned, fit_ensemble, tune
+from provgen.studies.faithfulness.tuning import Split, Tuned, fields_of, fit_ensemble, tune
+
+ENSEMBLE = MethodLabel(name="ensemble", uses_provenance=True, role=Role.ENSEMBLE)
+WITHOUT_NETWORK = MethodLabel(name="ensemble without the provenance network", role=Role.ENSEMBLE)
 
 
 def main(
@@ -44,70 +46,64 @@ def main(
         raise InputError("faithfulness runs in one process; start it without accelerate launch")
     trained = build.open_trained_run(run, accelerator.device)
     models = RetrainedFolder(run / "retrained")
-    retrained, masks = models.load(), models.masks()
+    retrained = models.load()
     seeds, num_queries, num_subsets = retrained.losses["generated"].shape
     print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
     split = Split.first(retrained.subsets, num_queries, calibration=calibration_subsets)
     require_calibration(trained.pipeline.credit, calibration_subsets)
     queries = trace_queries(trained, retrained.queries)
-    folder, steps = run / "faithfulness", tuple(timesteps or [10])
+    folder, steps = run / "faithfulness", timesteps or [10]
     methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
-    predictions = [
-        row for kind in KINDS for row in predictions_of(kind, tuned, masks, ensembles_of(kind, tuned, retrained, split))
-    ]
-    chosen = Tuned(
+    predictions = comparison.Predictions(
+        rows=[row for kind in KINDS for row in predictions_of(kind, tuned, models, retrained, split)],
+        calibration_subsets=calibration_subsets,
+    )
+    Tuned(
         calibration_queries=split.queries.nonzero().flatten().tolist(),
         timesteps=steps,
-        settings={name: some.settings["generated"] for name, some in tuned.items()},
-    )
-    chosen.save(folder / "tuned.json")
-    kept = comparison.Predictions(rows=predictions, calibration_subsets=calibration_subsets)
-    kept.save(folder / "predictions.parquet")
+        settings={label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()},
+    ).save(folder / "tuned.json")
+    predictions.save(folder / "predictions.parquet")
     moved = read_moved(run / "leave_out" / "effects.parquet")
-    rows = comparison.compare(kept, models, moved=moved, resamples=resamples)
-    print(comparison.write_tables(rows, folder, "retrained"))
+    rows = comparison.compare(predictions, models, moved=moved, resamples=resamples)
+    print(comparison.write_tables(rows, folder, "retrained", calibration_subsets=calibration_subsets))
 
 
 def tune_methods(
-    methods: Mapping[str, Attributor],
+    methods: Sequence[Method],
     train: ImageSet,
     queries: Mapping[str, Queries],
     retrained: Retrained,
     split: Split,
-) -> dict[str, TunedScores]:
+) -> dict[MethodLabel, TunedScores]:
     """Fit every method and tune it on the calibration part, for each kind of query by itself."""
     outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
-
-    def choose(kind: str, scores: AttributionScores) -> str:
-        return tune({kind: scores}, retrained.masks, outputs, split)
-
     tuned = {}
-    for name, method in methods.items():
-        # Held-out images have no trajectory.
-        asked = {kind: some for kind, some in queries.items() if kind == "generated" or not is_along(name)}
-        tuned[name] = tuned_scores(method, train, asked, choose)
-        print(f"{name}: {tuned[name].cost.fit_seconds:.0f} s to set up", flush=True)
+    for method in methods:
+        tuned[method.label] = tuned_scores(
+            method.attributor,
+            train,
+            # Held-out images have no trajectory.
+            {k: q for k, q in queries.items() if method.label.along != "trajectory" or q.trajectory is not None},
+            lambda kind, scores: tune({kind: scores}, retrained.masks, outputs, split),
+        )
+        print(f"{method.name}: {tuned[method.label].cost.fit_seconds:.0f} s to set up", flush=True)
     return tuned
 
 
-def without(methods: Mapping[str, Attributor], skipped: Sequence[str]) -> dict[str, Attributor]:
+def without(methods: Sequence[Method], skipped: Sequence[str]) -> list[Method]:
     """Leave out the methods whose names start so.
 
     Raises:
         InputError: There is none, or others are compared with it.
     """
     for start in skipped:
-        found = [name for name in methods if name.startswith(start)]
-        if not found or set(found) & set(comparison.REFERENCES):
-            names = "; ".join(name for name in methods if name not in comparison.REFERENCES)
+        matching = [method for method in methods if method.name.startswith(start)]
+        if not matching or any(method.label.is_reference for method in matching):
+            names = "; ".join(method.name for method in methods if not method.label.is_reference)
             raise InputError(f"--skip {start!r} must be the start of one of: {names}")
-    return {name: method for name, method in methods.items() if not name.startswith(tuple(skipped))}
-
-
-def is_along(name: str) -> bool:
-    """Whether a method follows the sampling trajectory."""
-    return name.endswith("trajectory")
+    return [method for method in methods if not method.name.startswith(tuple(skipped))]
 
 
 def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> None:
@@ -123,44 +119,31 @@ def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> 
         )
 
 
-def ensembles_of(
-    kind: str, tuned: Mapping[str, TunedScores], retrained: Retrained, split: Split
-) -> dict[str, tuple[Tensor, str]]:
-    """Mix the evidence of all methods, and of all but the provenance network, as calibration says.
-
-    Returns:
-        Scores (query, train) of both, and their weights in words.
-    """
-    outputs = -retrained.losses[kind].mean(dim=0)
-    scores = {name: some.scores[kind] for name, some in tuned.items() if kind in some.scores}
-    everything = [name for name in scores if name not in ("random", "same class")]
-    rivals = [name for name in everything if "provenance" not in name and "calibrated" not in name]
-    combined = {}
-    for title, names in (("ensemble", everything), ("ensemble without the provenance network", rivals)):
-        evidence = {name: scores[name] for name in names}
-        seen = {name: some[split.queries] for name, some in evidence.items()}
-        ensemble = fit_ensemble(seen, retrained.masks[split.subsets], outputs[split.queries][:, split.subsets])
-        ranked = sorted(ensemble.weights.items(), key=lambda item: -item[1])
-        words = "; ".join(f"{weight:.2f} {name}" for name, weight in ranked if weight >= 0.005)
-        combined[title] = (ensemble(evidence), words)
-    return combined
-
-
 def predictions_of(
-    kind: str, tuned: Mapping[str, TunedScores], masks: Tensor, combined: Mapping[str, tuple[Tensor, str]]
-) -> list[comparison.Prediction]:
+    kind: str,
+    tuned: Mapping[MethodLabel, TunedScores],
+    models: RetrainedFolder,
+    retrained: Retrained,
+    split: Split,
+) -> Iterator[comparison.Prediction]:
     """Give what every method and ensemble predicts of all subsets for one kind of query."""
-    methods = [
-        comparison.predict(
-            some.scores[kind], masks, method=name, queries=kind, setting=some.settings[kind], cost=some.cost
+    masks = models.masks()
+    methods = {label: method for label, method in tuned.items() if kind in method.scores}
+    for label, method in methods.items():
+        setting = str(method.settings[kind])
+        yield comparison.predict(
+            method.scores[kind], masks, label=label, queries=kind, setting=setting, cost=method.cost
         )
-        for name, some in tuned.items()
-        if kind in some.scores
-    ]
-    return methods + [
-        comparison.predict(scores, masks, method=name, queries=kind, setting=words, cost=None)
-        for name, (scores, words) in combined.items()
-    ]
+    outputs = -retrained.losses[kind].mean(dim=0)[split.queries][:, split.subsets]
+    for title in (ENSEMBLE, WITHOUT_NETWORK):
+        scores = {
+            label.name: method.scores[kind]
+            for label, method in methods.items()
+            if label.role != Role.CHANCE and (title.uses_provenance or not label.uses_provenance)
+        }
+        calibration = {name: values[split.queries] for name, values in scores.items()}
+        ensemble = fit_ensemble(calibration, retrained.masks[split.subsets], outputs)
+        yield comparison.predict(ensemble(scores), masks, label=title, queries=kind, setting=str(ensemble), cost=None)
 
 
 if __name__ == "__main__":

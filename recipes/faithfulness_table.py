@@ -36,7 +36,8 @@ def main(
         first_subset=first_subset,
     )
     name = f"{models}_from_{first_subset}" if first_subset else models
-    print(comparison.write_tables(rows, folder / "faithfulness", name))
+    subsets = predictions.calibration_subsets
+    print(comparison.write_tables(rows, folder / "faithfulness", name, calibration_subsets=subsets))
 
 
 if __name__ == "__main__":

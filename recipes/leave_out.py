@@ -2,14 +2,14 @@
 
     provgen leave-out --run runs/digits
 
-Methods are tuned as `provgen faithfulness` found; run that first. Writes a small file for every model, table.md and
+Methods are tuned as `provgen faithfulness` found; run that first. Writes outcomes/, rankings/, table.md and
 effects.parquet into RUN/leave_out; `provgen faithfulness-table` puts the effects beside the LDS. The same command
-goes on where it was stopped; parts 1/2 and 2/2 may run side by side. What a method names under its tuned
+goes on where it was stopped; --shard 1/2 and --shard 2/2 may run side by side. What a method names under its tuned
 setting is found out once and kept: another machine rounds otherwise. After another calibration, run faithfulness first.
+With --only-table the table is made again in a second.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,22 +21,20 @@ from torch import Tensor
 from provgen import build, cli
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
-from provgen.models.credit import CreditHead
-from provgen.run import atomic_path, claim_folder, require_run
+from provgen.run import claim_folder, require_run
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
 from provgen.studies.faithfulness import retraining
+from provgen.studies.faithfulness.attributor import Method
 from provgen.studies.faithfulness.leave_out import (
     NOTHING,
     LeaveOutFolder,
     LeftOut,
     Outcome,
-    effect_rows,
-    effect_table,
-    leave_out_effects,
     plan,
+    share_of_class,
     strongest_first,
-    write_effects,
+    write_table,
 )
 from provgen.studies.faithfulness.methods import make_methods, trace_queries
 from provgen.studies.faithfulness.retraining import QueryImages, RetrainedFolder
@@ -50,7 +48,6 @@ METHODS = [
     "calibrated trace, trajectory",
     "D-TRAK, 100 timesteps",
 ]
-REFERENCES = ("random", "pixel kernel")
 
 
 def main(
@@ -62,89 +59,127 @@ def main(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each.")] = 2,
     method: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: five of them.")] = None,
-    part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
+    only_table: Annotated[
+        bool, typer.Option("--only-table", help="Make the table again of what is there; train nothing.")
+    ] = False,
 ) -> None:
     """Train without what a method names; report how far the sample moves, and its loss."""
-    portion, names, shares = Shard.parse(part), method or METHODS, share or [0.05, 0.2]
-    if bad := [some for some in shares if not 0 < some <= 0.9]:
-        raise InputError(f"--share must be above 0 and at most 0.9, got {bad[0]}")
-    accelerator = build.make_accelerator(load_settings(require_run(run).config, []))
+    names, shares, folder = method or METHODS, share or [0.05, 0.2], LeaveOutFolder(run / "leave_out")
+    if wrong := [value for value in shares if not 0 < value <= 0.9]:
+        raise InputError(f"--share must be above 0 and at most 0.9, got {wrong[0]}")
+    if only_table:
+        outcomes = folder.load()
+        if not outcomes:
+            raise InputError(f"no models in {folder.root}; run `provgen leave-out` without --only-table first")
+        print(write_table(folder.root, outcomes, names))
+        return
+    portion, accelerator = Shard.parse(shard), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = build.open_trained_run(run, accelerator.device)
-    tuned = Tuned.load(run / "faithfulness" / "tuned.json")
-    tuned.require(names)
-    require_same_calibration(tuned, names, trained.pipeline.credit)
+    tuned, methods = tuned_methods(trained, names)
     samples = RetrainedFolder(run / "retrained").load().queries["generated"]
-    folder = LeaveOutFolder(run / "leave_out")
     if accelerator.is_main_process:
         claim_folder(folder.root, retraining.fingerprint(trained.settings))
     accelerator.wait_for_everyone()
-
     # Samples that no method was tuned on.
     others = [n for n in range(len(samples.images)) if n not in set(tuned.calibration_queries)][:num_queries]
-    planned = plan(names, shares, others, seeds)
-    nothing = plan([NOTHING], [0.0], others, seeds)
-    rankings = ranked_sources(trained, tuned, names, samples, folder)
-    left_out = {m: rankings[m.method][m.query][: max(1, round(m.share * len(trained.data.train)))] for m in planned}
-    left_out |= {model: torch.empty(0, dtype=torch.int64) for model in nothing}
-    # Nothing is left out once for all samples.
-    samples_of = {model: [m for m in nothing if m.seed == model.seed] for model in nothing}
-
-    for model in missing_models(
-        [*nothing[:: len(others)], *planned],
-        lambda model: all(folder.has(some, left_out[some]) for some in samples_of.get(model, [model])),
-        part=portion,
-        accelerator=accelerator,
-        folder=folder.root,
-        say=partial(print, flush=True),
-    ):
-        network, settings = train_without(trained, left_out[model], model.seed, accelerator)
-        for some in samples_of.get(model, [model]):
-            folder.save(some, outcome(network, settings, trained, samples, some, left_out[some]))
+    rankings = ranked_sources(trained, tuned, {name: methods[name] for name in names}, samples, others, folder)
+    left_out = examples_left_out(rankings, plan(names, shares, others, seeds), len(trained.data.train))
+    train_missing(left_out, trained, samples, folder, portion, accelerator)
     if accelerator.is_main_process:
-        there = {m: folder.load(m) for m in [*nothing, *planned] if folder.has(m, left_out[m])}
-        table = write_table(folder.root, there, names, shares, trained.data.train.labels, samples.labels)
-        print(f"{len(set(there) & set(planned))} of {len(planned)} models measured\n\n{table}")
+        outcomes = there(folder, left_out)
+        if len(outcomes) == len(left_out):
+            folder.compact()
+        measured = sum(model.method != NOTHING for model in outcomes)
+        table = write_table(folder.root, outcomes, names) if outcomes else "no query has every model yet"
+        print(f"{measured} of {sum(model.method != NOTHING for model in left_out)} models measured\n\n{table}")
         print(f"table in {folder.root}")
     accelerator.end_training()
 
 
-def require_same_calibration(tuned: Tuned, names: Sequence[str], credit: CreditHead | None) -> None:
-    """Refuse a calibrated trace that was compared under another calibration than the pipeline's.
+def tuned_methods(trained: build.TrainedRun, names: Sequence[str]) -> tuple[Tuned, dict[str, Method]]:
+    """Read how methods were tuned; give these methods by name.
 
     Raises:
-        InputError: It was calibrated since.
+        InputError: One of them was not, or the pipeline was calibrated since.
     """
-    if credit is None:  # a copy that goes on with what methods named
-        return
-    for name in names:
-        if name.startswith("calibrated trace") and tuned.settings[name] != credit.setting:
-            raise InputError("this run was calibrated again since `provgen faithfulness`; run that first")
+    folder = trained.folder.faithfulness
+    tuned = Tuned.load(folder / "tuned.json")
+    tuned.require(names)
+    methods = {method.name: method for method in make_methods(trained, folder, num_timesteps=tuned.timesteps)}
+    for method in methods.values():
+        if method.name in names:
+            tuned.setting(method)  # refuses a trace that was calibrated since
+    return tuned, methods
+
+
+def examples_left_out(
+    rankings: Mapping[str, Mapping[int, Tensor]], planned: Sequence[LeftOut], num_train: int
+) -> dict[LeftOut, Tensor]:
+    """Give the examples that each model is trained without, int64 (left_out,), models without nothing first."""
+    nothing = {LeftOut(seed=m.seed, share=0.0, query=m.query, method=NOTHING) for m in planned}
+    left_out = {model: torch.empty(0, dtype=torch.int64) for model in sorted(nothing)}
+    for model in planned:
+        left_out[model] = rankings[model.method][model.query][: max(1, round(model.share * num_train))]
+    return left_out
+
+
+def there(folder: LeaveOutFolder, left_out: Mapping[LeftOut, Tensor]) -> dict[LeftOut, Outcome]:
+    """Read the models that have been measured without these very examples."""
+    kept = folder.load()
+    return {m: kept[m] for m, examples in left_out.items() if m in kept and torch.equal(kept[m].left_out, examples)}
+
+
+def train_missing(
+    left_out: Mapping[LeftOut, Tensor],
+    trained: build.TrainedRun,
+    samples: QueryImages,
+    folder: LeaveOutFolder,
+    shard: Shard,
+    accelerator: Accelerator,
+) -> None:
+    """Train the models that are not there; one without nothing makes the samples of all queries."""
+    groups = [(model,) for model in left_out if model.method != NOTHING]
+    of_seed = [
+        tuple(m for m in left_out if m.method == NOTHING and m.seed == seed) for seed in {g[0].seed for g in groups}
+    ]
+    kept = there(folder, left_out)
+    for group in missing_models(
+        [*sorted(of_seed), *groups],
+        lambda group: all(model in kept for model in group),
+        shard=shard,
+        accelerator=accelerator,
+        folder=folder.root,
+        describe=lambda group: str(group[0]),
+    ):
+        network, settings = train_without(trained, left_out[group[0]], group[0].seed, accelerator)
+        for model in group:
+            folder.save(model, outcome(network, settings, trained, samples, model, left_out[model]))
 
 
 def ranked_sources(
     trained: build.TrainedRun,
     tuned: Tuned,
-    names: Sequence[str],
+    methods: Mapping[str, Method],
     samples: QueryImages,
+    queries: Sequence[int],
     folder: LeaveOutFolder,
-) -> dict[str, Tensor]:
-    """Order training examples by what tuned methods say, int64 (query, train) by name; kept from the first time on."""
-    found = {name: folder.load_ranking(name, tuned.settings[name]) for name in names}
-    known = {name: ranking for name, ranking in found.items() if ranking is not None}
-    missing = [name for name in names if name not in known]
+) -> dict[str, dict[int, Tensor]]:
+    """Order training examples by what tuned methods say, int64 (train,) by name and sample; kept from then on."""
+    rankings = {name: folder.load_rankings(name, tuned.ranking_key(name)) for name in methods}
+    missing = [name for name in methods if not set(queries) <= set(rankings[name])]
     if not missing:
-        return known
-    queries = trace_queries(trained, {"generated": samples})["generated"]
-    gradients = folder.root.parent / "faithfulness"
-    methods = make_methods(trained, gradients, num_timesteps=tuple(tuned.timesteps))
+        return rankings
+    traced = trace_queries(trained, {"generated": samples})["generated"]
     train = trained.data.train
-    distances = torch.cdist(queries.images.flatten(1), to_unit_range(train.images).flatten(1))
+    distances = torch.cdist(traced.images.flatten(1), to_unit_range(train.images).flatten(1))
     for name in missing:
-        methods[name].fit(train)
-        scores = methods[name].attribute(queries).of(tuned.settings[name])
-        known[name] = strongest_first(scores, distances)
-        folder.save_ranking(name, tuned.settings[name], known[name])
-    return known
+        attributor, setting = methods[name].attributor, tuned.setting(methods[name])
+        attributor.fit(train)
+        order = strongest_first(attributor.attribute(traced, only=setting).under(setting), distances)
+        rankings[name] = {query: order[query] for query in queries} | rankings[name]
+        folder.save_rankings(name, tuned.ranking_key(name), rankings[name])
+    return rankings
 
 
 def train_without(
@@ -172,55 +207,10 @@ def outcome(
     losses = retraining.query_losses(network, settings, trained.data.train, {"generated": query})
     return Outcome(
         left_out=left_out,
+        share_of_class=share_of_class(left_out, trained.data.train.labels, int(label)),
         image=retraining.regenerate(network, trained, label=int(label), seed=model.query),
         loss=float(losses["generated"].mean()),
     )
-
-
-def write_table(
-    root: Path,
-    there: Mapping[LeftOut, Outcome],
-    names: Sequence[str],
-    shares: Sequence[float],
-    train_labels: Tensor,
-    query_labels: Tensor,
-) -> str:
-    """Write effects.parquet and table.md of the models that are there; give the table."""
-    effects = effects_by_share(there, names, shares, train_labels, query_labels)
-    rows = [row for some, by_title in effects.items() for row in effect_rows(some, by_title)]
-    write_effects(root / "effects.parquet", rows)
-    table = leave_out_table(effects, names, len(train_labels))
-    with atomic_path(root / "table.md") as partial:
-        partial.write_text(table, encoding="utf-8")
-    return table
-
-
-def effects_by_share(
-    there: Mapping[LeftOut, Outcome],
-    names: Sequence[str],
-    shares: Sequence[float],
-    train_labels: Tensor,
-    query_labels: Tensor,
-) -> dict[float, dict[str, dict[str, Tensor]]]:
-    """Collect effects by share, title and method, over the queries of which every method has every seed."""
-    effects = {}
-    for some in shares:
-        found = {model: end for model, end in there.items() if model.share in (0, some)}
-        if any(model.share for model in found):
-            effects[some] = leave_out_effects(found, names, train_labels=train_labels, query_labels=query_labels)
-    return effects
-
-
-def leave_out_table(
-    effects: Mapping[float, Mapping[str, Mapping[str, Tensor]]], names: Sequence[str], num_train: int
-) -> str:
-    """Lay out a table for every share and effect."""
-    lines = []
-    for some, by_title in effects.items():
-        for title, by_method in by_title.items():
-            lines.append(f"{some:.0%} of {num_train} training images left out: {title}\n")
-            lines.append(effect_table(by_method, [name for name in REFERENCES if name in names]))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     provgen memorization-sweep --config digits output_dir=runs/sweep
     provgen memorization-sweep --config digits --size 16 --size 64 --size 256 --seeds 3 output_dir=runs/sweep
+    provgen memorization-sweep --only-tables output_dir=docs/memorization
 
 Two generators of every size that share no image sample from the same noise. Each is measured at several steps of its
-training. Every process trains models of its own; the same command goes on where it was stopped, and parts 1/2 and 2/2
-may run side by side. Writes measured/, sweep.parquet, sweep.md, figures and report.html into the output folder.
+training. Every process trains models of its own; the same command goes on where it was stopped, and --shard 1/2 and
+--shard 2/2 may run side by side. Writes measured/, sweep.parquet, sweep.md, figures and report.html into the output
+folder. With --only-tables they are made again in seconds.
 """
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -39,46 +41,62 @@ def main(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each.")] = 1,
     num_images: Annotated[int, typer.Option(min=20, help="Images that each generates.")] = 200,
-    part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
+    only_tables: Annotated[
+        bool, typer.Option("--only-tables", help="Make tables and figures again of what is there; train nothing.")
+    ] = False,
 ) -> None:
     """Train on more and more images; report what is copied, and what traces say of it."""
     settings = load_settings(cli.find_config(config), overrides or [])
-    accelerator, share = build.make_accelerator(settings), Shard.parse(part)
-    root = Path(settings.output_dir)
-    data = build.open_data(settings, RunFolder(root))
+    folder = sweep.SweepFolder(Path(settings.output_dir))
+    if only_tables:
+        measured = folder.load()
+        if not measured:
+            raise InputError(
+                f"no models in {folder.root}; run `provgen memorization-sweep` without --only-tables first"
+            )
+        print(write_sweep_report(folder.root, sweep.curves(measured)))
+        return
+    accelerator, share = build.make_accelerator(settings), Shard.parse(shard)
+    data = build.open_data(settings, RunFolder(folder.root))
     require_sweepable(settings, data)
     num_train = len(data.train)
     sizes = size or [*(n for n in SIZES if data.train.num_classes <= n < num_train), num_train]
     models = sweep.plan(sizes, seeds, num_train=num_train, num_classes=data.train.num_classes)
     steps = sorted({max(1, round(part * settings.training.max_steps)) for part in SHARES_OF_STEPS})
-    folder = sweep.SweepFolder(root)
     if accelerator.is_main_process:
         fingerprint = retraining.fingerprint(
             settings, num_images=num_images, steps=steps, resampled_below=list(sweep.BOUNDS)
         )
-        claim_folder(root, fingerprint)
+        claim_folder(folder.root, fingerprint)
     accelerator.wait_for_everyone()
+    there = folder.measured()
     for model in missing_models(
         models,
-        lambda model: folder.has(model, steps[-1]),
-        part=share,
+        lambda model: (model, steps[-1]) in there,
+        shard=share,
         accelerator=accelerator,
-        folder=root,
-        say=partial(print, flush=True),
+        folder=folder.root,
     ):
         train_and_measure(model, settings, data, steps, folder, accelerator, num_images)
     if accelerator.is_main_process:
-        there = [model for model in models if folder.has(model, steps[-1])]
-        print(f"{len(there)} of {len(models)} models measured")
-        if there:
-            print(write_sweep_report(root, sweep.curves(folder, there, steps)))
+        report(folder, models)
     accelerator.end_training()
+
+
+def report(folder: sweep.SweepFolder, models: Sequence[sweep.SweepModel]) -> None:
+    """Write tables and figures of those models that are there; compact the folder when all are."""
+    measured = {model: by_step for model, by_step in folder.load().items() if model in models}
+    print(f"{len(measured)} of {len(models)} models measured")
+    if len(measured) == len(models):
+        folder.compact()
+    if measured:
+        print(write_sweep_report(folder.root, sweep.curves(measured)))
 
 
 def require_sweepable(settings: Settings, data: build.RunData) -> None:
     """Refuse what could only fail when everything is trained."""
-    if settings.generator.kind != "diffusion":
-        raise InputError(f"a sweep needs generator.kind=diffusion, got {settings.generator.kind}")
+    build.require_noise_levels(settings, "a sweep")
     if settings.provenance.coverage < 1:
         raise InputError(f"a sweep needs provenance.coverage=1, got {settings.provenance.coverage}")
     if not len(data.holdout):
@@ -102,10 +120,9 @@ def train_and_measure(
     for step in range(steps[-1]):
         trainer.step(stream.batch(step).to(accelerator.device), step)
         if step + 1 in steps:
-            measured = sweep.measure(trainer, own, images, num_images=num_images)
-            if step + 1 == steps[-1]:
-                measured |= sweep.measure_resampled(trainer, own, images, num_images=num_images)
-            folder.save(model, step + 1, measured)
+            is_last = step + 1 == steps[-1]
+            arrays = sweep.measure(trainer, images, num_images=num_images, is_last=is_last)
+            folder.save(model, step + 1, arrays)
     accelerator.free_memory()
 
 

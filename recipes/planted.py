@@ -8,8 +8,9 @@ recipes/data/planted_digits.py writes, samples that bear the mark of a cluster. 
 planted.md into RUN.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,9 +20,12 @@ from provgen import build, cli, evaluation
 from provgen.data.images import to_unit_range
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.metrics.statistics import auroc, mean_estimate, proportion
+from provgen.report.format import interval, markdown_table
 from provgen.run import atomic_path
 from provgen.studies.faithfulness.attributor import Queries
-from provgen.studies.faithfulness.methods import NUM_INFERENCE_STEPS, make_methods
+from provgen.studies.faithfulness.baselines import Bandwidth
+from provgen.studies.faithfulness.credit import NUM_INFERENCE_STEPS, noised_steps
+from provgen.studies.faithfulness.methods import make_methods
 from provgen.studies.faithfulness.planted import (
     FIRST,
     RANKS,
@@ -32,12 +36,9 @@ from provgen.studies.faithfulness.planted import (
     reliability_table,
     source_groups,
 )
-from provgen.studies.faithfulness.posteriors import closed_form_steps, network_steps
-from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.trace import WINDOW, late_level
-
-SETTING = f"probabilities, {WINDOW[0]} < alpha_bar < {WINDOW[1]}, temperature 1"
-"""The trace as it is made without calibration, but for the class."""
+from provgen.studies.faithfulness.posteriors import DEFAULT, closed_form_steps, network_steps
+from provgen.tracing.calibrate import Untuned
+from provgen.tracing.trace import late_level
 
 LEVELS = (0.5, 0.8, 0.95)
 """alpha_bars a that give the bandwidths sqrt((1 - a) / a) of the kernel density."""
@@ -77,17 +78,17 @@ def kernel_density(
     timestep = (levels - level).abs().argmin()
     alpha_bar = levels[timestep]
     planted = plant(pixels, num_queries, bandwidth=float(((1 - alpha_bar) / alpha_bar).sqrt()), seed=0)
-    hits = [bayes_hits(planted, pixels, groups, k)[0] for k in RANKS]
-    noisy = tracer_of(trained).noised(planted.images, num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
+    best = [proportion(int(bayes_hits(planted, pixels, groups, k)[0].sum()), num_queries) for k in RANKS]
+    noisy = noised_steps(trained.pipeline, planted.images)
     labels = no_class(trained, num_queries)
-    scores = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
+    beliefs, others = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
     ask = network_steps(trained.pipeline.unet, trained.pipeline.provenance)
     logits = ask(alpha_bar.sqrt() * planted.images, timestep, alpha_bar, labels)
-    scores = {"provenance network, that level alone": logits.softmax(dim=1), **scores}
+    beliefs = {"provenance network, that level alone": logits.softmax(dim=1), **beliefs}
     return [
         f"## Kernel density of bandwidth {planted.bandwidth:.2f} (a = {alpha_bar:.3f})\n",
-        precision_table(scores, planted.parents, groups, [proportion(int(some.sum()), num_queries) for some in hits]),
-        reliability_table(beliefs_of(scores), planted.parents, groups),
+        precision_table(beliefs | others, planted.parents, groups, best),
+        reliability_table(beliefs, planted.parents, groups),
     ]
 
 
@@ -106,21 +107,23 @@ def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, la
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
     # The cleanest level of the window by itself.
-    place = late_level(trajectory.alpha_bar.tolist())
-    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.alpha_bar[place], labels)
-    scores = {
+    place = late_level(trajectory.alpha_bars.tolist())
+    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.alpha_bars[place], labels)
+    cleanest = {
         f"{name}, cleanest level": ask(*late).softmax(dim=1)
         for name, ask in (
             ("provenance network", network_steps(trained.pipeline.unet, trained.pipeline.provenance)),
             ("closed form", closed_form_steps(closed_form)),
         )
-    } | traced(trained, queries, is_conditional=is_conditional)
+    }
+    beliefs, others = traced(trained, queries, is_conditional=is_conditional)
+    beliefs = cleanest | beliefs
     told = "asked for classes in turn" if is_conditional else "unconditional"
     return [
         f"## Samples of the closed-form denoiser, along their trajectories, {told}\n",
         f"Farthest sample from its nearest training image: {distances.max():.3f} (Euclidean, pixels in [-1, 1])\n",
-        precision_table(scores, parents, groups, [proportion(num_queries, num_queries)] * len(RANKS)),
-        reliability_table(beliefs_of(scores), parents, groups),
+        precision_table(beliefs | others, parents, groups, [proportion(num_queries, num_queries)] * len(RANKS)),
+        reliability_table(beliefs, parents, groups),
     ]
 
 
@@ -128,46 +131,47 @@ def unsupported(trained: build.TrainedRun, num_queries: int) -> list[str]:
     """Plant what no training image supports into held-out images, and see whether the evidence tells."""
     train, holdout = trained.data.train, trained.data.holdout
     has_class = holdout.labels < max(1, train.num_classes)  # without classes the null label is 0
-    some = torch.randperm(int(has_class.sum()), generator=torch.Generator().manual_seed(0))[:num_queries]
-    rows = has_class.nonzero().flatten()[some]
+    chosen = torch.randperm(int(has_class.sum()), generator=torch.Generator().manual_seed(0))[:num_queries]
+    rows = has_class.nonzero().flatten()[chosen]
     images, labels = holdout.images[rows], holdout.labels[rows]
-    order = torch.randperm(images[0, 0].numel(), generator=torch.Generator().manual_seed(1))
-    shuffled = images.flatten(2)[..., order].view_as(images)
-    planted = {"pixels shuffled": (shuffled, labels)}
-    if train.num_classes > 1:
-        other = (labels + 1) % train.num_classes
-        by_class, partner = labels.argsort(), torch.empty_like(rows)
-        partner[by_class] = by_class.roll(len(rows) // 2)  # of another class, unless one has half of the images
-        blended = ((images.int() + images[partner].int()) // 2).to(torch.uint8)
-        planted |= {"mean of two classes": (blended, labels), "told another class": (images, other)}
     known = evaluation.evidence_of(trained, images, labels)
-    lines = [
-        "| planted | distance | effective sources | entropy at little noise | posterior of the class |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, (some, given) in planted.items():
-        found = evaluation.evidence_of(trained, some, given)
+    lines = []
+    for name, (changed, asked) in without_support(images, labels, train.num_classes).items():
+        evidence = evaluation.evidence_of(trained, changed, asked)
         pairs = [
-            (found.distance, known.distance),
-            (found.sources, known.sources),
-            (found.late_entropy, known.late_entropy),
-            (-found.of_class, -known.of_class),
+            (evidence.distance, known.distance),
+            (evidence.sources, known.sources),
+            (evidence.late_entropy, known.late_entropy),
+            (-evidence.of_class, -known.of_class),
         ]
-        cells = [auroc(positives, negatives, seed=0) for positives, negatives in pairs]
-        texts = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in cells]
-        lines.append(f"| {name} | {' | '.join(texts if train.num_classes else [*texts[:-1], '-'])} |")
+        cells = [interval(auroc(positives, negatives, seed=0)) for positives, negatives in pairs]
+        lines.append([name, *cells] if train.num_classes else [name, *cells[:-1], None])
+    header = ["planted", "distance", "effective sources", "entropy at little noise", "posterior of the class"]
     return [
         "## Unsupported images\n",
         f"AUROC of telling them from the {len(rows)} held-out images they were made of\n",
-        "\n".join(lines) + "\n",
+        markdown_table(header, lines),
     ]
+
+
+def without_support(images: Tensor, labels: Tensor, num_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Make images, and classes they are asked for, that no training image supports, by what was done to them."""
+    order = torch.randperm(images[0, 0].numel(), generator=torch.Generator().manual_seed(1))
+    planted = {"pixels shuffled": (images.flatten(2)[..., order].view_as(images), labels)}
+    if num_classes > 1:
+        by_class, partner = labels.argsort(), torch.empty_like(labels)
+        partner[by_class] = by_class.roll(len(labels) // 2)  # of another class, unless one has half of the images
+        blended = ((images.int() + images[partner].int()) // 2).to(torch.uint8)
+        planted["mean of two classes"] = (blended, labels)
+        planted["told another class"] = (images, (labels + 1) % num_classes)
+    return planted
 
 
 def marked_cluster(trained: build.TrainedRun, num_queries: int) -> list[str]:
     """Generate the class whose images bear the mark in part; see whether samples with it have sources with it."""
     train = trained.data.train
     is_marked = torch.tensor([MARK in path for path in train.paths])
-    place = train.images[is_marked].min(dim=0).values == 255
+    mark = train.images[is_marked].min(dim=0).values == 255
     label = int(train.labels[is_marked].mode().values)
     trained.pipeline.set_progress_bar_config(disable=True)
     made = trained.pipeline(
@@ -177,50 +181,42 @@ def marked_cluster(trained: build.TrainedRun, num_queries: int) -> list[str]:
         closed_form=trained.closed_form(),
         output_type="pt",
     )
-    bears = made.images[:, place].float().mean(dim=1) > 255 / 2
+    bears = made.images[:, mark].float().mean(dim=1) > 255 / 2
     of_class = train.labels == label
     guess = 100 * float(is_marked[of_class].float().mean())
-    lines = [
+    lines = []
+    for name, attribution in (("provenance network", made.attribution), ("closed form", made.closed_form)):
+        share = is_marked[attribution.example_index].double().mean(dim=1)
+        shares = [100 * share[samples] for samples in (bears, ~bears) if samples.any()]
+        cells = [interval(mean_estimate(values, seed=0), ".1f") for values in shares]
+        lines.append([name, f"{int(bears.sum())} + {int((~bears).sum())}", *cells])
+    return [
         f"## A marked cluster: {int(is_marked.sum())} of {int(of_class.sum())} training images of class "
         f"{train.class_names[label]!r}\n",
         f"Share of the first {FIRST} sources that bear the mark, %; by guessing {guess:.1f}\n",
-        "| tracer | samples | with the mark | without it |\n| --- | ---: | ---: | ---: |",
+        markdown_table(["tracer", "samples", "with the mark", "without it"], lines),
     ]
-    for name, attribution in (("provenance network", made.attribution), ("closed form", made.closed_form)):
-        share = is_marked[attribution.example_index].double().mean(dim=1)
-        found = [mean_estimate(100 * share[some], seed=0) for some in (bears, ~bears) if some.any()]
-        cells = " | ".join(f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]" for e in found)
-        lines.append(f"| {name} | {int(bears.sum())} + {int((~bears).sum())} | {cells} |")
-    return [*lines[:2], "\n".join(lines[2:]) + "\n"]
 
 
-def traced(trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False) -> dict[str, Tensor]:
-    """Ask every tracer: scores (query, train)."""
-    methods = make_methods(trained, trained.folder.root, num_timesteps=())
-    setting = f"{'conditional' if is_conditional else 'unconditional'}, {SETTING}"
-    asked = {
-        "provenance network": ("provenance network, trajectory", setting),
-        "closed form": ("closed form, trajectory", setting),
-        "pixel distance": ("pixel kernel", "s=1 apart"),
-        "random": ("random", ""),
+def traced(
+    trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Ask every tracer: beliefs that sum to 1, and other scores, (query, train) each."""
+    methods = {
+        method.name: method.attributor for method in make_methods(trained, trained.folder.root, num_timesteps=())
     }
+
+    def scores(name: str, setting: Any) -> Tensor:
+        methods[name].fit(trained.data.train)
+        return methods[name].attribute(queries, only=setting).under(setting)
+
+    average = replace(DEFAULT, is_conditional=is_conditional)
+    names = ("provenance network", "closed form")
+    beliefs = {name: scores(f"{name}, trajectory", average) for name in names}
+    others = {"pixel distance": scores("pixel kernel", Bandwidth(1.0)), "random": scores("random", Untuned())}
     if (credit := trained.pipeline.credit) is not None:
-        asked["calibrated weight"] = ("calibrated trace, trajectory", credit.setting)
-    scores = {}
-    for name, (method, setting) in asked.items():
-        methods[method].fit(trained.data.train)
-        scores[name] = methods[method].attribute(queries).of(setting)
-    return scores
-
-
-def beliefs_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep the tracers whose scores are beliefs."""
-    return {name: some for name, some in scores.items() if name.startswith(("provenance", "closed"))}
-
-
-def tracer_of(trained: build.TrainedRun) -> DiffusionTracer:
-    """Make the tracer of a denoiser."""
-    return DiffusionTracer(trained.pipeline.unet, trained.pipeline.provenance, trained.pipeline.scheduler)
+        others["calibrated weight"] = scores("calibrated trace, trajectory", credit.calibration)
+    return beliefs, others
 
 
 def no_class(trained: build.TrainedRun, count: int) -> Tensor:

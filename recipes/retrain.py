@@ -7,7 +7,6 @@ Every process trains models of its own. The same command goes on where it was st
 side by side with --shard 1/2 and --shard 2/2. Writes masks.npz, queries.npz and losses/ into RUN/retrained.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,10 +33,10 @@ def main(
     keep_epochs: Annotated[
         bool, typer.Option("--keep-epochs", help="Fewer steps for fewer images; otherwise the same steps.")
     ] = False,
-    part: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
 ) -> None:
     """Train subset models and measure their losses on generated and held-out queries; the same command resumes."""
-    share, accelerator = Shard.parse(part), build.make_accelerator(load_settings(require_run(run).config, []))
+    share, accelerator = Shard.parse(shard), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = build.open_trained_run(run, accelerator.device)
     train = trained.data.train
     folder = RetrainedFolder(run / ("retrained_epochs" if keep_epochs else "retrained"))
@@ -50,13 +49,13 @@ def main(
     queries = folder.queries() or {}
 
     models = [(subset, seed) for seed in range(seeds) for subset in range(num_subsets)]
+    measured = folder.measured()
     waiting = missing_models(
         models,
-        lambda model: folder.has(*model),
-        part=share,
+        lambda model: model in measured,
+        shard=share,
         accelerator=accelerator,
         folder=folder.root,
-        say=partial(print, flush=True),
         describe=lambda model: f"subset {model[0]}, seed {model[1]}",
     )
     for subset, seed in waiting:
@@ -67,7 +66,10 @@ def main(
         network = retraining.train_generator(settings, data, accelerator)
         folder.save(subset, seed, retraining.query_losses(network, settings, train, queries))
     if accelerator.is_main_process:
-        print(f"{len(folder.measured())} of {len(models)} models measured in {folder.root}")
+        measured = folder.measured()
+        if measured.issuperset(models):
+            folder.compact()
+        print(f"{len(measured)} of {len(models)} models measured in {folder.root}")
     accelerator.end_training()
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 # ModelMixin must stand in this module's own namespace, as in `models/provenance.py`.
@@ -10,11 +14,63 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """How much one image says of another."""
+
+    bandwidth: float
+    """Length of the kernel, in root mean squared distances between two training images."""
+    across: float
+    """Factor of the kernel between two classes."""
+    shares: tuple[float, ...] = (1.0,)
+    """Weight of each part of the features in squared distances, every part in units of its own mean."""
+    gradient_share: float = 0.0
+    """Share of the cosine of gradients in the kernel."""
+
+
+@dataclass(frozen=True)
+class GaussianProcess:
+    """A kernel and the variance of an observation."""
+
+    kernel: Kernel
+    """Covariance of the process."""
+    ridge: float
+    """Variance of an observation, in units of the mean kernel of an image with itself."""
+
+    def __str__(self) -> str:
+        kernel = self.kernel
+        pixels = "" if len(kernel.shares) == 1 else f", pixels {kernel.shares[1]:g}"
+        gradients = f", gradients {kernel.gradient_share:g}" if kernel.gradient_share else ""
+        return (
+            f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{pixels}{gradients}, lambda={self.ridge:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration chooses: a Gaussian process, and weights of the noise levels that features are read at."""
+
+    process: GaussianProcess
+    """Process whose leave-one-out variance is the credit."""
+    level_power: float = 1.0
+    """Power of alpha_bar / (1 - alpha_bar) in the weights of the clear noise levels."""
+
+    def __str__(self) -> str:
+        return f"{self.process}, levels by (alpha_bar / (1 - alpha_bar))^{self.level_power:g}"
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Calibration:
+        """Read it back from `dataclasses.asdict`, through JSON or not."""
+        process, kernel = fields["process"], fields["process"]["kernel"]
+        kernel = Kernel(**{**kernel, "shares": tuple(kernel["shares"])})
+        return cls(GaussianProcess(kernel, process["ridge"]), fields["level_power"])
+
+
 class CreditHead(ModelMixin, ConfigMixin):
     """Squared read-outs of kernels at landmarks: `(k(query, landmarks) @ readout)^2`, as shares.
 
-    `tracing/gaussian_process.py` fits it in closed form, on coordinates of the training images. Everything it needs
-    of them is in the read-out, so a trace costs two small products.
+    `tracing/gaussian_process.py` fits it in closed form on features of the training images. Everything it needs of
+    them is in the read-out, so a trace costs two small products.
     """
 
     @register_to_config
@@ -24,29 +80,26 @@ class CreditHead(ModelMixin, ConfigMixin):
         num_examples: int,
         num_landmarks: int,
         width: int,
-        num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and all others
-        across: float,  # noqa: ARG002
-        num_gradients: int = 0,  # noqa: ARG002
-        gradient_share: float = 0.0,  # noqa: ARG002
-        level_power: float = 1.0,  # noqa: ARG002
+        num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and the three below
+        num_gradients: int,  # noqa: ARG002
+        calibration: dict[str, Any],
         calibration_subsets: int = 0,  # noqa: ARG002
-        process: str = "",  # noqa: ARG002
+        calibration_seconds: float = 0.0,  # noqa: ARG002
     ) -> None:
         """Make an empty head.
 
         Args:
             num_examples: Training examples.
-            num_landmarks: Those of them that queries are compared with.
-            width: Of coordinates.
+            num_landmarks: Training examples that queries are compared with.
+            width: Features of an image, those of gradients included.
             num_classes: Classes without the null label.
-            across: Factor of the kernel between two classes.
-            num_gradients: The last coordinates, of which products count instead of distances: directions of gradients.
-            gradient_share: Of these products in the kernel.
-            level_power: Of alpha_bar / (1 - alpha_bar) in the weights of the noise levels.
+            num_gradients: The last features, of which products count instead of distances: normalised gradients.
+            calibration: `dataclasses.asdict` of a `Calibration`.
             calibration_subsets: Subset models it was calibrated on.
-            process: Kernel and ridge in words.
+            calibration_seconds: Seconds that features and the search over settings took.
         """
         super().__init__()
+        self.calibration = Calibration.read(calibration)
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(width))
         self.landmarks: Tensor
@@ -57,84 +110,78 @@ class CreditHead(ModelMixin, ConfigMixin):
         self.register_buffer("readout", torch.zeros(num_landmarks, num_examples))
 
     @property
-    def setting(self) -> str:
-        """Everything that calibration chose, in words."""
-        return f"{self.config.process}, levels by (a / (1 - a))^{self.config.level_power:g}"
-
-    @property
     def wants_gradients(self) -> bool:
-        """Whether coordinates end in gradients of the generator's last layer."""
+        """Whether features end in gradients of the generator's last layer."""
         return bool(self.config.num_gradients)
 
-    def forward(self, coordinates: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, class_labels: Tensor) -> Tensor:
         """Give shares of credit (query, train) that sum to 1.
 
         Args:
-            coordinates: (query, width), before scaling.
+            features: (query, width), before scaling.
             class_labels: int64 (query,), the null label where there is none.
         """
-        near = credit_kernel(
-            coordinates * self.scale,
+        similarity = kernel_matrix(
+            features * self.scale,
             class_labels,
             self.landmarks,
             self.landmark_labels,
-            across=self.config.across,
+            self.calibration.process.kernel,
             null_label=self.config.num_classes,
             num_gradients=self.config.num_gradients,
-            gradient_share=self.config.gradient_share,
         )
-        return credit_shares(near @ self.readout)
+        return credit_shares(similarity @ self.readout)
 
 
-def credit_shares(found: Tensor) -> Tensor:
-    """Square what was read out, (query, train), and give its shares, which sum to 1."""
-    credit: Tensor = found.square()
+def credit_shares(readouts: Tensor) -> Tensor:
+    """Square the read-outs (query, train), and give their shares, which sum to 1."""
+    credit: Tensor = readouts.square()
     total: Tensor = credit.sum(dim=1, keepdim=True)
     # So far from everything that the kernel is 0 in these digits: nothing is more responsible than anything else.
     return torch.where(total > 0, credit / total.clamp_min(torch.finfo(total.dtype).tiny), 1 / credit.shape[1])
 
 
-def credit_kernel(
+def kernel_matrix(
     first: Tensor,
     first_labels: Tensor,
     second: Tensor,
     second_labels: Tensor,
+    kernel: Kernel,
     *,
-    across: float,
     null_label: int,
     num_gradients: int = 0,
-    gradient_share: float = 0.0,
 ) -> Tensor:
-    """Give exp(-d^2 / 2) of most coordinates, smaller between two classes, and products of the last ones.
+    """Give exp(-d^2 / 2) of most features, smaller between two classes, and products of the last ones.
 
-    Images are alike because they look alike, or because they ask the same of the generator's weights. Positive
-    semidefinite on points with labels of their own, being made of sums and products of kernels.
+    Images are alike because they look alike, or because they ask the same of the generator's weights. The matrix is
+    positive semidefinite on images with classes, as it is made of sums and products of kernels.
 
     Args:
-        first: Scaled coordinates, (first, feature).
+        first: Scaled features, (first, feature).
         first_labels: int64 (first,).
         second: (second, feature).
         second_labels: int64 (second,).
-        across: Factor between two classes; products have none.
+        kernel: Its factor between classes and its share of gradients; the scale holds the rest.
         null_label: The label that stands for no label.
-        num_gradients: The last features, of which products count; of directions, the cosine of two gradients.
-        gradient_share: Of these products in the kernel.
+        num_gradients: The last features; products of normalised gradients are their cosines.
 
     Returns:
         (first, second).
     """
-    places = first.shape[1] - num_gradients
-    squares = torch.cdist(first[:, :places], second[:, :places], compute_mode="use_mm_for_euclid_dist").square()
+    num_distances = first.shape[1] - num_gradients
+    squares = torch.cdist(
+        first[:, :num_distances], second[:, :num_distances], compute_mode="use_mm_for_euclid_dist"
+    ).square()
     is_same = _is_same_class(first_labels, second_labels, null_label)
-    near: Tensor = (-squares / 2).exp() * torch.where(is_same, 1.0, across).to(squares)
-    products = first[:, places:] @ second[:, places:].T
-    return (1 - gradient_share) * near + gradient_share * products
+    similarity: Tensor = (-squares / 2).exp() * torch.where(is_same, 1.0, kernel.across).to(squares)
+    cosines = first[:, num_distances:] @ second[:, num_distances:].T
+    return (1 - kernel.gradient_share) * similarity + kernel.gradient_share * cosines
 
 
 def _is_same_class(first_labels: Tensor, second_labels: Tensor, null_label: int) -> Tensor:
     """Compare classes, bool (first, second).
 
-    A point of `first` without a class is near every class alike, unless `second` has such points: those are a class
+    An image of `first` without a class is near every class alike, unless `second` has such images: those are a class
     among themselves.
     """
     is_same = first_labels[:, None] == second_labels

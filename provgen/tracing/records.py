@@ -10,50 +10,43 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from provgen.data.images import save_png
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
-from provgen.run import RunFolder, replace_path
+from provgen.run import RunFolder, read_parquet, replace_path, write_parquet, writing
 from provgen.tracing.attribution import Attribution
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = 3
 
-TRACE_SCHEMA = pa.schema(
-    [
-        ("sample", pa.int64()),
-        ("rank", pa.int64()),
-        ("example_index", pa.int64()),
-        ("posterior", pa.float64()),
-        ("weight", pa.float64()),
-        ("reachable", pa.bool_()),
-    ],
-    metadata={"schema_version": SCHEMA_VERSION},
-)
+TRACE_SCHEMA = pa.schema([
+    ("sample", pa.int64()),
+    ("rank", pa.int64()),
+    ("example_index", pa.int64()),
+    ("posterior", pa.float64()),
+    ("weight", pa.float64()),
+    ("reachable", pa.bool_()),
+])  # fmt: skip
 """`rank` counts from 0; `example_index` refers to the train rows of the manifest, `reachable` is theirs: whether the
 network can name the example. The closed form names any."""
 
-SAMPLE_SCHEMA = pa.schema(
-    [
-        ("sample", pa.int64()),
-        ("seed", pa.int64()),
-        ("class_label", pa.int64()),
-        ("entropy", pa.float64()),
-        ("commitment_step", pa.int64()),
-        ("path", pa.string()),
-        ("mass_not_shown", pa.float64()),
-        ("step_alpha_bar", pa.list_(pa.float64())),
-        ("step_entropy", pa.list_(pa.float64())),
-        ("closed_form_entropy", pa.float64()),
-        ("closed_form_commitment_step", pa.int64()),
-        ("closed_form_step_entropy", pa.list_(pa.float64())),
-        ("closed_form_mass_unreachable", pa.float64()),
-        ("resamplings", pa.int64()),
-    ],
-    metadata={"schema_version": SCHEMA_VERSION},
-)
+SAMPLE_SCHEMA = pa.schema([
+    ("sample", pa.int64()),
+    ("seed", pa.int64()),
+    ("class_label", pa.int64()),
+    ("entropy", pa.float64()),
+    ("commitment_step", pa.int64()),
+    ("path", pa.string()),
+    ("mass_not_shown", pa.float64()),
+    ("step_alpha_bar", pa.list_(pa.float64())),
+    ("step_entropy", pa.list_(pa.float64())),
+    ("closed_form_entropy", pa.float64()),
+    ("closed_form_commitment_step", pa.int64()),
+    ("closed_form_step_entropy", pa.list_(pa.float64())),
+    ("closed_form_mass_unreachable", pa.float64()),
+    ("resamplings", pa.int64()),
+])  # fmt: skip
 """Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for.
 `resamplings`: how often the sample was drawn again from its seed. `closed_form_mass_unreachable`: posterior that the
 closed form gives to examples the network cannot name."""
@@ -117,20 +110,20 @@ def sample_rows(
 
 def write_part(folder: Path, process: int, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     """Write `folder/part-PROCESS.parquet`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"part-{process}.parquet")
+    table = pa.Table.from_pylist(rows, schema=schema)
+    write_parquet(folder / f"part-{process}.parquet", table, version=SCHEMA_VERSION)
 
 
 def read_parts(folder: Path, sort_by: Sequence[str]) -> list[dict[str, Any]]:
     """Read all parts of a folder as rows in order.
 
     Raises:
-        InputError: There are none.
+        InputError: There are none, or they were written by another version of provgen.
     """
     parts = sorted(folder.glob("part-*.parquet"))
     if not parts:
         raise InputError(f"nothing in {folder}; run `provgen generate --run {folder.parent}` first")
-    table = pa.concat_tables([pq.read_table(part) for part in parts])
+    table = pa.concat_tables([read_parquet(part, version=SCHEMA_VERSION) for part in parts])
     rows: list[dict[str, Any]] = table.sort_by([(name, "ascending") for name in sort_by]).to_pylist()
     return rows
 
@@ -201,7 +194,8 @@ class SampleWriter:
         paths = [f"samples/{sample:05d}.png" for sample in samples]
         for query, path in enumerate(paths):
             text = self._png_text(attribution, query, seeds[query])
-            save_png(images[query], self.staged.root / path, text)
+            with writing(self.staged.root / path):
+                save_png(images[query], self.staged.root / path, text)
         self._samples += sample_rows(
             attribution,
             closed_form,
@@ -227,7 +221,7 @@ class SampleWriter:
         sources = source_records(attribution, query, self.manifest)
         return {
             "digitalSourceType": "trainedAlgorithmicMedia",
-            "provgen:schema_version": SCHEMA_VERSION,
+            "provgen:schema_version": str(SCHEMA_VERSION),
             "provgen:seed": str(seed),
             "provgen:data_fingerprint": self.manifest.fingerprint,
             "provgen:sources": json.dumps(sources, ensure_ascii=False),
@@ -255,7 +249,8 @@ def publish(folder: RunFolder) -> None:
         (staged.closed_form_traces, folder.closed_form_traces),
     ):
         if new.is_dir():
-            replace_path(new, old)
+            with writing(old):
+                replace_path(new, old)
         else:
             shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(staged.root)

@@ -1,20 +1,25 @@
 """The table of methods: everything in it can be recomputed from the files, and the second call costs less."""
 
 import shutil
+from functools import partial
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from provgen import build
 from provgen.metrics.datamodeling import datamodeling_scores, noise_ceiling
+from provgen.models.credit import GaussianProcess, Kernel
 from provgen.studies.faithfulness import retraining
 from provgen.studies.faithfulness.baselines import PixelCosine
+from provgen.studies.faithfulness.credit import traced_images
 from provgen.studies.faithfulness.leave_out import NOTHING, LeaveOutFolder, LeftOut
 from provgen.studies.faithfulness.methods import make_methods, trace_queries
 from provgen.studies.faithfulness.retraining import RetrainedFolder
-from provgen.studies.faithfulness.tuning import Split
-from provgen.tracing.calibrate import fit_credit_head
+from provgen.studies.faithfulness.tuning import Split, Tuned
+from provgen.tracing.calibrate import LevelPower, fit_credit_head
 
 CALL = ("--calibration-subsets", 2, "--timesteps", 2, "--resamples", 20)
 
@@ -32,17 +37,30 @@ def table_of(root) -> list[dict]:
     return pq.read_table(root / "faithfulness" / "retrained.parquet").to_pylist()
 
 
+def drop_second_seed(retrained, subsets):
+    """Keep the models of these subsets with the first seed alone."""
+    (path,) = (retrained / "losses").iterdir()
+    table = pq.read_table(path)
+    is_dropped = pc.and_(pc.equal(table["seed"], 1), pc.is_in(table["subset"], value_set=pa.array(subsets)))
+    pq.write_table(table.filter(pc.invert(is_dropped)), path)
+
+
 def test_every_method_meets_both_kinds_of_queries(root):
     rows = table_of(root)
     assert {row["queries"] for row in rows} == {"generated", "holdout"}
-    assert len(rows) == 26 + 20, "held-out images have no trajectory"
-    assert len({(row["method"], row["queries"]) for row in rows}) == 46
+    by_kind = {
+        kind: {row["method"]: row for row in rows if row["queries"] == kind} for kind in ("generated", "holdout")
+    }
+    assert set(by_kind["generated"]) > {"random", "pixel kernel", "TRAK squared, 2 timesteps", "ensemble"}
+    without = set(by_kind["generated"]) - set(by_kind["holdout"])
+    assert {by_kind["generated"][name]["along"] for name in without} == {"trajectory"}, "held-out images have none"
+    assert len(rows) == len(by_kind["generated"]) + len(by_kind["holdout"])
     for row in rows:
         assert -1 - 1e-9 <= row["lds low"] <= row["lds high"] <= 1 + 1e-9
         assert -1 <= row["lds"] <= 1
-    combined = [row for row in rows if row["method"] == "ensemble without the provenance network"]
-    assert not any("provenance" in row["setting"] for row in combined)
-    for row in (row for row in rows if row["method"].startswith("ensemble")):
+    users = [row["method"] for row in rows if row["uses_provenance"] and row["role"] != "ensemble"]
+    for row in (row for row in rows if row["role"] == "ensemble"):
+        assert row["uses_provenance"] or not any(name in row["setting"] for name in users)
         assert row["stored_bytes"] is None
         assert sum(float(part.split()[0]) for part in row["setting"].split("; ")) > 0.9
     assert all(row["over random"] == 0 for row in rows if row["method"] == "random")
@@ -57,7 +75,7 @@ def test_a_row_is_recomputed_from_the_files(root):
     method.fit(trained.data.train)
     queries = trace_queries(trained, retrained.queries)
     split = Split.first(torch.arange(6), 4, calibration=2)
-    scores = method.attribute(queries["holdout"]).of("")[~split.queries]
+    scores = method.attribute(queries["holdout"]).values[0][~split.queries]
     predicted = scores @ retrained.masks[~split.subsets].double().T
     losses = retrained.losses["holdout"][:, ~split.queries][:, :, ~split.subsets]
     expected = datamodeling_scores(predicted, -losses.mean(dim=0)).mean()
@@ -87,9 +105,7 @@ def test_the_table_is_made_again_of_what_was_kept(root, run_recipe, tmp_path, ca
     assert row["subsets"] == 2
     assert table_of(kept) == before
     # Without the second seed of half of the subsets, the ceiling is still known from the others.
-    for subset in (3, 4, 5):
-        (kept / "retrained" / "losses" / f"subset-{subset:04d}-seed-1.npz").unlink()
-    (kept / "retrained" / "losses" / "subset-0002-seed-1.npz").unlink()
+    drop_second_seed(kept / "retrained", (2, 3, 4, 5))
     assert run_recipe("faithfulness_table", kept, "--resamples", 20) == 0
     several = RetrainedFolder(kept / "retrained").load_several_seeds()
     assert several.subsets.tolist() == [0, 1]
@@ -99,8 +115,7 @@ def test_the_table_is_made_again_of_what_was_kept(root, run_recipe, tmp_path, ca
     expected = noise_ceiling(outputs, num_seeds=1, seed=0, resamples=10).estimate.value
     assert table_of(kept)[0]["noise_ceiling"] == pytest.approx(expected)
     # And without any: no ceiling, and predictions that are missing are asked for.
-    for subset in (0, 1):
-        (kept / "retrained" / "losses" / f"subset-{subset:04d}-seed-1.npz").unlink()
+    drop_second_seed(kept / "retrained", (0, 1))
     assert run_recipe("faithfulness_table", kept, "--resamples", 20) == 0
     assert table_of(kept)[0]["noise_ceiling"] is None
     assert run_recipe("faithfulness_table", tmp_path) == 2
@@ -147,9 +162,10 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     after = build.open_trained_run(copy, torch.device("cpu"))
     assert after.pipeline.credit.config.calibration_subsets == 2
     # Another choice than calibration's: one that needs everything a trace can see.
-    choices = iter(("s=1 apart, across classes 0.5, pixels 0.5, gradients 0.25, lambda=3", "2"))
+    choices = iter((GaussianProcess(Kernel(1.0, 0.5, (0.5, 0.5), 0.25), 3.0), LevelPower(2.0)))
     queries = trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
-    head = fit_credit_head(after, queries, lambda _: next(choices), calibration_subsets=2)
+    images = partial(traced_images, after.pipeline, after.data.train, queries)
+    head = fit_credit_head(images, lambda _: next(choices), calibration_subsets=2)
     head.save_pretrained(copy / "pipeline" / "credit")
     after = build.open_trained_run(copy, torch.device("cpu"))
     labels, count = [0, 1, 2], len(after.data.train)
@@ -167,15 +183,15 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     torch.testing.assert_close(new.attribution.weight.sum(dim=1), torch.ones(3))
     assert not torch.allclose(new.attribution.weight, new.attribution.posterior, atol=1e-3)
     # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
-    methods = make_methods(after, tmp_path, num_timesteps=())
-    chosen = after.pipeline.credit.setting
-    along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).of(chosen)[:3]
+    methods = {method.name: method.attributor for method in make_methods(after, tmp_path, num_timesteps=())}
+    chosen = after.pipeline.credit.calibration
+    along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).under(chosen)[:3]
     weights = torch.zeros(3, count).scatter(1, new.attribution.example_index, new.attribution.weight)
     torch.testing.assert_close(along, weights, atol=1e-5, rtol=1e-3)
     held_out = RetrainedFolder(copy / "retrained").load().queries["holdout"]
     outside = after.pipeline.attribute(held_out.images, class_labels=held_out.labels, top_k=count)
     weights = torch.zeros(4, count).scatter(1, outside.example_index, outside.weight)
-    noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).of(chosen)
+    noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).under(chosen)
     torch.testing.assert_close(noised, weights, atol=1e-5, rtol=1e-3)
 
     after.pipeline([0], top_k=3, num_inference_steps=10)  # so few steps that none is clear, but the last one
@@ -184,6 +200,10 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     compared = {(row["method"], row["queries"]): row["over the trace"] for row in table_of(copy)}
     assert compared["calibrated trace, trajectory", "generated"] == 0
     assert compared["calibrated trace, noised", "holdout"] == 0
+    set_up = {row["method"]: row["fit_seconds"] for row in table_of(copy)}
+    assert set_up["calibrated trace, noised"] >= head.config.calibration_seconds > 0
+    note = "Training the 2 subset models it is calibrated on comes on top"
+    assert note in (copy / "faithfulness" / "retrained.md").read_text(encoding="utf-8")
     assert run_recipe("faithfulness", "--run", copy, "--calibration-subsets", 3, *CALL[2:]) == 2
     assert "give both the same number" in capsys.readouterr().err
     assert run_recipe("generate_and_attribute", "--run", copy, "--num-images", 3) == 0
@@ -195,12 +215,13 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     # Sources are left out by what this calibration says, and not by what another one would.
     again = ("leave_out", "--run", copy, *LEAVE_OUT[:-4], "--method", "calibrated trace, trajectory")
     assert run_recipe(*again) == 0
-    kept = LeaveOutFolder(copy / "leave_out").load_ranking("calibrated trace, trajectory", chosen)
+    key = Tuned.load(copy / "faithfulness" / "tuned.json").ranking_key("calibrated trace, trajectory")
+    kept = LeaveOutFolder(copy / "leave_out").load_rankings("calibrated trace, trajectory", key)
     assert torch.equal(kept[:3, 0], new.attribution.example_index[:, 0])
-    after.pipeline.credit.register_to_config(process="another")
-    after.pipeline.credit.save_pretrained(copy / "pipeline" / "credit")
+    config = copy / "pipeline" / "credit" / "config.json"
+    config.write_text(config.read_text().replace('"ridge": 3.0', '"ridge": 10.0'))
     assert run_recipe(*again) == 2
-    assert "calibrated again since" in capsys.readouterr().err
+    assert "by another calibration" in capsys.readouterr().err
 
 
 LEAVE_OUT = (
@@ -213,10 +234,10 @@ def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, cap
     said = capsys.readouterr().out
     assert "4 of 4 models measured" in said
     assert "D-TRAK, 2 timesteps | 2 |" in said
-    folder, trained = LeaveOutFolder(root / "leave_out"), build.open_trained_run(root, torch.device("cpu"))
+    outcomes, trained = LeaveOutFolder(root / "leave_out").load(), build.open_trained_run(root, torch.device("cpu"))
     split = Split.first(torch.arange(6), 4, calibration=2)
     query = (~split.queries).nonzero().flatten()[1].item()
-    found = folder.load(LeftOut(seed=0, share=0.2, query=query, method="D-TRAK, 2 timesteps"))
+    found = outcomes[LeftOut(seed=0, share=0.2, query=query, method="D-TRAK, 2 timesteps")]
     assert len(found.left_out.unique()) == round(0.2 * len(trained.data.train))
     # By hand: train on the others with the run's own seed, and generate from the noise of the sample.
     mask = torch.ones(len(trained.data.train), dtype=torch.bool)
@@ -227,7 +248,7 @@ def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, cap
     assert torch.equal(found.image, expected)
     # With nothing left out the same seed makes the sample itself.
     samples = retraining.make_queries(trained, 4)["generated"].images
-    itself = folder.load(LeftOut(seed=0, share=0.0, query=query, method=NOTHING)).image
+    itself = outcomes[LeftOut(seed=0, share=0.0, query=query, method=NOTHING)].image
     assert (itself.int() - samples[query].int()).abs().max() <= 1
 
     # Nothing is asked a second time: what methods named is kept.
@@ -235,18 +256,24 @@ def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, cap
     for gradients in (copy / "faithfulness").glob("*-2"):
         shutil.rmtree(gradients)
     assert run_recipe("leave_out", "--run", copy, *LEAVE_OUT) == 0
-    assert "0 of this part are missing" in capsys.readouterr().out
+    assert "0 of this shard are missing" in capsys.readouterr().out
+    table = (copy / "leave_out" / "table.md").read_bytes()
+    (copy / "leave_out" / "table.md").unlink()
+    assert run_recipe("leave_out", "--run", copy, *LEAVE_OUT, "--only-table") == 0
+    assert (copy / "leave_out" / "table.md").read_bytes() == table
+    assert run_recipe("leave_out", "--run", tmp_path / "none", "--only-table") == 2
+    assert "without --only-table first" in capsys.readouterr().err
     assert not list((copy / "faithfulness").glob("*-2"))
 
     copy = shutil.copytree(root, tmp_path / "run")
     assert run_recipe("faithfulness_table", copy, "--resamples", 10) == 0
     moved = {row["method"]: row["moved without 20%"] for row in table_of(copy) if row["queries"] == "generated"}
-    outcomes = [
-        (folder.load(LeftOut(seed=0, share=0.2, query=n, method="D-TRAK, 2 timesteps")).image,
-         folder.load(LeftOut(seed=0, share=0.0, query=n, method=NOTHING)).image)
+    images = [
+        (outcomes[LeftOut(seed=0, share=0.2, query=n, method="D-TRAK, 2 timesteps")].image,
+         outcomes[LeftOut(seed=0, share=0.0, query=n, method=NOTHING)].image)
         for n in (~split.queries).nonzero().flatten()[:2].tolist()
     ]  # fmt: skip
-    expected = sum(float((a.double() - b.double()).norm()) * 2 / 255 for a, b in outcomes) / 2
+    expected = sum(float((a.double() - b.double()).norm()) * 2 / 255 for a, b in images) / 2
     assert moved["D-TRAK, 2 timesteps"] == pytest.approx(expected)
     assert moved["pixel cosine"] is None
 

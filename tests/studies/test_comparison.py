@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from provgen.metrics.datamodeling import datamodeling_scores, predicted_outputs
-from provgen.studies.faithfulness.attributor import Cost
+from provgen.studies.faithfulness.attributor import Cost, MethodLabel, Role
 from provgen.studies.faithfulness.comparison import Predictions, predict, trace_of
 
 
@@ -18,9 +18,10 @@ def kept(tmp_path):
     masks[4] = masks[3]  # a tie
     scores = rand(5, 30)
     cost = Cost(fit_seconds=1.5, seconds_per_query=0.25, stored_bytes=7)
+    label = MethodLabel(name="a", along="noised", uses_provenance=True, is_reference=True, role=Role.TRACE)
     rows = [
-        predict(scores, masks, method="a", queries="holdout", setting="s", cost=cost),
-        predict(-scores, masks, method="b", queries="generated", setting="", cost=None),
+        predict(scores, masks, label=label, queries="holdout", setting="s", cost=cost),
+        predict(-scores, masks, label=MethodLabel(name="b"), queries="generated", setting="", cost=None),
     ]
     before = Predictions(rows=rows, calibration_subsets=4)
     before.save(tmp_path / "predictions.parquet")
@@ -32,8 +33,8 @@ def test_what_is_kept_is_what_was_said(kept):
     assert after.calibration_subsets == 4
     for old, new in zip(before.rows, after.rows, strict=True):
         assert torch.equal(old.ranks, new.ranks)
-        assert (old.method, old.queries, old.setting, old.cost) == (
-            new.method,
+        assert (old.label, old.queries, old.setting, old.cost) == (
+            new.label,
             new.queries,
             new.setting,
             new.cost,
@@ -50,7 +51,13 @@ def test_ranks_give_the_correlation_of_the_scores_on_any_of_the_subsets(kept):
 
 
 def test_the_trace_is_the_best_there_is():
-    names = dict.fromkeys(["random", "provenance network, noised"])
-    assert trace_of(names) == "provenance network, noised"
-    names |= dict.fromkeys(["provenance network, trajectory", "calibrated trace, noised"])
-    assert trace_of(names) == "calibrated trace, noised"
+    """Names do not matter: calibrated comes before not, and a trajectory before noise."""
+    other = MethodLabel(name="calibrated trace, trajectory", along="trajectory", uses_provenance=True)
+    noised, along, calibrated = (
+        MethodLabel(name="x", along="noised", role=Role.TRACE),
+        MethodLabel(name="y", along="trajectory", role=Role.TRACE),
+        MethodLabel(name="z", along="noised", role=Role.CALIBRATED_TRACE),
+    )
+    assert trace_of([other, noised]) == noised
+    assert trace_of([other, noised, along]) == along
+    assert trace_of([other, noised, along, calibrated]) == calibrated

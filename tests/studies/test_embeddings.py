@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from provgen.tracing.diffusion_tracer import DiffusionTracer
+from provgen.tracing.noisy_queries import NoisyQueries
 
 from provgen.data.images import to_unit_range
 from provgen.data.random import seeded_generator
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler, record_feature_maps
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.baselines import EmbeddingCosine
-from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.noisy_queries import NoisyQueries
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def queries_of(images):
 @torch.no_grad()
 def test_by_hand(train, denoiser):
     scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
-    method = EmbeddingCosine(DiffusionTracer(denoiser, None, scheduler), torch.device("cpu"))
+    method = EmbeddingCosine(DiffusionTracer(denoiser, None, scheduler).encode, torch.device("cpu"))
     method.fit(train)
     pixels = to_unit_range(train.images)
-    found = method.attribute(queries_of(pixels[[4, 1]])).of("")
+    found = method.attribute(queries_of(pixels[[4, 1]])).values[0]
     timestep = (scheduler.alphas_cumprod - 0.9).abs().argmin()
     level = scheduler.alphas_cumprod[timestep]
     noise = torch.randn(1, 8, 8, generator=seeded_generator(0, 4, int(timestep)))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from provgen.studies.faithfulness import retraining
-from provgen.studies.faithfulness.attributor import AttributionScores
+from provgen.studies.faithfulness.attributor import Method, MethodLabel
+from provgen.studies.faithfulness.baselines import BANDWIDTHS, PixelKernel
 from provgen.studies.faithfulness.methods import make_methods, trace_queries, tuned_scores
-from provgen.studies.faithfulness.tuning import Split, Tuned, tune
-
-TRACE = "conditional, probabilities, 0.05 < alpha_bar < 0.9, temperature 1"
-"""What an uncalibrated trace says."""
+from provgen.studies.faithfulness.posteriors import DEFAULT
+from provgen.studies.faithfulness.tuning import Split, Tuned, fields_of, tune
+from provgen.tracing.calibrate import AttributionScores
 
 
 def rand(*shape, seed=0):
@@ -114,22 +114,24 @@ def test_a_missing_calibration_model_is_noticed(message_of):
 
 @pytest.fixture(scope="module")
 def scored(trained_of, tmp_path_factory):
-    """Every method on a tiny run, the first setting of each."""
+    """Every method on a tiny run, the default average or the first setting of each."""
     trained = trained_of("diffusion")
     queries = trace_queries(trained, retraining.make_queries(trained, 4))
     folder = tmp_path_factory.mktemp("gradients")
     found = {}
-    for name, method in make_methods(trained, folder, num_timesteps=(2,)).items():
-        wanted = TRACE if name == "provenance network, trajectory" else None
-        found[name] = tuned_scores(
-            method, trained.data.train, queries, lambda _, some, wanted=wanted: wanted or some.settings[0]
+    for method in make_methods(trained, folder, num_timesteps=(2,)):
+        found[method.name] = tuned_scores(
+            method.attributor,
+            trained.data.train,
+            queries,
+            lambda _, scores: DEFAULT if DEFAULT in scores.settings else scores.settings[0],
         )
     return trained, queries, found
 
 
 def test_every_method_scores_every_example_for_every_query(scored):
     trained, queries, found = scored
-    assert len(found) == 24
+    assert {"random", "pixel kernel", "closed form, noised", "DAS without residual, 2 timesteps"} < set(found)
     for name, tuned in found.items():
         for kind in queries:
             assert tuned.scores[kind].shape == (4, len(trained.data.train)), name
@@ -183,8 +185,26 @@ def test_another_kind_of_generator_is_refused(trained_of, message_of):
 
 
 def test_what_was_tuned_is_read_back(tmp_path, message_of):
-    tuned = Tuned(calibration_queries=[3, 1], timesteps=[10], settings={"pixel kernel": "s=1 apart"})
+    kernel, other = (Method(MethodLabel(name=name), PixelKernel()) for name in ("pixel kernel", "another"))
+    settings = {"pixel kernel": fields_of(BANDWIDTHS[3]), "another": {"share": 7.0}}
+    tuned = Tuned(calibration_queries=[3, 1], timesteps=[10], settings=settings)
     tuned.save(tmp_path / "tuned.json")
-    assert Tuned.load(tmp_path / "tuned.json") == tuned
+    again = Tuned.load(tmp_path / "tuned.json")
+    assert again == tuned
+    assert again.setting(kernel) == BANDWIDTHS[3]
+    assert again.ranking_key("pixel kernel") != again.ranking_key("another")
+    assert "run that first" in message_of(again.setting, other)
     assert "pixel kernel" in message_of(tuned.require, ["tarot"])
     assert "provgen faithfulness" in message_of(Tuned.load, tmp_path / "other.json")
+    (tmp_path / "old.json").write_text('{"schema_version": 1, "settings": {}}')
+    assert "provgen faithfulness" in message_of(Tuned.load, tmp_path / "old.json")
+
+
+def test_every_setting_is_told_from_the_others_by_its_fields(trained_of, tmp_path):
+    for method in make_methods(trained_of("diffusion"), tmp_path, num_timesteps=(2,)):
+        for setting in (method.attributor.settings[0], method.attributor.settings[-1]):
+            tuned = Tuned(calibration_queries=[], timesteps=[2], settings={method.name: fields_of(setting)})
+            tuned.save(tmp_path / "tuned.json")
+            assert Tuned.load(tmp_path / "tuned.json").setting(method) == setting
+        fields = [str(fields_of(setting)) for setting in method.attributor.settings]
+        assert len(set(fields)) == len(fields), method.name

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from provgen.tracing.noisy_queries import NoisyQueries
 
 from provgen.data.images import to_unit_range
 from provgen.data.random import seeded_generator
@@ -17,9 +18,9 @@ from provgen.studies.faithfulness.gradients import (
     GradientFeatures,
     LossGradients,
     RandomProjection,
+    Ridge,
     Trak,
 )
-from provgen.tracing.noisy_queries import NoisyQueries
 
 SCHEDULER = make_training_scheduler("linear")
 
@@ -71,8 +72,8 @@ def test_an_image_does_not_depend_on_its_batch(denoiser, pixels):
     assert together.norm(dim=1).min() > 0.01
 
 
-def test_a_sketch_keeps_inner_products_on_average():
-    """Mean over 400 sketches within five standard errors, whose size the theory gives."""
+def test_a_random_projection_keeps_inner_products_on_average():
+    """Mean over 400 projections within five standard errors, whose size the theory gives."""
     features = torch.randn(3, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = features @ features.T
     device = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_a_sketch_keeps_inner_products_on_average():
     assert spread[0, 1] == pytest.approx(float(variance.sqrt()), rel=0.15)
 
 
-def test_a_sketch_with_enough_columns_only_moves_and_signs():
+def test_a_random_projection_with_enough_columns_only_moves_and_signs():
     projection = RandomProjection(3, 10**6, seed=1, device=torch.device("cpu"))
     row = torch.tensor([[1.0, 2.0, 4.0]])
     assert sorted(projection(row).abs().sum(dim=0).nonzero().flatten().tolist()) == sorted(projection.columns.tolist())
@@ -122,9 +123,9 @@ def test_the_dual_form_is_the_primal_form(denoiser, images, pixels, queries, fea
     phi, asked = phi @ basis.T, asked @ basis.T
     mean = phi.square().sum() / len(phi)
     for ridge in RIDGES:
-        matrix = phi.T @ phi + ridge * mean * torch.eye(phi.shape[1], dtype=torch.float64)
+        matrix = phi.T @ phi + ridge.share * mean * torch.eye(phi.shape[1], dtype=torch.float64)
         expected = asked @ torch.linalg.solve(matrix, phi.T)
-        torch.testing.assert_close(scores.of(f"lambda={ridge:g}"), expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(scores.under(ridge), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_dot_products_are_dot_products(denoiser, images, pixels, queries, features):
@@ -133,14 +134,14 @@ def test_dot_products_are_dot_products(denoiser, images, pixels, queries, featur
     gradients = gradients_of(denoiser, num_timesteps=5)
     left = gradients(queries.images, queries.class_labels).double()
     expected = left @ gradients(pixels, images.labels).double().T
-    torch.testing.assert_close(method.attribute(queries).of(""), expected, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(method.attribute(queries).values[0], expected, atol=1e-7, rtol=1e-4)
 
 
 def test_training_images_name_themselves(images, pixels, features, queries):
     own = Queries(images=pixels, class_labels=images.labels, noisy=queries.noisy)
     method = Trak(features)
     method.fit(images)
-    assert torch.equal(method.attribute(own).of("lambda=0.001").argmax(dim=1), torch.arange(9))
+    assert torch.equal(method.attribute(own).under(Ridge(1e-3)).argmax(dim=1), torch.arange(9))
 
 
 def test_the_store_goes_on_where_it_was_stopped(denoiser, images, tmp_path, monkeypatch):
@@ -248,7 +249,7 @@ def test_trak_agrees_with_dattri(random_images, tmp_path):
     queries = Queries(images=pixels, class_labels=narrow.labels, noisy=NoisyQueries(
         images=pixels[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.ones(1)
     ))  # fmt: skip
-    ours = method.attribute(queries).of("lambda=1e-06")
+    ours = method.attribute(queries).under(Ridge(1e-6))
     scale = (ours * theirs).sum() / theirs.square().sum()
     torch.testing.assert_close(ours, scale * theirs, atol=2e-3, rtol=2e-2)
     assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > 0.999

@@ -1,22 +1,25 @@
 """Posteriors as attributions: the default is what traces say, and every average is worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from provgen.tracing.diffusion_tracer import DiffusionTracer
+from provgen.tracing.tracer import Request
 
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.posteriors import (
     AVERAGES,
+    DEFAULT,
     Average,
     PosteriorAttributor,
     closed_form_steps,
     network_steps,
 )
-from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.tracer import Request
 
 NULL = 3
-DEFAULT = "probabilities, 0.05 < alpha_bar < 0.9, temperature 1"
+UNCONDITIONAL = replace(DEFAULT, is_conditional=False)
 LABELS = torch.tensor([0, 2, NULL])
 
 
@@ -86,7 +89,7 @@ def test_along_the_trajectory_the_default_is_the_trace(tracer, images, queries, 
     made = tracer.generate(request(closed_form_of(images, torch.float32)))
     for name, trace in (("network", made.trace), ("closed form", made.closed_trace)):
         scores = attributed(posteriors[name], images, queries, "trajectory")
-        torch.testing.assert_close(scores.of(f"conditional, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores.under(DEFAULT), trace.posterior(), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -96,15 +99,15 @@ def test_noised_again_the_default_is_the_trace_of_an_outside_image(tracer, image
     for name, posterior in (("network", None), ("closed form", closed_form)):
         trace = tracer.trace(queries.images, LABELS, closed_form=posterior, **asked)
         scores = attributed(posteriors[name], images, queries, "noised")
-        torch.testing.assert_close(scores.of(f"conditional, {DEFAULT}"), trace.posterior(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores.under(DEFAULT), trace.posterior(), atol=1e-5, rtol=1e-4)
 
 
-def test_a_class_excludes_others_unless_it_is_not_told(images, queries, posteriors):
+def test_a_class_excludes_others_unless_it_is_not_known(images, queries, posteriors):
     scores = attributed(posteriors["network"], images, queries, "trajectory")
-    is_conditional, untold = scores.of(f"conditional, {DEFAULT}"), scores.of(f"unconditional, {DEFAULT}")
-    assert is_conditional[0, images.labels != 0].max() < 1e-12
-    assert untold[0, images.labels != 0].max() > 1e-6
-    torch.testing.assert_close(is_conditional[2], untold[2])
+    conditional, unconditional = scores.under(DEFAULT), scores.under(UNCONDITIONAL)
+    assert conditional[0, images.labels != 0].max() < 1e-12
+    assert unconditional[0, images.labels != 0].max() > 1e-6
+    torch.testing.assert_close(conditional[2], unconditional[2])
 
 
 def test_images_from_outside_are_noised_whatever_is_asked(images, queries, posteriors):
@@ -118,8 +121,8 @@ def test_averages_by_hand():
     odds = torch.tensor([3.0, 1 / 9, 5.0])
     log_probs = torch.stack([odds.log(), torch.zeros(3)], dim=1).log_softmax(dim=1)[:, None]
 
-    def found(of, high, temperature):
-        scores = Average(is_conditional=False, of=of, low=0.05, high=high, temperature=temperature)(
+    def found(averaged, high, temperature):
+        scores = Average(is_conditional=False, averaged=averaged, low=0.05, high=high, temperature=temperature)(
             log_probs, torch.tensor([0.3, 0.4, 0.95])
         )
         assert float(scores.sum()) == pytest.approx(1)
@@ -137,8 +140,8 @@ def test_one_setting_alone_is_the_same_one(images, queries, posteriors, along):
     method = PosteriorAttributor(posteriors["network"], along=along, num_bytes=5)
     method.fit(images)
     everything = method.attribute(queries)
-    assert len(everything.settings) == len(set(everything.settings)) == len(AVERAGES) == 180
-    for name in everything.settings[::37]:
-        alone = method.attribute(queries, name)
-        assert alone.settings == (name,)
-        torch.testing.assert_close(alone.of(name), everything.of(name))
+    assert len(everything.settings) == len(set(everything.settings)) == len(AVERAGES)
+    for setting in everything.settings[::37]:
+        alone = method.attribute(queries, setting)
+        assert alone.settings == (setting,)
+        torch.testing.assert_close(alone.under(setting), everything.under(setting))

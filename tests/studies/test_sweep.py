@@ -45,10 +45,26 @@ def test_models_of_a_size_differ_by_their_seed_alone(tiny_settings):
     assert own_settings(own, SweepModel(10, 1, settings.training.seed)) == settings
 
 
-def test_measured_files_come_back(tmp_path):
-    folder, model = SweepFolder(tmp_path), SweepModel(16, 0, 0)
-    assert not folder.has(model, 10)
-    folder.save(model, 10, {"ratio": np.array([0.5]), "images": np.zeros((1, 1, 2, 2), np.uint8)})
-    assert folder.has(model, 10)
-    assert not folder.has(model, 20)
-    assert folder.load(model, 10)["ratio"].tolist() == [0.5]
+def test_measured_arrays_come_back_of_models_that_are_finished(tmp_path):
+    folder, model, other = SweepFolder(tmp_path), SweepModel(16, 0, 1), SweepModel(18, 1, 0)
+    assert folder.load() == {}
+    images = np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2)
+    folder.save(model, 10, {"ratio": np.array([0.5])})
+    folder.save(other, 10, {"ratio": np.array([0.25])})
+    folder.save(other, 20, {"ratio": np.array([0.125]), "images": images})
+    for _ in range(2):
+        assert folder.measured() == {(model, 10), (other, 10), (other, 20)}
+        found = folder.load()
+        assert list(found) == [other]
+        assert found[other][20]["images"].tolist() == images.tolist()
+        assert list(found[other][10]) == ["ratio"]
+        folder.compact()
+    folder.save(model, 20, {"ratio": np.array([0.0625])})
+    assert list(folder.load()) == [other, model], "the first seed first"
+
+
+def test_files_of_an_earlier_version_are_refused(tmp_path):
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "images-00016.npz").touch()
+    with pytest.raises(InputError, match=r"provgen 0\.1"):
+        SweepFolder(tmp_path).load()

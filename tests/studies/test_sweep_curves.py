@@ -20,9 +20,9 @@ def model(ratios, **more):
         "holdout_ratio": torch.full((10,), 0.9),
         "images": torch.randint(256, (count, 1, 4, 4), generator=generator),
         "labels": torch.arange(count) % 2,
-        "train_losses": torch.full((7, 3), 0.5),
-        "holdout_losses": torch.full((9, 3), 1.0),
-        "divergence": torch.full((7, 2), 4.0),
+        "train_loss": torch.full((7,), 0.5),
+        "holdout_loss": torch.full((9,), 1.0),
+        "divergence": torch.full((7,), 4.0),
         **more,
     }
 
@@ -31,12 +31,12 @@ def traced(ratios, late, **more):
     """Make a model of some entropies at the only level."""
     found = {
         "entropy": torch.tensor(late),
-        "step_entropy": torch.tensor(late)[:, None],
+        "late_entropy": torch.tensor(late),
         "top": -torch.tensor(late),
     }
     found["commitment"] = torch.ones(len(late))
     closed = {f"closed_form_{name}": values for name, values in found.items()}
-    return model(ratios, **{"alpha_bar": torch.tensor([0.8]), **found, **closed, **more})
+    return model(ratios, **{**found, **closed, **more})
 
 
 def test_a_point_pools_the_samples_of_all_models():
@@ -64,7 +64,7 @@ def test_copies_are_told_by_small_entropy_large_top_and_early_commitment():
         top=torch.tensor([0.9] * 6 + [0.3] * 6),
         commitment=torch.tensor([10] * 6 + [20, 30, -1, -1, -1, -1]),
         closed_form_entropy=torch.tensor([1.0] * 12),
-        closed_form_step_entropy=torch.tensor([[1.0]] * 12),
+        closed_form_late_entropy=torch.tensor([1.0] * 12),
         closed_form_top=torch.tensor([1.0] * 12),
         closed_form_commitment=torch.tensor([1] * 12),
     )
@@ -125,7 +125,7 @@ def test_auroc_of_three_trainings_is_the_mean_of_theirs():
     late = [[0.1] * 6 + [0.2] * 6, [5.0] * 12, [7.0] * 6 + [8.0] * 6]
     models = [traced(ratios, some, commitment=torch.ones(12)) for some in late]
     for some in models:
-        some |= {f"closed_form_{name}": some[name] for name in ("entropy", "step_entropy", "top", "commitment")}
+        some |= {f"closed_form_{name}": some[name] for name in ("entropy", "late_entropy", "top", "commitment")}
     found = copy_prediction(models)["late_entropy"]
     over = mean_over_seeds([1, 0.5, 1])
     assert (found.value, found.n) == (pytest.approx(5 / 6), 3)

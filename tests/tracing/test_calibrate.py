@@ -7,15 +7,17 @@ import torch
 
 from provgen import build
 from provgen.metrics.datamodeling import predicted_outputs
+from provgen.models.credit import Calibration, GaussianProcess, Kernel
 from provgen.studies.faithfulness import retraining
-from provgen.studies.faithfulness.credit import VarianceCredit
-from provgen.studies.faithfulness.methods import credit_coordinates, trace_queries
+from provgen.studies.faithfulness.credit import TraceFeatures, traced_images
+from provgen.studies.faithfulness.methods import trace_queries
 from provgen.studies.faithfulness.tuning import Split, tune
 from provgen.tracing import calibrate
-from provgen.tracing.gaussian_process import EVERYTHING, Kernel, Process
+from provgen.tracing.calibrate import LevelPower
+from provgen.tracing.gaussian_process import EVERYTHING
 
-NARROW = Process(Kernel(0.7, 0.5, (0.5, 0.5), 0.25), 1.0)
-"""Where an image lies counts for much: so do weights of levels."""
+NARROW = GaussianProcess(Kernel(0.7, 0.5, (0.5, 0.5), 0.25), 1.0)
+"""Features count for much here, and so do weights of levels."""
 
 
 @pytest.fixture(scope="module")
@@ -27,40 +29,42 @@ def traced(root_of):
 
 def scores_of(trained, queries, power, process=NARROW):
     """Ask for one process at one weighting of levels."""
-    coordinates = credit_coordinates(trained.pipeline, "trajectory", level_power=power)
-    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
-    method.fit(trained.data.train)
-    found = method.attribute_all(queries, process.name)
-    return {kind: some.of(process.name) for kind, some in found.items()}
+    traced = traced_images(trained.pipeline, trained.data.train, queries, power)
+    by_kind = traced.variance().scores(traced.queries, {process: 0})
+    return {kind: scores.under(process) for kind, scores in by_kind.items()}
 
 
 @pytest.mark.parametrize("power", [0, 2])
 def test_what_is_chosen_is_what_the_head_gives(traced, power):
     trained, queries = traced
     asked, shown = [], []
+    images = partial(traced_images, trained.pipeline, trained.data.train, queries)
 
     def choose(scores):
         asked.append(scores)
-        return NARROW.name if len(asked) == 1 else f"{power}"
+        return NARROW if len(asked) == 1 else LevelPower(power)
 
     def progress_bar(processes):
         shown.extend(processes)
         return processes
 
-    head = calibrate.fit_credit_head(trained, queries, choose, calibration_subsets=7, progress_bar=progress_bar)
-    assert shown == EVERYTHING.processes
-    assert (head.config.level_power, head.config.calibration_subsets) == (power, 7)
-    assert head.setting == f"{NARROW.name}, levels by (a / (1 - a))^{power}"
+    head = calibrate.fit_credit_head(images, choose, calibration_subsets=7, progress_bar=progress_bar)
+    assert shown == list(EVERYTHING.settings)
+    assert head.calibration == Calibration(NARROW, power)
+    assert head.config.calibration_subsets == 7
+    assert head.config.calibration_seconds > 0
     processes, levels = asked
-    for kind, some in queries.items():
-        # Weights of levels are compared under the process that was chosen, the usual ones among them.
-        assert (levels[kind].settings, levels[kind].distance_to_default) == (("0", "1", "2"), (1, 0, 1))
-        torch.testing.assert_close(levels[kind].of("1"), processes[kind].of(NARROW.name))
-        torch.testing.assert_close(levels[kind].of(f"{power}"), scores_of(trained, queries, power)[kind])
-        assert not torch.allclose(levels[kind].of("0"), levels[kind].of("2"), rtol=1e-2)
-        at = credit_coordinates(trained.pipeline, "trajectory", level_power=power)(some)
-        by_head = head(at.to(head.dtype), some.class_labels)
-        torch.testing.assert_close(by_head, levels[kind].of(f"{power}"), atol=1e-5, rtol=1e-3)
+    for kind, asked_about in queries.items():
+        # Weights of levels are compared under the process that was chosen, the default ones among them.
+        distances = dict(zip(levels[kind].settings, levels[kind].distance_to_default, strict=True))
+        assert distances == {LevelPower(0): 1, LevelPower(1): 0, LevelPower(2): 1}
+        under_power = levels[kind].under(LevelPower(power))
+        torch.testing.assert_close(levels[kind].under(LevelPower(1)), processes[kind].under(NARROW))
+        torch.testing.assert_close(under_power, scores_of(trained, queries, power)[kind])
+        assert not torch.allclose(levels[kind].values[0], levels[kind].values[2], rtol=1e-2)
+        features = TraceFeatures(pipeline=trained.pipeline, along="trajectory", level_power=power)(asked_about)
+        by_head = head(features.to(head.dtype), asked_about.class_labels)
+        torch.testing.assert_close(by_head, under_power, atol=1e-5, rtol=1e-3)
 
 
 def test_weights_of_levels_that_subset_models_follow_are_found(traced):
@@ -72,9 +76,8 @@ def test_weights_of_levels_that_subset_models_follow_are_found(traced):
     split = Split.first(torch.arange(400), 6, calibration=400, left=0)
     judge = partial(tune, masks=masks, outputs=outputs, split=split)
     head = calibrate.fit_credit_head(
-        trained,
-        queries,
-        lambda scores: NARROW.name if NARROW.name in next(iter(scores.values())).settings else judge(scores),
+        partial(traced_images, trained.pipeline, trained.data.train, queries),
+        lambda scores: NARROW if NARROW in next(iter(scores.values())).settings else judge(scores),
         calibration_subsets=400,
     )
-    assert head.config.level_power == 0
+    assert head.calibration.level_power == 0

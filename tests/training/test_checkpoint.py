@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -181,14 +182,16 @@ def test_a_checkpoint_of_other_networks_is_refused_in_one_line(override, saved, 
 
 
 def test_what_a_kill_left_half_written_is_ignored(saved, start, tmp_path):
-    for name in (".step-000009.partial", "step-000008"):
-        shutil.copytree(tmp_path / "step-000002", tmp_path / name)
+    leftover = tmp_path / ".step-000009.1-0a1b2c3d.partial"
+    for path in (leftover, tmp_path / "step-000008"):
+        shutil.copytree(tmp_path / "step-000002", path)
+    os.utime(leftover, (0, 0))
     (tmp_path / "step-000008" / "state.json").unlink()
     resumed, _ = start()
     assert resume_latest(resumed, tmp_path, FINGERPRINT) == 2
     assert_same(resumed, saved)
     save_checkpoint(resumed, tmp_path, 9, FINGERPRINT)
-    assert not (tmp_path / ".step-000009.partial").exists()
+    assert not leftover.exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(saved, tmp_path):
@@ -217,7 +220,7 @@ def test_a_write_that_fails_leaves_the_older_checkpoint_intact(
     original = getattr(Path, name)
 
     def fail(path, *arguments, **keywords):
-        if ".step-000004.partial" in str(path):
+        if ".step-000004." in str(path):
             raise OSError(number, "it is full")
         return original(path, *arguments, **keywords)
 

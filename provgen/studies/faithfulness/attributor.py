@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from enum import StrEnum
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
-from provgen.tracing.noisy_queries import NoisyQueries
+from provgen.tracing.calibrate import AttributionScores
+from provgen.tracing.trace import NoisyImages
+
+Along = Literal["trajectory", "noised"]
+"""Where an image is looked at: at the steps that the sampler passed through, or noised again."""
+
+ALONG: tuple[Along, ...] = ("noised", "trajectory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +27,17 @@ class Queries:
     """In [-1, 1], (query, channel, height, width)."""
     class_labels: Tensor
     """int64 (query,), the null label where there is none."""
-    noisy: NoisyQueries
+    noisy: NoisyImages
     """The images noised to several levels with common noise."""
-    trajectory: NoisyQueries | None = None
+    trajectory: NoisyImages | None = None
     """For generated images: what the sampler passed through on the way to them."""
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def along(self, along: Along) -> NoisyImages:
+        """Give the steps to look at; an image that was not generated has no trajectory and is always noised."""
+        return self.trajectory if along == "trajectory" and self.trajectory is not None else self.noisy
 
     def first(self, count: int) -> Queries:
         """Keep the first `count`."""
@@ -38,31 +50,13 @@ class Queries:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributionScores:
-    """Scores of all training examples, larger is more responsible, under every setting a method can be tuned over."""
-
-    values: Tensor
-    """Floating (setting, query, train)."""
-    settings: tuple[str, ...]
-    """Their names, such as `lambda=0.01`; a single empty one where there is nothing to tune."""
-    distance_to_default: tuple[int, ...]
-    """How many steps each is from the usual one, such as the middle of what is tried: one that is no worse, for all
-    that is known, is taken rather than one further off."""
-
-    def of(self, setting: str) -> Tensor:
-        """Give the scores (query, train) under one setting."""
-        scores: Tensor = self.values[self.settings.index(setting)]
-        return scores
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cache:
     """What a fitted method keeps of the training set."""
 
     num_bytes: int
-    """In the smallest form that would do, such as pixels of one byte."""
+    """Bytes in the smallest form that would do, such as pixels of one byte."""
     seconds: float = 0.0
-    """Spent by earlier calls of `fit` on what this one found on disk."""
+    """Seconds that were spent before `fit` on what it found, such as gradients on disk or a calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +74,16 @@ class Cost:
 class Attributor(Protocol):
     """An attribution method: what it needs of the training set once, and what it says of queries."""
 
+    @property
+    def settings(self) -> Sequence[Any]:
+        """Every setting that may be tried: frozen dataclasses."""
+        ...
+
     def fit(self, train: ImageSet) -> None:
         """Prepare for a training set."""
         ...
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:
+    def attribute(self, queries: Queries, only: Any = None) -> AttributionScores[Any]:
         """Score every training example for every query, each query by itself.
 
         Args:
@@ -98,11 +97,44 @@ class Attributor(Protocol):
         ...
 
 
-def untuned(values: Tensor) -> AttributionScores:
-    """Wrap scores (query, train) of a method with nothing to tune."""
-    return AttributionScores(values=values[None], settings=("",), distance_to_default=(0,))
+class Role(StrEnum):
+    """What a method is to the comparison."""
+
+    CALIBRATED_TRACE = "calibrated trace"
+    TRACE = "trace"
+    """The posterior of the provenance network."""
+    CHANCE = "chance"
+    """A method that does not look at the image."""
+    COMPARISON = "comparison"
+    ENSEMBLE = "ensemble"
 
 
-def steps_from_middle(count: int) -> tuple[int, ...]:
-    """Give the distance of each of `count` settings in a row from the middle one."""
-    return tuple(abs(place - count // 2) for place in range(count))
+@dataclass(frozen=True, kw_only=True)
+class MethodLabel:
+    """What tables and figures need to know of a method."""
+
+    name: str
+    """Name in tables; it is printed and never parsed."""
+    along: Along | None = None
+    """Where images are looked at; None where that makes no difference."""
+    uses_provenance: bool = False
+    """Whether the provenance network has a part in it."""
+    is_reference: bool = False
+    """Whether every other method is compared with it, pair by pair."""
+    role: Role = Role.COMPARISON
+    """What it is to the comparison."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attribution method of the comparison."""
+
+    label: MethodLabel
+    """What is remembered of it."""
+    attributor: Attributor
+    """What answers."""
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return self.label.name

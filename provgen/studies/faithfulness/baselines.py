@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.studies.faithfulness.attributor import (
-    AttributionScores,
-    Cache,
-    Queries,
-    steps_from_middle,
-    untuned,
-)
-from provgen.tracing.tracer import Tracer
-
-NEIGHBORS = (1, 2, 5, 10, 20, 50)
-
-BANDWIDTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
-"""Of the pixel kernel, in root mean squared distances between two training images."""
+from provgen.studies.faithfulness.attributor import Cache, Queries
+from provgen.tracing.calibrate import AttributionScores, Untuned, untuned
 
 
-class RandomScores:
+@dataclass(frozen=True)
+class Neighbors:
+    """How many nearest training images count."""
+
+    k: int
+
+    def __str__(self) -> str:
+        return f"k={self.k}"
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """The length of the pixel kernel."""
+
+    share: float
+    """In root mean squared distances between two training images."""
+
+    def __str__(self) -> str:
+        return f"s={self.share:g} apart"
+
+
+NEIGHBORS = tuple(map(Neighbors, (1, 2, 5, 10, 20, 50)))
+
+BANDWIDTHS = tuple(map(Bandwidth, (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)))
+
+
+class UntunedScores:
+    """A method with nothing to tune."""
+
+    settings = (Untuned(),)
+
+    def attribute(self, queries: Queries, only: Untuned | None = None) -> AttributionScores[Untuned]:  # noqa: ARG002 - there is one
+        """Wrap what `scores` gives."""
+        return untuned(self.scores(queries))
+
+    def scores(self, queries: Queries) -> Tensor:
+        """Give scores (query, train)."""
+        raise NotImplementedError
+
+
+class RandomScores(UntunedScores):
     """Guessing."""
 
     def __init__(self, seed: int) -> None:
@@ -33,17 +65,17 @@ class RandomScores:
         """Count the examples."""
         self.num_examples = len(train)
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
+    def scores(self, queries: Queries) -> Tensor:
         """Draw scores, the same for a query whatever else is asked."""
         generator = torch.Generator().manual_seed(self.seed)
-        return untuned(torch.stack([torch.rand(self.num_examples, generator=generator) for _ in queries.images]))
+        return torch.stack([torch.rand(self.num_examples, generator=generator) for _ in queries.images])
 
     def kept(self) -> Cache:
         """Nothing."""
         return Cache(num_bytes=0)
 
 
-class SameClass:
+class SameClass(UntunedScores):
     """Everything of the query's class, alike; for a query without a class everything."""
 
     def fit(self, train: ImageSet) -> None:
@@ -51,47 +83,47 @@ class SameClass:
         self.labels = train.labels
         self.null_label = train.num_classes
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
+    def scores(self, queries: Queries) -> Tensor:
         """Give 1 to the class."""
         same = queries.class_labels[:, None] == self.labels
-        return untuned((same | (queries.class_labels == self.null_label)[:, None]).double())
+        return (same | (queries.class_labels == self.null_label)[:, None]).double()
 
     def kept(self) -> Cache:
         """Labels."""
         return Cache(num_bytes=self.labels.nbytes)
 
 
-class PixelCosine:
+class PixelCosine(UntunedScores):
     """Cosine of the angle between the pixels, in [-1, 1]: the cheapest baseline of Zheng et al. 2024."""
 
     def fit(self, train: ImageSet) -> None:
-        """Keep the directions."""
-        self.directions = F.normalize(_pixels(train), dim=1)
+        """Keep the pixels in unit length."""
+        self.normalised = F.normalize(_pixels(train), dim=1)
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
-        """Compare directions."""
-        return untuned(F.normalize(queries.images.flatten(1).double(), dim=1) @ self.directions.T)
+    def scores(self, queries: Queries) -> Tensor:
+        """Multiply vectors of unit length."""
+        return F.normalize(queries.images.flatten(1).double(), dim=1) @ self.normalised.T
 
     def kept(self) -> Cache:
         """Pixels."""
-        return Cache(num_bytes=self.directions.numel())
+        return Cache(num_bytes=self.normalised.numel())
 
 
 class PixelNeighbors:
     """The k nearest training images in pixels, alike; k is tuned."""
 
+    settings = NEIGHBORS
+
     def fit(self, train: ImageSet) -> None:
         """Keep the pixels."""
         self.pixels = _pixels(train)
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
+    def attribute(self, queries: Queries, only: Neighbors | None = None) -> AttributionScores[Neighbors]:  # noqa: ARG002 - all settings take no longer
         """Give 1 to the k nearest, the lowest index first at equal distance."""
         distances = torch.cdist(queries.images.flatten(1).double(), self.pixels)
         ranks = distances.argsort(dim=1, stable=True).argsort(dim=1)
-        counts = [k for k in NEIGHBORS if k < len(self.pixels)]
-        values = torch.stack([(ranks < k).double() for k in counts])
-        names = tuple(f"k={k}" for k in counts)
-        return AttributionScores(values=values, settings=names, distance_to_default=steps_from_middle(len(names)))
+        settings = [setting for setting in NEIGHBORS if setting.k < len(self.pixels)]
+        return AttributionScores.in_a_row([(ranks < setting.k).double() for setting in settings], settings)
 
     def kept(self) -> Cache:
         """Pixels."""
@@ -105,20 +137,19 @@ class PixelKernel:
     the finished image can beat it.
     """
 
+    settings = BANDWIDTHS
+
     def fit(self, train: ImageSet) -> None:
         """Keep the pixels, and how far apart they are."""
         self.pixels = _pixels(train)
         # The mean squared distance of two draws is twice the total variance.
         self.scale = float((2 * self.pixels.var(dim=0, correction=0).sum()).sqrt())
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
+    def attribute(self, queries: Queries, only: Bandwidth | None = None) -> AttributionScores[Bandwidth]:  # noqa: ARG002 - all settings take no longer
         """Weigh by distance."""
         squares = torch.cdist(queries.images.flatten(1).double(), self.pixels).square()
-        values = [_kernel(squares, share * self.scale) for share in BANDWIDTHS]
-        names = tuple(f"s={share:g} apart" for share in BANDWIDTHS)
-        return AttributionScores(
-            values=torch.stack(values), settings=names, distance_to_default=steps_from_middle(len(names))
-        )
+        values = [_kernel(squares, setting.share * self.scale) for setting in BANDWIDTHS]
+        return AttributionScores.in_a_row(values, BANDWIDTHS)
 
     def kept(self) -> Cache:
         """Pixels."""
@@ -136,27 +167,27 @@ def _pixels(train: ImageSet) -> Tensor:
 IMAGES_AT_ONCE = 256
 
 
-class EmbeddingCosine:
+class EmbeddingCosine(UntunedScores):
     """Cosine of the generator's last encoder feature maps."""
 
-    def __init__(self, tracer: Tracer, device: torch.device) -> None:
-        """Take the tracer of a generator, and where its networks are."""
-        self.tracer = tracer
+    def __init__(self, encode: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Take what gives embeddings (image, feature) of images in [-1, 1], and where images are wanted."""
+        self.encode = encode
         self.device = device
 
     def fit(self, train: ImageSet) -> None:
         """Embed the training images."""
-        self.directions = self._directions(to_unit_range(train.images))
+        self.normalised = self._normalised(to_unit_range(train.images))
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
-        """Compare directions."""
-        return untuned(self._directions(queries.images) @ self.directions.T)
+    def scores(self, queries: Queries) -> Tensor:
+        """Multiply vectors of unit length."""
+        return self._normalised(queries.images) @ self.normalised.T
 
     def kept(self) -> Cache:
         """Embeddings."""
-        return Cache(num_bytes=self.directions.nbytes)
+        return Cache(num_bytes=self.normalised.nbytes)
 
     @torch.no_grad()
-    def _directions(self, images: Tensor) -> Tensor:
-        embedded = [self.tracer.encode(some.to(self.device)).cpu() for some in images.split(IMAGES_AT_ONCE)]
+    def _normalised(self, images: Tensor) -> Tensor:
+        embedded = [self.encode(batch.to(self.device)).cpu() for batch in images.split(IMAGES_AT_ONCE)]
         return F.normalize(torch.cat(embedded), dim=1)

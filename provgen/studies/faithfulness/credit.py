@@ -2,159 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.models.credit import CreditHead
+from provgen.models.credit import Calibration, CreditHead, GaussianProcess
 from provgen.models.diffusion import num_last_layer
-from provgen.studies.faithfulness.attributor import AttributionScores, Cache, Queries
-from provgen.studies.faithfulness.posteriors import Along
-from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.gaussian_process import MAX_LANDMARKS, PIXELS, FittedKernel, Grid, Kernel, Parts, Process
+from provgen.pipeline import ProvenancePipeline
+from provgen.studies.faithfulness.attributor import Along, Cache, Queries
+from provgen.tracing.calibrate import AttributionScores, LabelledFeatures, LeaveOneOutVariance, TracedImages
+from provgen.tracing.gaussian_process import MAX_LANDMARKS, PIXELS, FeatureParts, Grid
+from provgen.tracing.trace import INVERSE_VARIANCE, CreditFeatures, NoisyImages, Recorder, trace
 
-Coordinates = Callable[[Queries | ImageSet], Tensor]
-"""Where images lie, floating (image, feature); the same space for training images and queries."""
+NUM_INFERENCE_STEPS = 50
 
-Progress = Callable[[Iterable[Process]], Iterable[Process]]
-"""Shows how far along it is."""
+NETWORK_BATCH = 256
+"""Training images noised at a time."""
 
-
-def no_progress(processes: Iterable[Process]) -> Iterable[Process]:
-    """Show nothing."""
-    return processes
+Features = Callable[[Queries | ImageSet], Tensor]
+"""Gives features of images, floating (image, feature); the same space for training images and queries."""
 
 
-class VarianceCredit:
-    """How much less would be known of the query without example i.
+class VarianceAttributor:
+    """The leave-one-out variance of a Gaussian process; the process is tuned."""
 
-    A network does the worse on an image, the less its training set says of it: the loss follows the variance of a
-    Gaussian process at the query, which every example that is left out enlarges. Examples that stand for one another
-    share the credit, and the sign of an influence does not matter, only its square.
-    """
-
-    def __init__(self, coordinates: Coordinates, parts: Parts | None = None, grid: Grid = PIXELS) -> None:
-        """Take where images lie, what that is made of (None for one part of places), and the processes to try."""
-        self.coordinates = coordinates
+    def __init__(self, features: Features, parts: FeatureParts | None = None, grid: Grid = PIXELS) -> None:
+        """Take features, what they are made of (None for one part of distances), and the processes to try."""
+        self.features = features
         self.parts = parts
-        self.processes, self.grid = grid.processes, grid
+        self.distances = grid.settings
+        self.settings = tuple(self.distances)
 
     def fit(self, train: ImageSet) -> None:
-        """Keep where the training images lie."""
-        self.points = self.coordinates(train).double().cpu()
-        self.labels, self.null_label = train.labels, train.num_classes
-        self.fitted: dict[Kernel, FittedKernel] = {}
+        """Keep the features of the training images."""
+        labelled = LabelledFeatures(features=self.features(train), labels=train.labels)
+        self.variance = LeaveOneOutVariance(labelled, null_label=train.num_classes, parts=self.parts)
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:
+    def attribute(self, queries: Queries, only: GaussianProcess | None = None) -> AttributionScores[GaussianProcess]:
         """Leave every example out under every process, or under the `only` one."""
-        return self.attribute_all({"": queries}, only)[""]
-
-    def attribute_all(
-        self,
-        queries: Mapping[str, Queries],
-        only: str | None = None,
-        *,
-        progress_bar: Progress = no_progress,
-    ) -> dict[str, AttributionScores]:
-        """Attribute several kinds of queries, each process fitted once for all of them."""
-        steps = {
-            process: far
-            for process, far in zip(self.processes, self.grid.steps, strict=True)
-            if only in (None, process.name)
-        }
-        places = {kind: self.coordinates(some).double().cpu() for kind, some in queries.items()}
-        values: dict[str, list[Tensor]] = {kind: [] for kind in queries}
-        for process in progress_bar(steps):
-            fitted = self._fitted(process.kernel)
-            for kind, some in queries.items():
-                values[kind].append(fitted.credit(places[kind], some.class_labels, process.ridge).float())
-        names, far = tuple(process.name for process in steps), tuple(steps.values())
-        return {
-            kind: AttributionScores(values=torch.stack(some), settings=names, distance_to_default=far)
-            for kind, some in values.items()
-        }
-
-    def credit_head(self, process: Process) -> CreditHead:
-        """Give the head that a pipeline keeps."""
-        return self._fitted(process.kernel).credit_head(process.ridge)
-
-    def _fitted(self, kernel: Kernel) -> FittedKernel:
-        """Fit a kernel; only the last one stays in memory."""
-        if kernel not in self.fitted:
-            fitted = FittedKernel(self.points, self.labels, kernel, null_label=self.null_label, parts=self.parts)
-            self.fitted = {kernel: fitted}
-        return self.fitted[kernel]
+        settings = self.distances if only is None else {only: self.distances[only]}
+        labelled = LabelledFeatures(features=self.features(queries), labels=queries.class_labels)
+        return self.variance.scores({"": labelled}, settings)[""]
 
     def kept(self) -> Cache:
         """Landmarks and read-out, in four bytes a number."""
-        landmarks = min(MAX_LANDMARKS, len(self.points))
-        return Cache(num_bytes=4 * landmarks * (self.points.shape[1] + len(self.points)))
+        num_train, width = self.variance.features.shape
+        return Cache(num_bytes=4 * min(MAX_LANDMARKS, num_train) * (width + num_train))
 
 
 class CalibratedTrace:
     """The weights of a calibrated pipeline; its one setting is what calibration chose."""
 
-    def __init__(self, credit: CreditHead, coordinates: Coordinates) -> None:
+    def __init__(self, credit: CreditHead, features: Features) -> None:
         self.credit = credit
-        self.coordinates = coordinates
+        self.features = features
+        self.settings = (credit.calibration,)
 
     def fit(self, train: ImageSet) -> None:
         """Nothing is left to do."""
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - there is one
+    def attribute(self, queries: Queries, only: Calibration | None = None) -> AttributionScores[Calibration]:  # noqa: ARG002 - there is one
         """Ask the credit head."""
-        points = self.coordinates(queries).to(self.credit.dtype)
-        shares = self.credit(points, queries.class_labels.to(points.device)).cpu()
-        return AttributionScores(values=shares[None], settings=(self.credit.setting,), distance_to_default=(0,))
+        features = self.features(queries).to(self.credit.dtype)
+        shares = self.credit(features, queries.class_labels.to(features.device)).cpu()
+        return AttributionScores.in_a_row([shares], self.settings)
 
     def kept(self) -> Cache:
-        """The credit head."""
-        return Cache(num_bytes=sum(buffer.nbytes for buffer in self.credit.buffers()))
+        """The credit head, and the seconds of the calibration."""
+        num_bytes = sum(buffer.nbytes for buffer in self.credit.buffers())
+        return Cache(num_bytes=num_bytes, seconds=self.credit.config.calibration_seconds)
 
 
-def pixel_coordinates(images: Queries | ImageSet) -> Tensor:
+def pixel_features(images: Queries | ImageSet) -> Tensor:
     """Take pixels in [-1, 1], (image, feature)."""
-    found = images.images if isinstance(images, Queries) else to_unit_range(images.images)
-    return found.flatten(1)
+    pixels = images.images if isinstance(images, Queries) else to_unit_range(images.images)
+    return pixels.flatten(1)
 
 
-NETWORK_BATCH = 256
-"""Training images noised at a time."""
-
-
-class NetworkCoordinates:
+@dataclass(frozen=True, kw_only=True)
+class TraceFeatures:
     """What the provenance network sees of images at clear levels, their pixels, and gradients of the last layer."""
 
-    def __init__(self, tracer: DiffusionTracer, *, along: Along, num_inference_steps: int, level_power: float) -> None:
-        """Take a tracer that finds coordinates; images without a trajectory are noised to the sampler's levels."""
-        self.tracer = tracer
-        self.along = along
-        self.num_inference_steps = num_inference_steps
-        self.level_power = level_power
+    pipeline: ProvenancePipeline
+    """Pipeline of a denoiser with a provenance network."""
+    along: Along
+    """Where images are looked at; training images are noised."""
+    has_gradients: bool = True
+    """Whether normalised gradients come last."""
+    level_power: float = INVERSE_VARIANCE
+    """Power of alpha_bar / (1 - alpha_bar) in the weights of the clear levels."""
 
     @property
-    def parts(self) -> Parts:
-        """Features of the embedding, of the pixels, and of gradients where the tracer finds them."""
-        unet, provenance = self.tracer.unet, self.tracer.provenance
-        assert provenance is not None
-        places = provenance.config.width, unet.config.in_channels * unet.config.sample_size**2
-        return Parts(places, num_last_layer(unet) if self.tracer.finds_gradients else 0)
+    def parts(self) -> FeatureParts:
+        """Features of the embedding, of the pixels, and of gradients where there are any."""
+        unet = self.pipeline.unet
+        distances = self.pipeline.provenance.config.width, unet.config.in_channels * unet.config.sample_size**2
+        return FeatureParts(distances, num_last_layer(unet) if self.has_gradients else 0)
 
     @torch.no_grad()
     def __call__(self, images: Queries | ImageSet) -> Tensor:
-        """Give coordinates, (image, feature)."""
-        device = self.tracer.unet.device
+        """Give features, (image, feature)."""
         if isinstance(images, Queries):
-            is_along = self.along == "trajectory" and images.trajectory is not None
-            noisy = images.trajectory if is_along and images.trajectory is not None else images.noisy
-            return self.tracer.coordinates(noisy, images.class_labels.to(device), self.level_power)
+            return self._features(images.along(self.along), images.class_labels)
         batches = zip(images.images.split(NETWORK_BATCH), images.labels.split(NETWORK_BATCH), strict=True)
-        found = []
-        for pixels, labels in batches:
-            clean = to_unit_range(pixels).to(device)
-            noisy = self.tracer.noised(clean, num_inference_steps=self.num_inference_steps, seed=0)
-            found.append(self.tracer.coordinates(noisy, labels.to(device), self.level_power))
-        return torch.cat(found)
+        return torch.cat([
+            self._features(noised_steps(self.pipeline, to_unit_range(pixels)), labels) for pixels, labels in batches
+        ])  # fmt: skip
+
+    def _features(self, noisy: NoisyImages, class_labels: Tensor) -> Tensor:
+        """Give the features of images at some steps."""
+        pipeline, labels = self.pipeline, class_labels.to(self.pipeline.device)
+        denoiser = pipeline.unet if self.has_gradients else None
+        look = CreditFeatures(pipeline.provenance, noisy.alpha_bars, denoiser=denoiser)
+        steps = zip(noisy.images, noisy.timesteps, strict=True)
+        trace(
+            (
+                pipeline.denoiser.step_at(images.to(pipeline.device), timestep, labels, number=number)
+                for number, (images, timestep) in enumerate(steps)
+            ),
+            look,
+        )
+        return look.mean(self.level_power)
+
+
+def traced_images(
+    pipeline: ProvenancePipeline, train: ImageSet, queries: Mapping[str, Queries], level_power: float
+) -> TracedImages:
+    """Give what traces see of training images, and of queries by kind, under some weights of noise levels."""
+    features = TraceFeatures(pipeline=pipeline, along="trajectory", level_power=level_power)
+    return TracedImages(
+        train=LabelledFeatures(features=features(train), labels=train.labels),
+        queries={
+            kind: LabelledFeatures(features=features(asked), labels=asked.class_labels)
+            for kind, asked in queries.items()
+        },
+        parts=features.parts,
+        null_label=train.num_classes,
+    )
+
+
+def noised_steps(pipeline: ProvenancePipeline, images: Tensor) -> NoisyImages:
+    """Noise images in [-1, 1], (query, channel, height, width), to the levels of the sampler."""
+    recorder, images = Recorder(), images.to(pipeline.device)
+    null = torch.full((len(images),), pipeline.null_label, device=images.device)
+    steps = pipeline.denoiser.renoise(images, null, num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
+    trace(steps, recorder)
+    return recorder.noisy_images()

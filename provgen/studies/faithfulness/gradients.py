@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -15,43 +16,40 @@ from torch.func import functional_call, grad, vmap
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
-from provgen.studies.faithfulness.attributor import (
-    AttributionScores,
-    Cache,
-    Queries,
-    steps_from_middle,
-    untuned,
-)
+from provgen.studies.faithfulness.attributor import Cache, Queries
+from provgen.studies.faithfulness.baselines import UntunedScores
 from provgen.studies.faithfulness.gradient_store import GradientStore
+from provgen.tracing.calibrate import AttributionScores
+
+Target = Literal["noise", "zero"]
+
+IMAGES_AT_ONCE = 32
+
+TIMESTEPS_AT_ONCE = {"vectorised": 10, "one by one": 100}
+"""Noise levels in one pass; more are added up."""
+
+PROJECTION_SEED = 0
 
 
 class RandomProjection:
     """Adds every feature, with a random sign, to a random one of fewer columns.
 
-    Inner products are kept in expectation: E<Sa, Sb> = <a, b>, with variance of order |a|^2 |b|^2 / size (Charikar et
-    al. 2002; Weinberger et al. 2009, arXiv 0902.2206). A dense Gaussian projection has the same order at a
-    cost times the number of columns.
+    Inner products are kept in expectation: E<Sa, Sb> = <a, b>, with variance of order |a|^2 |b|^2 / proj_dim (Charikar
+    et al. 2002; Weinberger et al. 2009, arXiv 0902.2206). A dense Gaussian projection has the same order at a cost
+    times the number of columns.
     """
 
-    def __init__(self, num_features: int, size: int, *, seed: int, device: torch.device) -> None:
-        """Draw columns and signs for `num_features` numbers; `size` columns come out."""
+    def __init__(self, num_features: int, proj_dim: int, *, seed: int, device: torch.device) -> None:
+        """Draw a column of `proj_dim` and a sign for each of `num_features` numbers."""
         generator = torch.Generator().manual_seed(seed)
-        self.columns = torch.randint(size, (num_features,), generator=generator).to(device)
+        self.columns = torch.randint(proj_dim, (num_features,), generator=generator).to(device)
         self.signs = (torch.randint(2, (num_features,), generator=generator) * 2 - 1).to(device)
-        self.size = size
+        self.proj_dim = proj_dim
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Project (query, feature) to (query, size)."""
-        projection = features.new_zeros(len(features), self.size)
+        """Project (query, feature) to (query, proj_dim)."""
+        projection = features.new_zeros(len(features), self.proj_dim)
         return projection.index_add_(1, self.columns, features * self.signs)
-
-
-TIMESTEPS_AT_ONCE = {"vectorised": 10, "one by one": 100}
-"""Noise levels in one pass; more are added up."""
-
-Way = Literal["vectorised", "one by one"]
-
-Target = Literal["noise", "zero"]
 
 
 class LossGradients:
@@ -74,43 +72,24 @@ class LossGradients:
             num_timesteps: K, a divisor of the number of training timesteps.
             seed: Of the noise.
         """
-        self.unet = unet
-        self.scheduler = scheduler
-        self.target = target
-        self.seed = seed
         steps = scheduler.config.num_train_timesteps
         assert steps % num_timesteps == 0
+        self.unet, self.scheduler, self.target, self.seed = unet, scheduler, target, seed
+        self.device: torch.device = unet.device
         self.timesteps = torch.arange(0, steps, steps // num_timesteps, device=unet.device)
         self.parameters = {name: p.detach() for name, p in unet.named_parameters()}
         self.size = sum(p.numel() for p in self.parameters.values())
-        # On a CPU the many levels of one image fill a pass: vectorised over images too, as grouped convolutions, it
-        # took 1.6 times as long with 100 levels.
-        self.way: Way = "one by one" if unet.device.type == "cpu" else "vectorised"
+        # On a CPU the many levels of one image fill a pass; grouped convolutions over images too are slower.
+        self.way = "one by one" if unet.device.type == "cpu" else "vectorised"
 
     def __call__(self, images: Tensor, class_labels: Tensor) -> Tensor:
         """Give float32 (query, parameter) for images (query, channel, height, width) with labels (query,)."""
         total = images.new_zeros(len(images), self.size)
         for timesteps in self.timesteps.split(TIMESTEPS_AT_ONCE[self.way]):
-            noise = self._noise(timesteps, images)
-            total += self._rows(images, class_labels, timesteps, noise) * (len(timesteps) / len(self.timesteps))
+            noise = torch.stack([self._noise(int(timestep), images) for timestep in timesteps])
+            mean = self._mean_gradients(images, class_labels, timesteps, noise)
+            total += mean * (len(timesteps) / len(self.timesteps))
         return total
-
-    def _rows(self, images: Tensor, class_labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Give the gradient (query, parameter) of every image's mean loss over some timesteps."""
-        gradient = grad(self._loss)
-        if self.way == "vectorised":
-            over_images = vmap(gradient, in_dims=(None, 0, 0, None, None))
-            found = over_images(self.parameters, images, class_labels, timesteps, noise)
-            return torch.cat([found[name].flatten(1) for name in self.parameters], dim=1)
-        pairs = zip(images, class_labels, strict=True)
-        each = [gradient(self.parameters, image, label, timesteps, noise) for image, label in pairs]
-        return torch.stack([torch.cat([g[name].flatten() for name in self.parameters]) for g in each])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        device: torch.device = self.unet.device
-        return device
 
     def fingerprint(self) -> dict[str, str | int]:
         """Say everything that the gradients depend on."""
@@ -125,55 +104,33 @@ class LossGradients:
             "noise_seed": self.seed,
         }
 
+    def _mean_gradients(self, images: Tensor, class_labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """Give the gradient (query, parameter) of every image's mean loss over some timesteps."""
+        gradient = grad(self._loss)
+        if self.way == "vectorised":
+            over_images = vmap(gradient, in_dims=(None, 0, 0, None, None))
+            by_name = over_images(self.parameters, images, class_labels, timesteps, noise)
+            return torch.cat([by_name[name].flatten(1) for name in self.parameters], dim=1)
+        pairs = zip(images, class_labels, strict=True)
+        each = [gradient(self.parameters, image, label, timesteps, noise) for image, label in pairs]
+        return torch.stack([torch.cat([g[name].flatten() for name in self.parameters]) for g in each])
+
     def _loss(
         self, parameters: dict[str, Tensor], image: Tensor, label: Tensor, timesteps: Tensor, noise: Tensor
     ) -> Tensor:
-        """Mean over timesteps (step,) of one image's loss."""
+        """Give the mean over timesteps (step,) of one image's loss."""
         noisy = self.scheduler.add_noise(image.expand_as(noise), noise, timesteps)
         labels = {"class_labels": label.expand(len(timesteps))}
         output = functional_call(self.unet, parameters, (noisy, timesteps), labels).sample
-        wanted = noise if self.target == "noise" else torch.zeros_like(noise)
-        loss: Tensor = (output - wanted).square().mean()
+        target = noise if self.target == "noise" else torch.zeros_like(noise)
+        loss: Tensor = (output - target).square().mean()
         return loss
 
-    def _noise(self, timesteps: Tensor, images: Tensor) -> Tensor:
-        """Draw (step, channel, height, width)."""
-        draws = [
-            randn_tensor(
-                images.shape[1:],
-                generator=seeded_generator(self.seed, Stream.GRADIENT, int(timestep)),
-                device=images.device,
-                dtype=images.dtype,
-            )
-            for timestep in timesteps
-        ]
-        return torch.stack(draws)
-
-
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Of the kernel matrix, in units of its mean diagonal: the published values depend on the projection's scale."""
-
-IMAGES_AT_ONCE = 32
-
-
-class Gradients(Protocol):
-    """Gradients of single images with respect to everything that is trained."""
-
-    size: int
-    """Numbers of a gradient."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where images are wanted."""
-        ...
-
-    def __call__(self, images: Tensor, class_labels: Tensor) -> Tensor:
-        """Give float32 (query, parameter) for images (query, channel, height, width) with labels (query,)."""
-        ...
-
-    def fingerprint(self) -> dict[str, str | int]:
-        """Say everything that they depend on."""
-        ...
+    def _noise(self, timestep: int, images: Tensor) -> Tensor:
+        """Draw (channel, height, width)."""
+        generator = seeded_generator(self.seed, Stream.GRADIENT, timestep)
+        noise: Tensor = randn_tensor(images.shape[1:], generator=generator, device=images.device, dtype=images.dtype)
+        return noise
 
 
 class GradientFeatures:
@@ -182,32 +139,29 @@ class GradientFeatures:
     A generated image is treated like any other: noised again.
     """
 
-    def __init__(self, gradients: Gradients, folder: Path, *, proj_dim: int | None, seed: int = 0) -> None:
+    def __init__(self, gradients: LossGradients, folder: Path, *, proj_dim: int | None) -> None:
         """Choose the features.
 
         Args:
             gradients: Of the generator that is explained.
             folder: Of the store.
-            proj_dim: Columns of the projection; None keeps the whole gradient, exact and large.
-            seed: Of the projection.
+            proj_dim: Columns of the random projection; None keeps the whole gradient, exact and large.
         """
-        self.gradients = gradients
-        self.folder = folder
-        self.seed = seed
+        self.gradients, self.folder = gradients, folder
+        self.width = gradients.size if proj_dim is None else proj_dim
         self.projection = None
         if proj_dim is not None:
             device = gradients.device
-            self.projection = RandomProjection(gradients.size, proj_dim, seed=seed, device=device)
+            self.projection = RandomProjection(gradients.size, proj_dim, seed=PROJECTION_SEED, device=device)
 
     def fit(self, train: ImageSet) -> None:
         """Make, or finish, the features of the training images."""
-        size = self.gradients.size if self.projection is None else self.projection.size
-        self.store = GradientStore(self.folder, shape=(len(train), size), fingerprint=self._fingerprint(train))
 
         def make_rows(start: int, stop: int) -> Tensor:
-            some = slice(start, stop)
-            return self.project(to_unit_range(train.images[some]), train.labels[some])
+            rows = slice(start, stop)
+            return self.project(to_unit_range(train.images[rows]), train.labels[rows])
 
+        self.store = GradientStore(self.folder, shape=(len(train), self.width), fingerprint=self._fingerprint(train))
         self.store.fill(make_rows, batch_size=IMAGES_AT_ONCE)
 
     def products(self, queries: Queries) -> Tensor:
@@ -222,17 +176,18 @@ class GradientFeatures:
     def project(self, images: Tensor, labels: Tensor) -> Tensor:
         """Give the features (query, feature) of images in [-1, 1] with labels (query,), on the CPU."""
         device = self.gradients.device
-        found = self.gradients(images.to(device), labels.to(device))
-        return (found if self.projection is None else self.projection(found)).cpu()
+        gradients = self.gradients(images.to(device), labels.to(device))
+        return (gradients if self.projection is None else self.projection(gradients)).cpu()
 
     def _fingerprint(self, train: ImageSet) -> dict[str, str | int]:
         images = hashlib.sha256()
         for tensor in (train.images, train.labels):
             images.update(tensor.cpu().numpy().tobytes())
-        return self.gradients.fingerprint() | {"images": images.hexdigest(), "projection_seed": self.seed}
+        fingerprint = self.gradients.fingerprint()
+        return fingerprint | {"images": images.hexdigest(), "projection_seed": PROJECTION_SEED}
 
 
-class GradientDot:
+class GradientDot(UntunedScores):
     """Inner products of gradients (TracIn with one checkpoint, Pruthi et al. 2020, arXiv 2002.08484)."""
 
     def __init__(self, features: GradientFeatures) -> None:
@@ -242,13 +197,27 @@ class GradientDot:
         """Make the features."""
         self.features.fit(train)
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:  # noqa: ARG002 - all settings take no longer
+    def scores(self, queries: Queries) -> Tensor:
         """Multiply."""
-        return untuned(self.features.products(queries))
+        return self.features.products(queries)
 
     def kept(self) -> Cache:
         """Gradients."""
         return self.features.kept()
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The ridge of a kernel matrix."""
+
+    share: float
+    """In units of the mean diagonal: the published values depend on the projection's scale."""
+
+    def __str__(self) -> str:
+        return f"lambda={self.share:g}"
+
+
+RIDGES = tuple(map(Ridge, (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)))
 
 
 class Trak:
@@ -258,6 +227,8 @@ class Trak:
     number from a (train, train) matrix, in float64: in float32 the primal form loses small lambdas.
     """
 
+    settings = RIDGES
+
     def __init__(self, features: GradientFeatures) -> None:
         self.features = features
 
@@ -266,17 +237,12 @@ class Trak:
         self.features.fit(train)
         self.values, self.vectors = torch.linalg.eigh(self.features.store.gram())
 
-    def attribute(
-        self,
-        queries: Queries,
-        only: str | None = None,  # noqa: ARG002 - all settings take no longer
-    ) -> AttributionScores:
+    def attribute(self, queries: Queries, only: Ridge | None = None) -> AttributionScores[Ridge]:  # noqa: ARG002 - all settings take no longer
         """Solve for every lambda."""
         turned = self.features.products(queries) @ self.vectors
-        inverses = 1 / (self.values + torch.tensor(RIDGES)[:, None] * self.values.mean())
-        scores = torch.stack([self._scores(turned, inverse) for inverse in inverses])
-        names = tuple(f"lambda={ridge:g}" for ridge in RIDGES)
-        return AttributionScores(values=scores, settings=names, distance_to_default=steps_from_middle(len(names)))
+        shares = torch.tensor([ridge.share for ridge in RIDGES])
+        inverses = 1 / (self.values + shares[:, None] * self.values.mean())
+        return AttributionScores.in_a_row([self._scores(turned, inverse) for inverse in inverses], RIDGES)
 
     def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:
         """Give (query, train) from products with eigenvectors (query, eigenvector) and inverse eigenvalues."""
@@ -289,10 +255,10 @@ class Trak:
 
 
 class DasWithoutResidual(Trak):
-    """What the variance of a linear model in the gradients grows by at the query without example i.
+    """DAS (Lin et al., ICLR 2025, arXiv 2410.18639) without its residual; on TRAK's gradients it is TRAK squared.
 
-    With alpha = phi_q Phi^T B of TRAK and B = (Phi Phi^T + lambda I)^-1 that is alpha_i^2 / B_ii, as in
-    `variance_credit.py`: a loss that is already small grows with the square of what is taken away.
+    It is what the variance of a linear model in the gradients grows by at the query without example i: with
+    alpha = phi_q Phi^T B of TRAK and B = (Phi Phi^T + lambda I)^-1 that is alpha_i^2 / B_ii.
     """
 
     def _scores(self, turned: Tensor, inverse: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,15 @@ from provgen.errors import InputError
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS, make_training_scheduler
 from provgen.pipeline import ProvenancePipeline
-from provgen.studies.faithfulness.attributor import AttributionScores, Attributor, Cost, Queries
+from provgen.studies.faithfulness.attributor import (
+    ALONG,
+    Attributor,
+    Cost,
+    Method,
+    MethodLabel,
+    Queries,
+    Role,
+)
 from provgen.studies.faithfulness.baselines import (
     EmbeddingCosine,
     PixelCosine,
@@ -28,10 +37,12 @@ from provgen.studies.faithfulness.baselines import (
     SameClass,
 )
 from provgen.studies.faithfulness.credit import (
+    NUM_INFERENCE_STEPS,
     CalibratedTrace,
-    NetworkCoordinates,
-    VarianceCredit,
-    pixel_coordinates,
+    TraceFeatures,
+    VarianceAttributor,
+    noised_steps,
+    pixel_features,
 )
 from provgen.studies.faithfulness.gradients import (
     DasWithoutResidual,
@@ -42,8 +53,6 @@ from provgen.studies.faithfulness.gradients import (
     Trak,
 )
 from provgen.studies.faithfulness.posteriors import (
-    ALONG,
-    Along,
     PatchPosterior,
     PosteriorAttributor,
     StepPosterior,
@@ -51,15 +60,12 @@ from provgen.studies.faithfulness.posteriors import (
     network_steps,
 )
 from provgen.studies.faithfulness.retraining import QueryImages
-from provgen.tracing.diffusion_tracer import DiffusionTracer
+from provgen.tracing.calibrate import AttributionScores
 from provgen.tracing.gaussian_process import EVERYTHING, PIXELS_AND_GRADIENTS
-from provgen.tracing.trace import INVERSE_VARIANCE
-from provgen.tracing.tracer import Request
+from provgen.tracing.trace import NoisyImages, Recorder, trace
 
 PROJ_DIM = 32768
 """Columns that gradients are projected to, as published; fewer parameters are kept whole."""
-
-NUM_INFERENCE_STEPS = 50
 
 PATCH_SIZES = (3, 5)
 
@@ -70,7 +76,7 @@ SAME_IMAGE = 3
 """Levels of 255 by which two samples of the same noise may differ: another machine rounds otherwise."""
 
 
-def make_methods(trained: TrainedRun, folder: Path, *, num_timesteps: tuple[int, ...]) -> dict[str, Attributor]:
+def make_methods(trained: TrainedRun, folder: Path, *, num_timesteps: Sequence[int]) -> list[Method]:
     """Make every method that can explain a run.
 
     Args:
@@ -83,72 +89,42 @@ def make_methods(trained: TrainedRun, folder: Path, *, num_timesteps: tuple[int,
     """
     if bad := [steps for steps in num_timesteps if steps < 1 or NUM_TRAIN_TIMESTEPS % steps]:
         raise InputError(f"--timesteps must divide {NUM_TRAIN_TIMESTEPS}, such as 10 or 100, got {bad[0]}")
-    methods: dict[str, Attributor] = {
-        "random": RandomScores(seed=0),
-        "same class": SameClass(),
-        "pixel cosine": PixelCosine(),
-        "pixel neighbours": PixelNeighbors(),
-        "pixel kernel": PixelKernel(),
-    }
-    for name, (make_posterior, num_bytes) in _posteriors(trained).items():
-        for along in ALONG:
-            methods[f"{name}, {along}"] = PosteriorAttributor(make_posterior, along=along, num_bytes=num_bytes)
-    methods |= _variance_methods(trained)
-    return methods | _gradient_methods(trained, folder, num_timesteps)
+    return [
+        *_pixel_methods(),
+        *_posterior_methods(trained),
+        *_variance_methods(trained.pipeline),
+        *_gradient_methods(trained, folder, num_timesteps),
+    ]
 
 
-def _variance_methods(trained: TrainedRun) -> dict[str, Attributor]:
-    pipeline = trained.pipeline
-    methods: dict[str, Attributor] = {"variance credit of pixels": VarianceCredit(pixel_coordinates)}
-    for along in ALONG:
-        coordinates = credit_coordinates(pipeline, along)
-        for name, grid in (
-            ("pixels and gradients", PIXELS_AND_GRADIENTS),
-            ("the provenance network", EVERYTHING),
-        ):
-            method = VarianceCredit(coordinates, coordinates.parts, grid)
-            methods[f"variance credit of {name}, {along}"] = method
-        if (credit := pipeline.credit) is not None:
-            asked = credit_coordinates(
-                pipeline,
-                along,
-                finds_gradients=credit.wants_gradients,
-                level_power=credit.config.level_power,
-            )
-            methods[f"calibrated trace, {along}"] = CalibratedTrace(credit, asked)
-    return methods
+def _method(name: str, attributor: Attributor, **label: Any) -> Method:
+    return Method(MethodLabel(name=name, **label), attributor)
 
 
-def credit_coordinates(
-    pipeline: ProvenancePipeline,
-    along: Along,
-    *,
-    finds_gradients: bool = True,
-    level_power: float = INVERSE_VARIANCE,
-) -> NetworkCoordinates:
-    """Give everything that a credit head may ask for, or all but gradients."""
-    tracer = DiffusionTracer(
-        pipeline.unet,
-        pipeline.provenance,
-        pipeline.scheduler,
-        finds_coordinates=True,
-        finds_gradients=finds_gradients,
-    )
-    return NetworkCoordinates(tracer, along=along, num_inference_steps=NUM_INFERENCE_STEPS, level_power=level_power)
+def _pixel_methods() -> Iterator[Method]:
+    yield _method("random", RandomScores(seed=0), is_reference=True, role=Role.CHANCE)
+    yield _method("same class", SameClass(), role=Role.CHANCE)
+    yield _method("pixel cosine", PixelCosine())
+    yield _method("pixel neighbours", PixelNeighbors())
+    yield _method("pixel kernel", PixelKernel(), is_reference=True)
 
 
-def _posteriors(trained: TrainedRun) -> dict[str, tuple[Callable[[ImageSet], StepPosterior], int]]:
-    """Name all posteriors: how each is made for a training set, and the bytes it needs."""
+def _posterior_methods(trained: TrainedRun) -> Iterator[Method]:
+    """Make posteriors, the trace before calibration among them."""
     unet, provenance = trained.pipeline.unet, trained.pipeline.provenance
     pixels = trained.data.train.images.numel()
     weights = sum(parameter.nbytes for parameter in provenance.parameters())
-    made: dict[str, tuple[Callable[[ImageSet], StepPosterior], int]] = {
-        "closed form": (_closed_form, pixels),
-        "provenance network": (lambda _: network_steps(unet, provenance), weights),
+    network = {"uses_provenance": True, "role": Role.TRACE}
+    posteriors: dict[str, tuple[Callable[[ImageSet], StepPosterior], int, dict[str, Any]]] = {
+        "closed form": (_closed_form, pixels, {}),
+        "provenance network": (lambda _: network_steps(unet, provenance), weights, network),
     }
     for size in sorted({min(trained.settings.data.image_size, size) for size in PATCH_SIZES}):
-        made[f"patches of {size}"] = (partial(_patch_posterior, patch_size=size), pixels)
-    return made
+        posteriors[f"patches of {size}"] = (partial(_patch_posterior, patch_size=size), pixels, {})
+    for name, (make_posterior, num_bytes, label) in posteriors.items():
+        for along in ALONG:
+            attributor = PosteriorAttributor(make_posterior, along=along, num_bytes=num_bytes)
+            yield _method(f"{name}, {along}", attributor, along=along, **label)
 
 
 def _closed_form(train: ImageSet) -> StepPosterior:
@@ -156,29 +132,55 @@ def _closed_form(train: ImageSet) -> StepPosterior:
     return closed_form_steps(ClosedFormPosterior(pixels, train.labels, null_label=train.num_classes))
 
 
-def _gradient_methods(trained: TrainedRun, folder: Path, num_timesteps: tuple[int, ...]) -> dict[str, Attributor]:
-    unet = trained.pipeline.unet
-    scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
-    methods: dict[str, Attributor] = {
-        "embedding cosine": EmbeddingCosine(trained.pipeline.tracer, trained.pipeline.device)
-    }
-    targets: dict[str, Target] = {"TRAK": "noise", "D-TRAK": "zero"}
-    for steps in num_timesteps:
-        for name, target in targets.items():
-            gradients = LossGradients(unet, scheduler, target=target, num_timesteps=steps, seed=0)
-            proj_dim = PROJ_DIM if gradients.size > PROJ_DIM else None
-            store = folder / f"{name.lower()}-{steps}"
-            features = GradientFeatures(gradients, store, proj_dim=proj_dim)
-            if name == "TRAK":
-                methods[f"gradient dot, {steps} timesteps"] = GradientDot(features)
-            methods[f"{name}, {steps} timesteps"] = Trak(features)
-            methods[f"{name}, {steps} timesteps, squared"] = DasWithoutResidual(features)
-    return methods
-
-
 def _patch_posterior(train: ImageSet, *, patch_size: int) -> PatchPosterior:
     pixels = to_unit_range(train.images)
     return PatchPosterior(pixels, train.labels, null_label=train.num_classes, patch_size=patch_size)
+
+
+def _variance_methods(pipeline: ProvenancePipeline) -> Iterator[Method]:
+    """Make leave-one-out variances, the calibrated trace among them."""
+    yield _method("leave-one-out variance of pixels", VarianceAttributor(pixel_features))
+    for along in ALONG:
+        features = TraceFeatures(pipeline=pipeline, along=along)
+        for name, grid in (("pixels and gradients", PIXELS_AND_GRADIENTS), ("the provenance network", EVERYTHING)):
+            yield _method(
+                f"leave-one-out variance of {name}, {along}",
+                VarianceAttributor(features, features.parts, grid),
+                along=along,
+                uses_provenance=grid is EVERYTHING,
+            )
+        if (credit := pipeline.credit) is not None:
+            features = TraceFeatures(
+                pipeline=pipeline,
+                along=along,
+                has_gradients=credit.wants_gradients,
+                level_power=credit.calibration.level_power,
+            )
+            yield _method(
+                f"calibrated trace, {along}",
+                CalibratedTrace(credit, features),
+                along=along,
+                uses_provenance=True,
+                role=Role.CALIBRATED_TRACE,
+            )
+
+
+def _gradient_methods(trained: TrainedRun, folder: Path, num_timesteps: Sequence[int]) -> Iterator[Method]:
+    yield _method("embedding cosine", EmbeddingCosine(trained.pipeline.denoiser.encode, trained.pipeline.device))
+    for steps in num_timesteps:
+        features = _gradient_features(trained, folder / f"trak-{steps}", "noise", steps)
+        yield _method(f"gradient dot, {steps} timesteps", GradientDot(features))
+        yield _method(f"TRAK, {steps} timesteps", Trak(features))
+        yield _method(f"TRAK squared, {steps} timesteps", DasWithoutResidual(features))
+        features = _gradient_features(trained, folder / f"d-trak-{steps}", "zero", steps)
+        yield _method(f"D-TRAK, {steps} timesteps", Trak(features))
+        yield _method(f"DAS without residual, {steps} timesteps", DasWithoutResidual(features))
+
+
+def _gradient_features(trained: TrainedRun, folder: Path, target: Target, steps: int) -> GradientFeatures:
+    scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
+    gradients = LossGradients(trained.pipeline.unet, scheduler, target=target, num_timesteps=steps, seed=0)
+    return GradientFeatures(gradients, folder, proj_dim=PROJ_DIM if gradients.size > PROJ_DIM else None)
 
 
 @torch.no_grad()
@@ -188,59 +190,58 @@ def trace_queries(trained: TrainedRun, queries: Mapping[str, QueryImages]) -> di
     Raises:
         InputError: The run does not generate them any more.
     """
-    pipeline = trained.pipeline
-    tracer = DiffusionTracer(pipeline.unet, pipeline.provenance, pipeline.scheduler)
-    made = {}
-    for kind, some in queries.items():
-        clean, trajectory = to_unit_range(some.images), None
-        if kind == "generated":
-            again, trajectory = tracer.sampled(_request(some.labels.to(pipeline.device), pipeline.null_label))
-            if (to_uint8(again.cpu()).int() - some.images.int()).abs().max() > SAME_IMAGE:
-                raise InputError(
-                    "the run does not generate the queries that its subset models were asked about; was it trained "
-                    "further? remove its folder of subset models and run `provgen retrain` again"
-                )
-        noisy = tracer.noised(clean.to(pipeline.device), num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
-        made[kind] = Queries(
-            images=clean,
-            class_labels=some.labels,
-            noisy=noisy.cpu(),
-            trajectory=None if trajectory is None else trajectory.cpu(),
-        )
-    return made
+    return {kind: _traced(trained.pipeline, asked, is_generated=kind == "generated") for kind, asked in queries.items()}
 
 
-def _request(labels: Tensor, null_label: int) -> Request:
-    """Ask for the samples of `evaluation.sample`."""
-    return Request(
-        class_labels=labels,
-        null_label=null_label,
+def _traced(pipeline: ProvenancePipeline, queries: QueryImages, *, is_generated: bool) -> Queries:
+    images, trajectory = to_unit_range(queries.images), None
+    if is_generated:
+        again, trajectory = sampled_steps(pipeline, queries.labels)
+        if (to_uint8(again.cpu()).int() - queries.images.int()).abs().max() > SAME_IMAGE:
+            raise InputError(
+                "the run does not generate the queries that its subset models were asked about; was it trained "
+                "further? remove its folder of subset models and run `provgen retrain` again"
+            )
+    return Queries(
+        images=images,
+        class_labels=queries.labels,
+        noisy=noised_steps(pipeline, images),
+        trajectory=trajectory,
+    )
+
+
+def sampled_steps(pipeline: ProvenancePipeline, labels: Tensor) -> tuple[Tensor, NoisyImages]:
+    """Give the samples of `evaluation.sample` for labels (query,), and the steps on the way to them."""
+    recorder = Recorder()
+    steps = pipeline.denoiser.sample(
+        labels.to(pipeline.device),
+        null_label=pipeline.null_label,
         generator=[torch.Generator().manual_seed(number) for number in range(len(labels))],
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=1.0,
-        is_traced=False,
-        trace_every=1,
-        closed_form=None,
-        progress_bar=lambda steps: steps,
     )
+    images = trace(steps, recorder).images
+    assert images is not None, "sampling ends in images"
+    return images, recorder.noisy_images()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedScores:
     """What a method says under the setting that was chosen."""
 
-    settings: Mapping[str, str]
-    """By kind of query."""
+    settings: Mapping[str, Any]
+    """The setting by kind of query."""
     scores: Mapping[str, Tensor]
     """(query, train) by kind."""
     cost: Cost
+    """What the method costs."""
 
 
 def tuned_scores(
     method: Attributor,
     train: ImageSet,
     queries: Mapping[str, Queries],
-    choose: Callable[[str, AttributionScores], str],
+    choose: Callable[[str, AttributionScores[Any]], Any],
 ) -> TunedScores:
     """Fit a method, ask it under all settings, and choose one for each kind of query; with a stopwatch.
 
@@ -254,22 +255,22 @@ def tuned_scores(
     method.fit(train)
     fit_seconds = time.perf_counter() - start
     settings, scores = {}, {}
-    for kind, some in queries.items():
-        found = method.attribute(some)
-        settings[kind] = choose(kind, found)
-        scores[kind] = found.of(settings[kind])
-    kind, some = next(iter(queries.items()))
-    first, again = (_seconds(method, some.first(NUM_TIMED), settings[kind]) for _ in range(2))
+    for kind, asked in queries.items():
+        under_all = method.attribute(asked)
+        settings[kind] = choose(kind, under_all)
+        scores[kind] = under_all.under(settings[kind])
+    kind, timed = next((kind, asked.first(NUM_TIMED)) for kind, asked in queries.items())
+    first, again = (_seconds(method, timed, settings[kind]) for _ in range(2))
     kept = method.kept()
     cost = Cost(
         fit_seconds=fit_seconds + kept.seconds + max(0.0, first - again),
-        seconds_per_query=again / min(NUM_TIMED, len(some)),
+        seconds_per_query=again / len(timed),
         stored_bytes=kept.num_bytes,
     )
     return TunedScores(settings=settings, scores=scores, cost=cost)
 
 
-def _seconds(method: Attributor, queries: Queries, setting: str) -> float:
+def _seconds(method: Attributor, queries: Queries, setting: Any) -> float:
     start = time.perf_counter()
     method.attribute(queries, setting)
     return time.perf_counter() - start

@@ -17,18 +17,20 @@ from provgen.data.dataset import ImageSet
 from provgen.generators.closed_form import Posterior, impossible
 from provgen.models.diffusion import encoder_feature_maps
 from provgen.models.provenance import ProvenanceNetwork
-from provgen.studies.faithfulness.attributor import AttributionScores, Cache, Queries
+from provgen.studies.faithfulness.attributor import Along, Cache, Queries
+from provgen.tracing.calibrate import AttributionScores
+from provgen.tracing.trace import NoisyImages
 
 MAX_BYTES = 256 * 2**20
-"""Of the (query, train, height, width) array that is held at once."""
+"""Bytes of the (query, train, height, width) array that is held at once."""
 
 
 class PatchPosterior:
-    """The mean over all places of softmax_i(-|x_t patch - sqrt(a) x_i patch|^2 / (2 (1 - a))).
+    """Mean over all positions of softmax_i(-|x_t patch - sqrt(alpha_bar) x_i patch|^2 / (2 (1 - alpha_bar))).
 
     A convolutional denoiser sees patches, and blends images that no single posterior holds (Kamb and Ganguli 2024,
     arXiv 2412.20292); NDA (arXiv 2510.14269) scores training images by such weights. Here a patch is compared with the
-    patches at its own place.
+    patches at its own position.
     """
 
     def __init__(self, train_images: Tensor, train_labels: Tensor, *, null_label: int, patch_size: int) -> None:
@@ -58,20 +60,18 @@ class PatchPosterior:
         patches = F.avg_pool2d(squares, self.patch_size, stride=1) * self.patch_size**2
         logits = -patches / (2 * (1 - alpha_bar))
         logits = logits.masked_fill(ruled_out[:, :, None, None], torch.finfo(logits.dtype).min)
-        # In logarithms: at little noise all places of most images underflow, and their order would be lost.
-        places = logits.shape[2] * logits.shape[3]
-        return logits.log_softmax(dim=1).logsumexp(dim=(2, 3)) - math.log(places)
+        # In logarithms: at little noise all positions of most images underflow, and their order would be lost.
+        num_positions = logits.shape[2] * logits.shape[3]
+        return logits.log_softmax(dim=1).logsumexp(dim=(2, 3)) - math.log(num_positions)
 
 
 LOWEST, HIGHEST = (0.01, 0.05, 0.2), (0.5, 0.9, 0.99)
-"""Ends of the windows of values of alpha_bar that are tried."""
+"""Ends of the windows of alpha_bar that are tried."""
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
-Along = Literal["trajectory", "noised"]
-ALONG: tuple[Along, ...] = ("noised", "trajectory")
-Of = Literal["probabilities", "logarithms"]
-OF: tuple[Of, ...] = ("probabilities", "logarithms")
+Averaged = Literal["probabilities", "logarithms"]
+AVERAGED: tuple[Averaged, ...] = ("probabilities", "logarithms")
 
 
 class StepPosterior(Protocol):
@@ -94,8 +94,10 @@ def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPoste
     def logits(noisy: Tensor, timestep: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         noisy, labels = noisy.to(unet.device), class_labels.to(unet.device)
         feature_maps = encoder_feature_maps(unet, noisy, timestep, labels)
-        found: Tensor = provenance.index_logits(feature_maps, alpha_bar.to(unet.device).expand(len(noisy)), labels)
-        return found.cpu()
+        index_logits: Tensor = provenance.index_logits(
+            feature_maps, alpha_bar.to(unet.device).expand(len(noisy)), labels
+        )
+        return index_logits.cpu()
 
     return logits
 
@@ -105,21 +107,21 @@ class Average:
     """One way to make one attribution of posteriors at many levels."""
 
     is_conditional: bool
-    """Whether the posteriors are told the query's class, so that other classes have nothing."""
-    of: Of
-    """What is averaged."""
+    """Whether the posteriors know the query's class, so that other classes have nothing."""
+    averaged: Averaged
+    """What the average is taken of."""
     low: float
-    """End of the window of values of alpha_bar."""
+    """Lower end of the window of alpha_bar, excluded."""
     high: float
-    """Its other end; both are excluded."""
+    """Upper end of the window of alpha_bar, excluded."""
     temperature: float
-    """Of the posteriors; above 1 they are flatter."""
+    """Temperature of the posteriors; above 1 they are flatter."""
 
-    @property
-    def name(self) -> str:
-        """All of it in words."""
-        told = "conditional" if self.is_conditional else "unconditional"
-        return f"{told}, {self.of}, {self.low:g} < alpha_bar < {self.high:g}, temperature {self.temperature:g}"
+    def __str__(self) -> str:
+        condition = "conditional" if self.is_conditional else "unconditional"
+        return (
+            f"{condition}, {self.averaged}, {self.low:g} < alpha_bar < {self.high:g}, temperature {self.temperature:g}"
+        )
 
     def inside(self, alpha_bar: Tensor) -> Tensor:
         """Say which levels (step,) are in the window, bool (step,)."""
@@ -129,7 +131,7 @@ class Average:
         """Count the steps on the grid of what is tried."""
         return (
             (self.is_conditional != other.is_conditional)
-            + (self.of != other.of)
+            + (self.averaged != other.averaged)
             + abs(LOWEST.index(self.low) - LOWEST.index(other.low))
             + abs(HIGHEST.index(self.high) - HIGHEST.index(other.high))
             + abs(TEMPERATURES.index(self.temperature) - TEMPERATURES.index(other.temperature))
@@ -142,40 +144,37 @@ class Average:
             Scores (query, train) that sum to 1 for each query.
         """
         chosen = log_probs[self.inside(alpha_bar)] / self.temperature
-        if self.of == "probabilities":
+        if self.averaged == "probabilities":
             return chosen.softmax(dim=2).mean(dim=0)
         return chosen.mean(dim=0).softmax(dim=1)
 
 
 AVERAGES = tuple(
-    Average(is_conditional, of, low, high, temperature)
-    for is_conditional, low, high, temperature, of in product((True, False), LOWEST, HIGHEST, TEMPERATURES, OF)
+    Average(is_conditional, averaged, low, high, temperature)
+    for is_conditional, low, high, temperature, averaged in product(
+        (True, False), LOWEST, HIGHEST, TEMPERATURES, AVERAGED
+    )
 )
 
-DEFAULT = Average(is_conditional=True, of="probabilities", low=0.05, high=0.9, temperature=1.0)
+DEFAULT = Average(is_conditional=True, averaged="probabilities", low=0.05, high=0.9, temperature=1.0)
 """What the pipeline calls the posterior of a trace."""
 
 
 class PosteriorAttributor:
     """Averages the posteriors of a query over a window of noise levels.
 
-    Tuned are the window, whether the query's class is told (then other classes have nothing), whether
-    probabilities or their logarithms are averaged, and a temperature.
+    Tuned are the window, whether the posteriors know the query's class, whether probabilities or their logarithms are
+    averaged, and a temperature.
     """
 
-    def __init__(
-        self,
-        make_posterior: Callable[[ImageSet], StepPosterior],
-        *,
-        along: Along,
-        num_bytes: int,
-    ) -> None:
+    settings = AVERAGES
+
+    def __init__(self, make_posterior: Callable[[ImageSet], StepPosterior], *, along: Along, num_bytes: int) -> None:
         """Keep what to ask.
 
         Args:
             make_posterior: Gives the posterior over a training set.
-            along: Ask at the steps that the sampler passed through, or of the image noised again. An image that
-                was not generated has no trajectory and is always noised.
+            along: Where images are looked at.
             num_bytes: What the posterior needs beside the generator.
         """
         self.make_posterior = make_posterior
@@ -187,29 +186,28 @@ class PosteriorAttributor:
         self.posterior = self.make_posterior(train)
         self.null_label = train.num_classes
 
-    def attribute(self, queries: Queries, only: str | None = None) -> AttributionScores:
+    def attribute(self, queries: Queries, only: Average | None = None) -> AttributionScores[Average]:
         """Ask at every level once, and average in every way, or in the `only` one."""
-        is_along = self.along == "trajectory" and queries.trajectory is not None
-        noisy = queries.trajectory if is_along and queries.trajectory is not None else queries.noisy
-        wanted = [a for a in AVERAGES if only in (None, a.name) and a.inside(noisy.alpha_bar).any()]
-        levels = torch.stack([average.inside(noisy.alpha_bar) for average in wanted]).any(dim=0).nonzero().flatten()
-        alpha_bar = noisy.alpha_bar[levels]
+        noisy = queries.along(self.along)
+        wanted = [a for a in AVERAGES if only in (None, a) and a.inside(noisy.alpha_bars).any()]
+        levels = torch.stack([average.inside(noisy.alpha_bars) for average in wanted]).any(dim=0).nonzero().flatten()
         null = torch.full_like(queries.class_labels, self.null_label)
-        named: dict[str, Tensor] = {}
+        values: dict[Average, Tensor] = {}
         for is_conditional, labels in ((True, queries.class_labels), (False, null)):
-            some = [average for average in wanted if average.is_conditional == is_conditional]
-            if some:
-                logits = [
-                    self.posterior(noisy.images[n], noisy.timesteps[n], noisy.alpha_bar[n], labels) for n in levels
-                ]
-                log_probs = torch.stack([given.float().log_softmax(dim=1) for given in logits])
-                named |= {average.name: average(log_probs, alpha_bar) for average in some}
-        steps = {average.name: average.steps_from(DEFAULT) for average in wanted}
+            averages = [average for average in wanted if average.is_conditional == is_conditional]
+            if averages:
+                log_probs = self._log_probs(noisy, levels, labels)
+                values |= {average: average(log_probs, noisy.alpha_bars[levels]) for average in averages}
         return AttributionScores(
-            values=torch.stack(list(named.values())),
-            settings=tuple(named),
-            distance_to_default=tuple(steps[name] for name in named),
+            values=torch.stack([*values.values()]),
+            settings=tuple(values),
+            distance_to_default=tuple(average.steps_from(DEFAULT) for average in values),
         )
+
+    def _log_probs(self, noisy: NoisyImages, levels: Tensor, labels: Tensor) -> Tensor:
+        """Ask at some levels, (level, query, train)."""
+        logits = [self.posterior(noisy.images[n], noisy.timesteps[n], noisy.alpha_bars[n], labels) for n in levels]
+        return torch.stack([of_level.float().log_softmax(dim=1) for of_level in logits])
 
     def kept(self) -> Cache:
         """Pixels, or the provenance network."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,16 @@ from provgen.errors import InputError
 from provgen.pipeline import ProvenancePipeline
 from provgen.run import atomic_path, claim_folder
 from provgen.settings import Settings, flat_settings
+from provgen.studies.jobs import ResultStore, require_no_npz
 
 KINDS = ("generated", "holdout")
-"""Of queries."""
+"""Where queries come from."""
+
+LEVELS = 20
+"""Equal parts of the schedule, each with the same number of draws of a subset model's loss on a query."""
+
+DRAWS_PER_LEVEL = 5
+"""Timesteps and noises in each part; with fewer, the noise of the loss changes the order of subset models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,41 +51,38 @@ class Retrained:
     """Numbers of the subsets, int64 (subset,)."""
     masks: Tensor
     """bool (subset, train)."""
-    level_losses: dict[str, Tensor]
-    """By kind of query, float32 (seed, query, subset, level), from clean to noisy."""
+    losses: dict[str, Tensor]
+    """Mean over the noise levels by kind of query, float64 (seed, query, subset)."""
     queries: dict[str, QueryImages]
-    """By kind."""
-
-    @property
-    def losses(self) -> dict[str, Tensor]:
-        """Mean over the noise levels by kind of query, float64 (seed, query, subset)."""
-        return {kind: some.double().mean(dim=3) for kind, some in self.level_losses.items()}
+    """Images that losses are of, by kind."""
 
 
 class RetrainedFolder:
-    """fingerprint.json, masks.npz, queries.npz, and a small file for every model, each whole or not there."""
+    """fingerprint.json, masks.npz, queries.npz, and losses/, a store of the losses of every model."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._store = ResultStore(root / "losses", ("subset", "seed"))
 
     def start(self, masks: Tensor, queries: Mapping[str, QueryImages], fingerprint: Mapping[str, Any]) -> None:
         """Start the folder, or go on with it.
 
         Args:
             masks: bool (subset, train); a folder may be started again with more or fewer subsets.
-            queries: By kind; those that are there already stay.
-            fingerprint: What the models are of.
+            queries: Images by kind; those that are there already stay.
+            fingerprint: Settings that the models depend on.
 
         Raises:
             InputError: There are models of something else in it.
         """
         claim_folder(self.root, fingerprint)
+        require_no_npz(self.root / "losses")
         if not (self.root / "queries.npz").is_file():
             arrays = {f"{k}_{name}": v.numpy() for k in KINDS for name, v in vars(queries[k]).items()}
-            self._write(self.root / "queries.npz", **arrays)
+            self._write("queries.npz", **arrays)
         if not (self.root / "masks.npz").is_file() or len(self.masks()) < len(masks):
             packed = np.packbits(masks.numpy(), axis=1)
-            self._write(self.root / "masks.npz", masks=packed, train=np.array(masks.shape[1]))
+            self._write("masks.npz", masks=packed, train=np.array(masks.shape[1]))
 
     def queries(self) -> dict[str, QueryImages] | None:
         """Read the queries; None before the start."""
@@ -88,18 +92,17 @@ class RetrainedFolder:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
         return {k: QueryImages(images=arrays[f"{k}_images"], labels=arrays[f"{k}_labels"]) for k in KINDS}
 
-    def has(self, subset: int, seed: int) -> bool:
-        """Whether a model has been measured."""
-        return self._path(subset, seed).is_file()
-
     def save(self, subset: int, seed: int, losses: Mapping[str, Tensor]) -> None:
-        """Write what one model makes of the queries, (query, level) by kind."""
-        self._write(self._path(subset, seed), **{kind: losses[kind].float().numpy() for kind in KINDS})
+        """Write one model's losses on the queries, (query,) by kind."""
+        self._store.save({"subset": subset, "seed": seed, **{kind: losses[kind].numpy() for kind in KINDS}})
 
-    def measured(self) -> list[tuple[int, int]]:
-        """List the `(subset, seed)` of the models that are there."""
-        names = sorted(path.stem.split("-") for path in (self.root / "losses").glob("subset-*-seed-*.npz"))
-        return [(int(subset), int(seed)) for _, subset, _, seed in names]
+    def measured(self) -> set[tuple[int, int]]:
+        """Read the `(subset, seed)` of the models that are there."""
+        return self._store.saved_keys()
+
+    def compact(self) -> None:
+        """Put what is there into few files."""
+        self._store.compact()
 
     def load(self) -> Retrained:
         """Read as many models as have the same seeds for every subset.
@@ -107,17 +110,15 @@ class RetrainedFolder:
         Raises:
             InputError: There are fewer than two subsets.
         """
-        subsets, seeds = _rectangle(self.measured())
-        if len(subsets) < 2:
-            raise InputError(
-                f"{len(subsets)} subset models in {self.root}, at least 2 are needed; run `provgen retrain` first"
-            )
-        return self._read(subsets, seeds)
+        retrained = self._load(least_seeds=1)
+        if retrained is None:
+            require_no_npz(self.root / "losses")
+            raise InputError(f"fewer than 2 subset models in {self.root}; run `provgen retrain` first")
+        return retrained
 
     def load_several_seeds(self) -> Retrained | None:
         """Read as many models as have two or more seeds, the same for every subset; None for fewer than two subsets."""
-        subsets, seeds = _rectangle(self.measured(), least_seeds=2)
-        return self._read(subsets, seeds) if len(subsets) >= 2 else None
+        return self._load(least_seeds=2)
 
     def masks(self) -> Tensor:
         """Read which examples every subset has, bool (subset, train), whether its models have been trained or not."""
@@ -125,53 +126,40 @@ class RetrainedFolder:
             bits = np.unpackbits(file["masks"], axis=1, count=int(file["train"]))
         return torch.from_numpy(bits).bool()
 
-    def _read(self, subsets: Sequence[int], seeds: Sequence[int]) -> Retrained:
+    def _load(self, *, least_seeds: int) -> Retrained | None:
+        rows = self._store.rows()
+        subsets, seeds = _rectangle(rows, least_seeds=least_seeds)
+        if len(subsets) < 2:
+            return None
         queries = self.queries()
         assert queries is not None  # they are written before the first model
         numbers = torch.tensor(subsets)
+        losses = {
+            kind: torch.from_numpy(np.array([[rows[n, seed][kind] for n in subsets] for seed in seeds]))
+            for kind in KINDS
+        }
         return Retrained(
             subsets=numbers,
             masks=self.masks()[numbers],
-            level_losses={kind: self._losses(kind, seeds, subsets) for kind in KINDS},
+            losses={kind: by_subset.transpose(1, 2).contiguous() for kind, by_subset in losses.items()},
             queries=queries,
         )
 
-    def _losses(self, kind: str, seeds: Sequence[int], subsets: Sequence[int]) -> Tensor:
-        """Read losses of one kind of query, (seed, query, subset, level)."""
-        rows = [torch.stack([self._loss(kind, n, seed) for n in subsets], dim=1) for seed in seeds]
-        return torch.stack(rows)
-
-    def _loss(self, kind: str, subset: int, seed: int) -> Tensor:
-        with np.load(self._path(subset, seed)) as file:
-            return torch.from_numpy(file[kind])
-
-    def _path(self, subset: int, seed: int) -> Path:
-        return self.root / "losses" / f"subset-{subset:04d}-seed-{seed}.npz"
-
-    @staticmethod
-    def _write(path: Path, **arrays: Any) -> None:
-        with atomic_path(path) as partial, partial.open("wb") as file:
+    def _write(self, name: str, **arrays: Any) -> None:
+        with atomic_path(self.root / name) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
 
-def _rectangle(models: Sequence[tuple[int, int]], *, least_seeds: int = 1) -> tuple[list[int], list[int]]:
+def _rectangle(models: Collection[tuple[int, ...]], *, least_seeds: int = 1) -> tuple[list[int], list[int]]:
     """Choose subsets and the first so many seeds that all of them have: as many models as possible."""
-    there, best = set(models), ([], [])  # type: ignore[var-annotated]
-    seeds = sorted({seed for _, seed in models})
+    best: tuple[list[int], list[int]] = ([], [])
+    subsets, seeds = ({model[place] for model in models} for place in (0, 1))
     for count in range(least_seeds, len(seeds) + 1):
-        first = seeds[:count]
-        whole = [n for n in sorted({n for n, _ in models}) if all((n, seed) in there for seed in first)]
+        first = sorted(seeds)[:count]
+        whole = [n for n in sorted(subsets) if all((n, seed) in models for seed in first)]
         if len(whole) * count >= len(best[0]) * len(best[1]):
             best = (whole, first)
     return best
-
-
-LEVELS = 20
-"""Equal parts of the schedule in which a subset model's loss on a query is kept."""
-
-DRAWS_PER_LEVEL = 5
-"""Timesteps and noises in each part. On digits the mean over 20 draws has a rank correlation of 0.80 (generated
-queries) and 0.84 (held-out ones) over subsets with the mean over 100 draws, that over 50 one of 0.93 and 0.95."""
 
 
 def subset_settings(settings: Settings, *, seed: int, share_of_steps: float = 1.0) -> Settings:
@@ -206,7 +194,7 @@ def train_generator(settings: Settings, data: RunData, accelerator: Accelerator)
     for step in range(settings.training.max_steps):
         trainer.step(stream.batch(step).to(accelerator.device), step)
     accelerator.free_memory()  # it would hold on to every model it has prepared
-    return evaluation.averaged_networks(trainer)[trainer.observer.name]
+    return evaluation.averaged_network(trainer, trainer.generator.name)
 
 
 def make_queries(trained: TrainedRun, count: int) -> dict[str, QueryImages]:
@@ -224,7 +212,7 @@ def make_queries(trained: TrainedRun, count: int) -> dict[str, QueryImages]:
         raise InputError(
             f"the run holds {len(holdout)} images out, fewer than {count} queries; ask for fewer --num-queries"
         )
-    samples = evaluation.sample(trained.pipeline, trained.settings, trained.data, count=count).images
+    samples = evaluation.sample(trained.pipeline, trained.data, count=count).images
     classes = torch.arange(count) % train.num_classes if train.num_classes else torch.zeros(count).long()
     rows = stratified_subset(holdout.labels, count, seed=0)
     return {
@@ -239,14 +227,15 @@ def query_losses(
     """Measure a generator's loss on every query at every level, with noise that is the same for every generator.
 
     Returns:
-        (query, level) by kind, from clean to noisy.
+        Mean over the levels by kind, float64 (query,).
     """
     draws = LEVELS * DRAWS_PER_LEVEL
     losses = {
-        kind: evaluation.losses_by_draw(network, settings, as_image_set(some, train), draws=draws)
-        for kind, some in queries.items()
+        kind: evaluation.losses_by_draw(network, settings, as_image_set(images, train), draws=draws)
+        for kind, images in queries.items()
     }
-    return {kind: some.unflatten(1, (LEVELS, DRAWS_PER_LEVEL)).mean(dim=2) for kind, some in losses.items()}
+    levels = {kind: by_draw.unflatten(1, (LEVELS, DRAWS_PER_LEVEL)).mean(dim=2) for kind, by_draw in losses.items()}
+    return {kind: by_level.double().mean(dim=1).cpu() for kind, by_level in levels.items()}
 
 
 def as_image_set(queries: QueryImages, train: ImageSet) -> ImageSet:

@@ -15,11 +15,9 @@ from provgen.report.format import Metric
 from provgen.report.html import Section, Table, TableCell, picture_of_figure
 
 Row = Mapping[str, Any]
-"""A row of what `faithfulness_table.write_parquet` writes."""
+"""A row of what `comparison.write_parquet` writes."""
 
 TITLES = {"generated": "generated images", "holdout": "held-out images"}
-WITH_NETWORK = ("calibrated trace, trajectory", "calibrated trace, noised", "ensemble")
-"""What uses the provenance network without saying so."""
 
 
 def read_lds_rows(path: Path) -> list[dict[str, Any]]:
@@ -40,10 +38,10 @@ def plot_lds(rows: Sequence[Row]) -> Figure:
 
 
 def _plot_kind(axes: Axes, rows: Sequence[Row]) -> None:
-    for place, row in enumerate(rows):
-        colour = VERMILION if _uses_network(row["method"]) else BLUE
-        axes.plot([row["lds low"], row["lds high"]], [place, place], color=colour, linewidth=1.5)
-        axes.plot(row["lds"], place, "o", color=colour, markersize=4)
+    for height, row in enumerate(rows):
+        colour = VERMILION if row["uses_provenance"] else BLUE
+        axes.plot([row["lds low"], row["lds high"]], [height, height], color=colour, linewidth=1.5)
+        axes.plot(row["lds"], height, "o", color=colour, markersize=4)
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7.5, color=INK)
     axes.axvline(0, color=INK, linewidth=0.8)
     if (ceiling := rows[0]["noise_ceiling"]) is not None:
@@ -52,78 +50,65 @@ def _plot_kind(axes: Axes, rows: Sequence[Row]) -> None:
         axes.annotate("noise ceiling", (ceiling, 0), rotation=90, ha="right", va="bottom", fontsize=7.5, color=INK)
 
 
-def _uses_network(method: str) -> bool:
-    return method in WITH_NETWORK or ("provenance network" in method and "without" not in method)
+EXPLANATION = (
+    "The generator was trained again on random halves of its training images. A method predicts how well each half "
+    "does on an image by the sum of its scores over the half. The linear datamodeling score (LDS) is the rank "
+    "correlation of prediction and measurement, mean over images. Every method was tuned on the same few halves and "
+    "images, and is reported on the others."
+)
+
+NOTE = (
+    "95 % intervals of a bootstrap over halves and images, paired where two methods are compared. Moved: how far a "
+    "sample moves when its sources are left out and the generator is trained again. Set-up of a calibrated trace: its "
+    "features and the search over settings; training the subset models it is calibrated on comes on top."
+)
 
 
 def faithfulness_section(rows: Sequence[Row]) -> tuple[Section, list[Metric]]:
     """Show the LDS of all methods."""
-    over = [name.removeprefix("over ") for name in rows[0] if name.startswith("over ")]
-    others = [name for name in over if not name.endswith((" low", " high"))]
-    moved = [name for name in rows[0] if name.startswith("moved ") and not name.endswith((" low", " high"))]
-    table_rows: list[list[TableCell]] = [
-        [
-            row["method"],
-            row["queries"],
-            _percent(row, "lds"),
-            *(_percent(row, f"over {name}") for name in others),
-            *(_plain(row, name) for name in moved),
-            *_costs(row),
-        ]
-        for row in sorted(rows, key=lambda row: (row["queries"], -row["lds"]))
-    ]
+    compared = [_estimates(rows, start) for start in ("over ", "moved ")]
+    cells = [_cells(row, *compared) for row in sorted(rows, key=lambda row: (row["queries"], -row["lds"]))]
     picture = picture_of_figure(
         plot_lds(rows),
         alt="Linear datamodeling score of every attribution method with its interval, and the noise ceiling",
         caption="Red: methods that use the provenance network. Dashed: the best that any method could have, and its "
         "interval.",
     )
-    section = Section(
-        "Are the sources right?",
-        "The generator was trained again on random halves of its training images. A method predicts how well each half "
-        "does on an image by the sum of its scores over the half; the linear datamodeling score (LDS) is the rank "
-        "correlation of prediction and measurement, mean over images. Every method was tuned on the same few halves "
-        "and images and is reported on the others.",
-        [picture],
-        Table(
-            [
-                "method",
-                "queries",
-                "LDS, %",
-                *(f"over {name}" for name in others),
-                *moved,
-                "set-up, s",
-                "query, ms",
-                "kept, MB",
-            ],
-            table_rows,
-            "95 % intervals of a bootstrap over halves and images, paired where two methods are compared. Moved: how "
-            "far a sample moves when its sources are left out and the generator is trained again.",
-        ),
+    table = Table([*cells[0]], [[*line.values()] for line in cells], NOTE)
+    return Section("Are the sources right?", EXPLANATION, [picture], table), [_metric(row) for row in rows]
+
+
+def _estimates(rows: Sequence[Row], start: str) -> list[str]:
+    """List the columns with intervals that start so."""
+    return [name for name in rows[0] if name.startswith(start) and f"{name} low" in rows[0]]
+
+
+def _cells(row: Row, over: Sequence[str], moved: Sequence[str]) -> dict[str, TableCell]:
+    """Give a row of the table by title."""
+    per_query, stored = row["seconds_per_query"], row["stored_bytes"]
+    return {
+        "method": row["method"],
+        "queries": row["queries"],
+        "LDS, %": _percent(row, "lds"),
+        **{name: _percent(row, name) for name in over},
+        **{name: _plain(row, name) for name in moved},
+        "set-up, s": row["fit_seconds"],
+        "query, ms": None if per_query is None else 1e3 * per_query,
+        "kept, MB": None if stored is None else stored / 1e6,
+    }
+
+
+def _metric(row: Row) -> Metric:
+    return Metric(
+        f"lds_{row['queries']}_{row['method']}",
+        row["lds"],
+        row["lds low"],
+        row["lds high"],
+        baseline=0.0,
+        ceiling=row["noise_ceiling"],
+        n=row["subsets"],
+        kind="counterfactual",
     )
-    metrics = [
-        Metric(
-            f"lds_{row['queries']}_{row['method']}",
-            row["lds"],
-            row["lds low"],
-            row["lds high"],
-            baseline=0.0,
-            ceiling=row["noise_ceiling"],
-            n=row["subsets"],
-            kind="counterfactual",
-        )
-        for row in rows
-    ]
-    return section, metrics
-
-
-def _costs(row: Row) -> list[TableCell]:
-    seconds, per_query, stored = (row[name] for name in ("fit_seconds", "seconds_per_query", "stored_bytes"))
-    return [
-        seconds,
-        None if per_query is None else 1e3 * per_query,
-        None if stored is None else stored / 1e6,
-    ]
 
 
 def _plain(row: Row, name: str) -> str | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from provgen.errors import InputError
 from provgen.metrics.datamodeling import LdsComparison, datamodeling_scores, predicted_outputs
 from provgen.run import atomic_path
-from provgen.studies.faithfulness.attributor import AttributionScores
+from provgen.studies.faithfulness.attributor import Method
+from provgen.tracing.calibrate import AttributionScores, S
 
 RESAMPLES = 500
-"""Of the calibration part, for the standard error of a difference."""
+"""Resamples of the calibration part, for the standard error of a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,48 +57,55 @@ class Split:
         return cls(subsets=is_first, queries=order < max(1, num_queries // 4))
 
 
-def tune(scores: Mapping[str, AttributionScores], masks: Tensor, outputs: Mapping[str, Tensor], split: Split) -> str:
-    """Choose by the LDS on the calibration part, mean over kinds of queries.
+def tune(scores: Mapping[str, AttributionScores[S]], masks: Tensor, outputs: Mapping[str, Tensor], split: Split) -> S:
+    """Choose a setting by the LDS on the calibration part, mean over kinds of queries.
 
-    The setting with the largest is not taken, but the one nearest to a method's usual setting that is not worse by
-    more than a standard error of the difference (the one-standard-error rule of Breiman et al. 1984, Classification
-    and Regression Trees): the calibration part is small, and the best of many is so by luck.
+    The setting with the largest is not taken, but the one nearest to a method's default that is not worse by more than
+    a standard error of the difference (the one-standard-error rule of Breiman et al. 1984, Classification and
+    Regression Trees): the calibration part is small, and the best of many is so by luck.
 
     Args:
-        scores: Of all queries, by kind.
+        scores: Scores of all queries, by kind.
         masks: bool (subset, train), of all subsets.
         outputs: (query, subset), minus the losses, by kind.
         split: What may be looked at.
     """
     predicted = {kind: _predictions(scores[kind], masks, split) for kind in scores}
-    wanted = {kind: outputs[kind][split.queries][:, split.subsets] for kind in scores}
-    some = next(iter(scores.values()))
-    means = {
-        name: float(np.mean([datamodeling_scores(predicted[kind][name], wanted[kind]).mean() for kind in scores]))
-        for name in some.settings
-    }
-    best = max(means, key=lambda name: means[name])
-    errors = _standard_errors(predicted, wanted, best)
-    good = [name for name in some.settings if means[best] - means[name] <= errors[name]]
-    steps = dict(zip(some.settings, some.distance_to_default, strict=True))
-    return min(good, key=lambda name: (steps[name], -means[name]))
+    measured = {kind: outputs[kind][split.queries][:, split.subsets] for kind in scores}
+    of_any = next(iter(scores.values()))
+    means = [
+        float(np.mean([datamodeling_scores(predicted[kind][n], measured[kind]).mean() for kind in scores]))
+        for n in range(len(of_any.settings))
+    ]
+    best = max(range(len(means)), key=lambda n: means[n])
+    errors = _standard_errors(predicted, measured, best)
+    good = [n for n, mean in enumerate(means) if means[best] - mean <= errors[n]]
+    return of_any.settings[min(good, key=lambda n: (of_any.distance_to_default[n], -means[n]))]
 
 
 def _standard_errors(
-    predicted: Mapping[str, Mapping[str, Tensor]], wanted: Mapping[str, Tensor], best: str
-) -> dict[str, float]:
-    """Give the standard error of by how much the best setting is better than each, by name."""
+    predicted: Mapping[str, Sequence[Tensor]], measured: Mapping[str, Tensor], best: int
+) -> list[float]:
+    """Give the standard error of by how much the best setting is better than each."""
     # The same seed draws the same subsets for all kinds.
-    draws = [LdsComparison(predicted[kind], wanted[kind], seed=0, resamples=RESAMPLES).draws for kind in wanted]
-    return {name: float(np.mean([found[best] - found[name] for found in draws], axis=0).std()) for name in draws[0]}
+    draws = [
+        LdsComparison(
+            {str(n): values for n, values in enumerate(predicted[kind])}, measured[kind], seed=0, resamples=RESAMPLES
+        ).draws
+        for kind in measured
+    ]
+    return [float(np.mean([of_kind[str(best)] - of_kind[n] for of_kind in draws], axis=0).std()) for n in draws[0]]
 
 
-def _predictions(scores: AttributionScores, masks: Tensor, split: Split) -> dict[str, Tensor]:
-    """Give what every setting predicts of the calibration part, (query, subset) by name."""
-    seen = scores.values[:, split.queries]
-    return {
-        name: predicted_outputs(some, masks[split.subsets]) for name, some in zip(scores.settings, seen, strict=True)
-    }
+def _predictions(scores: AttributionScores[S], masks: Tensor, split: Split) -> list[Tensor]:
+    """Give what every setting predicts of the calibration part, (query, subset)."""
+    return [predicted_outputs(values, masks[split.subsets]) for values in scores.values[:, split.queries]]
+
+
+def fields_of(setting: Any) -> dict[str, Any]:
+    """Give the fields of a setting as JSON has them."""
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(setting)))
+    return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,33 +115,26 @@ class Tuned:
     calibration_queries: Sequence[int]
     """Numbers of the queries."""
     timesteps: Sequence[int]
-    """Of gradient methods."""
-    settings: Mapping[str, str]
-    """By method."""
+    """Numbers of noise levels, each of which is a gradient method of its own."""
+    settings: Mapping[str, Mapping[str, Any]]
+    """Fields of the chosen setting by name of the method."""
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        content = {
-            "schema_version": 1,
-            "calibration_queries": list(self.calibration_queries),
-            "timesteps": list(self.timesteps),
-            "settings": dict(self.settings),
-        }
         with atomic_path(path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps({"schema_version": 2, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Tuned:
         """Read it.
 
         Raises:
-            InputError: It is not there.
+            InputError: It is not there, or of an earlier version.
         """
-        if not path.is_file():
-            raise InputError(f"{path} is missing; run `provgen faithfulness` first")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = ("calibration_queries", "timesteps", "settings")
-        return cls(**{name: content[name] for name in names})
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if content.pop("schema_version", None) != 2:
+            raise InputError(f"{path} is missing or of an earlier version; run `provgen faithfulness` first")
+        return cls(**content)
 
     def require(self, methods: Sequence[str]) -> None:
         """Refuse methods that were not tuned.
@@ -144,56 +146,78 @@ class Tuned:
         if unknown:
             raise InputError(f"unknown method {unknown[0]!r}; tuned are: {'; '.join(self.settings)}")
 
+    def setting(self, method: Method) -> Any:
+        """Give the chosen setting of a method.
+
+        Raises:
+            InputError: The method has no such setting any more.
+        """
+        for setting in method.attributor.settings:
+            if fields_of(setting) == self.settings[method.name]:
+                return setting
+        raise InputError(
+            f"{method.name} has another setting since `provgen faithfulness`, perhaps by another calibration; "
+            "run that first"
+        )
+
+    def ranking_key(self, method: str) -> str:
+        """Give text that tells the chosen setting of a method from all others, for what is kept of its ranking."""
+        return json.dumps(self.settings[method], sort_keys=True)
+
 
 RIDGE = 1e-2
-"""Of the fit, in units of the mean squared prediction: it shares weight out between kinds that say the same."""
+"""Ridge of the fit, in units of the mean squared prediction: methods that say the same share their weight."""
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Weights of kinds of evidence, none negative, that sum to 1."""
+    """Weights of methods, none negative, that sum to 1: stacking by non-negative least squares."""
 
     weights: Mapping[str, float]
 
-    def __call__(self, evidence: Mapping[str, Tensor]) -> Tensor:
-        """Give scores (query, train) from scores of every kind that has a weight."""
-        parts = [weight * standardised(evidence[name]) for name, weight in self.weights.items() if weight > 0]
-        return torch.stack(parts).sum(dim=0)
+    def __call__(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Give scores (query, train) from those of every method that has a weight."""
+        weighted = [weight * standardised(scores[name]) for name, weight in self.weights.items() if weight > 0]
+        return torch.stack(weighted).sum(dim=0)
+
+    def __str__(self) -> str:
+        ranked = sorted(self.weights.items(), key=lambda item: -item[1])
+        return "; ".join(f"{weight:.2f} {name}" for name, weight in ranked if weight >= 0.005)
 
 
 def standardised(scores: Tensor) -> Tensor:
     """Give every query's scores (query, train) mean 0 and deviation 1, in float64; 0 where all are equal.
 
-    What a random half of the examples adds up to then varies equally for all queries and kinds of evidence.
+    What a random half of the examples adds up to then varies equally for all queries and methods.
     """
     centred = scores.double() - scores.double().mean(dim=1, keepdim=True)
     deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
     return torch.where(deviation > 0, centred / deviation.clamp_min(1e-300), 0.0)
 
 
-def fit_ensemble(evidence: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -> Ensemble:
-    """Fit how much of each kind predicts the outputs of subset models best, by non-negative least squares.
+def fit_ensemble(scores: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -> Ensemble:
+    """Fit the weights of methods that predict the outputs of subset models best, by non-negative least squares.
 
     Args:
-        evidence: Scores (query, train) by kind.
+        scores: (query, train) by method.
         masks: bool (subset, train).
         outputs: (query, subset), larger where the subset model does better; every query counts the same.
 
     Returns:
         Equal weights where nothing predicts anything.
     """
-    predicted = [_centred(standardised(scores) @ masks.double().T) for scores in evidence.values()]
-    columns = torch.stack([some.flatten() for some in predicted], dim=1)
+    predicted = [_centred(standardised(values) @ masks.double().T) for values in scores.values()]
+    columns = torch.stack([values.flatten() for values in predicted], dim=1)
     centred = _centred(outputs.double())
     target = (centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-300)).flatten()
     count = columns.shape[1]
     scale = float((RIDGE * columns.square().sum() / count).sqrt())
     left = np.vstack([columns.numpy(), scale * np.eye(count)])
     right = np.concatenate([target.numpy(), np.zeros(count)])
-    found, _ = nnls(left, right)
-    total = found.sum()
-    weights = found / total if total > 0 else np.full(count, 1 / count)
-    return Ensemble(dict(zip(evidence, map(float, weights), strict=True)))
+    solution, _ = nnls(left, right)
+    total = solution.sum()
+    weights = solution / total if total > 0 else np.full(count, 1 / count)
+    return Ensemble(dict(zip(scores, map(float, weights), strict=True)))
 
 
 def _centred(values: Tensor) -> Tensor:

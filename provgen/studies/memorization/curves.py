@@ -19,35 +19,33 @@ from provgen.metrics.statistics import (
     ratio_estimate,
     stratified_auroc,
 )
-from provgen.tracing.trace import late_level
 
 
-def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor, *, seed: int = 0) -> Estimate:
-    """Say how alike two generators are that share no training image: do they make the same image of the same noise?
+def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor) -> Estimate:
+    """Measure how alike two generators are that share no training image, by images of the same noise.
 
     Kadkhodaie et al. 2024 (arXiv 2310.02557). It is 1 minus the distance of the two images of the same noise, in units
     of the mean distance of images of different noises of the same class: 1 for equal images, 0 for no more than that.
 
     Args:
         first: Images of one generator, (query, feature).
-        second: Of the other, of the same noises and classes in the same order.
+        second: Images of the other, of the same noises and classes in the same order.
         class_labels: int64 (query,).
-        seed: Of the bootstrap over noises.
     """
     distances = torch.cdist(first.double(), second.double(), compute_mode="donot_use_mm_for_euclid_dist")
     is_other = ~torch.eye(len(first), dtype=torch.bool)
     of_class = is_other & (class_labels[:, None] == class_labels)
     is_other = of_class if of_class.any() else is_other  # one image of each class
-    return mean_estimate(1 - distances.diagonal() / distances[is_other].mean(), seed=seed)
+    return mean_estimate(1 - distances.diagonal() / distances[is_other].mean(), seed=0)
 
 
 def crossing(sizes: Sequence[float], values: Sequence[float], level: float) -> float | None:
     """Give the size at which a curve first crosses a level, interpolated in the logarithm of the size; None if never.
 
     Args:
-        sizes: Rising.
-        values: One for each.
-        level: What is crossed, from either side.
+        sizes: Sizes in rising order, (size,).
+        values: Values of the curve, (size,).
+        level: Level that is crossed, from either side.
     """
     for (size, value), (next_size, next_value) in pairwise(zip(sizes, values, strict=True)):
         if value == level:
@@ -59,13 +57,13 @@ def crossing(sizes: Sequence[float], values: Sequence[float], level: float) -> f
 
 
 Measured = Mapping[str, Tensor]
-"""What `sweep.measure` gave of one model."""
+"""Arrays that `sweep.measure` gave of one model, by name."""
 
 PREDICTORS = ("late_entropy", "entropy", "top", "commitment")
-"""Of a trace: what may tell a copy."""
+"""Numbers of a trace that may tell a copy."""
 
 FEWEST = 5
-"""Copies, and samples that are none, that a prediction is judged on."""
+"""Least number of copies, and of samples that are none, that a prediction is judged on."""
 
 FEWEST_MODELS = 3
 """Trainings of one size from which on intervals are over trainings (Student's t)."""
@@ -73,10 +71,10 @@ FEWEST_MODELS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCurves:
-    """Everything a sweep shows."""
+    """Everything that a sweep shows."""
 
     points: Mapping[tuple[int, int], Mapping[str, Estimate]]
-    """By size and training step, then by name (`curve_point`)."""
+    """Summaries by size and training step, then by name (`curve_point`)."""
     predictions: Mapping[int, Mapping[str, Estimate]]
     """AUROC of copies at the last step by size, then by predictor; sizes with too few of either kind are left out."""
     within: Mapping[int, Mapping[str, Estimate]]
@@ -86,80 +84,73 @@ class SweepCurves:
     early: Mapping[int, Sequence[tuple[float, Estimate]]]
     """AUROC of the entropy at every sampling step by size, with alpha_bar."""
     resampling: Mapping[int, Mapping[float, tuple[Estimate, Estimate]]]
-    """What resampling does (`redraw_effect`), by size, then by bound."""
+    """Share of copies left and draws of a sample (`resampling_effect`), by size, then by bound."""
 
 
 def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Measured]]) -> dict[str, Estimate]:
     """Summarise the models of one size at one step.
 
     Args:
-        models: All of them. Intervals are over trainings if there are `FEWEST_MODELS`, and over samples and images of
-            these very models otherwise.
+        models: Models of one size. Intervals are over trainings if there are `FEWEST_MODELS`, and over samples and
+            images of these very models otherwise.
         halves: Pairs that share no training image.
     """
     point = {
         "share_memorized": _share_below([model["ratio"] for model in models]),
         "share_memorized_holdout": _share_below([model["holdout_ratio"] for model in models]),
     }
-    if halves:
+    if halves and all("images" in model for pair in halves for model in pair):
         point["halves_agreement"] = _agreement(halves)
-    seen, unseen = ([model[name].mean(dim=1) for model in models] for name in ("train_losses", "holdout_losses"))
-    point |= {"train_loss": _mean(seen), "holdout_loss": _mean(unseen), "loss_ratio": _ratio(unseen, seen)}
-    point["divergence"] = _mean([model["divergence"].mean(dim=1) for model in models])
+    train, holdout = ([model[name] for model in models] for name in ("train_loss", "holdout_loss"))
+    point |= {"train_loss": _mean(train), "holdout_loss": _mean(holdout), "loss_ratio": _ratio(holdout, train)}
+    point["divergence"] = _mean([model["divergence"] for model in models])
     for name in ("entropy", "closed_form_entropy"):
         if all(name in model for model in models):
             point[name] = _mean([model[name] for model in models])
     for name in ("commitment", "closed_form_commitment"):
-        if all(name in model for model in models):
-            steps = [model[name][model[name] >= 0] for model in models]
-            if steps := [some for some in steps if len(some)]:
-                point[name] = _mean(steps)
+        if all(name in model for model in models) and (steps := _commitment_steps(models, name)):
+            point[name] = _mean(steps)
     return point
 
 
-def copy_prediction(models: Sequence[Measured], *, within: bool = False, pooled: bool = False) -> dict[str, Estimate]:
-    """Say how well each predictor of a trace tells copies under the 1/3 rule from other samples: AUROC by name.
+def _commitment_steps(models: Sequence[Measured], name: str) -> list[Tensor]:
+    """Give the steps (query,) of samples that commit, of each model that has such samples."""
+    steps = [model[name][model[name] >= 0] for model in models]
+    return [steps_of_model for steps_of_model in steps if len(steps_of_model)]
 
-    Entropy and commitment count as telling where they are small, the top posterior where it is large. Nothing where
-    there are too few of either kind.
+
+def copy_prediction(models: Sequence[Measured], *, within: bool = False, pooled: bool = False) -> dict[str, Estimate]:
+    """Measure how well each predictor of a trace tells copies under the 1/3 rule from other samples: AUROC by name.
+
+    Entropy and commitment count as telling where they are small, the top posterior where it is large. Predictors are
+    left out where there are too few of either kind.
 
     Args:
-        models: Of one size, or of several that are pooled.
-        within: Compare samples of the same generator and class only. A class of few training images has little entropy
-            whatever its samples are, and more copies.
-        pooled: Compare samples of different generators too, with an interval over samples.
+        models: Models of one size, or of several sizes that are pooled.
+        within: Whether to compare samples of the same generator and class only. A class of few training images has
+            little entropy whatever its samples are, and more copies.
+        pooled: Whether to compare samples of different generators too, with an interval over samples.
     """
     if not all("entropy" in model for model in models):
         return {}
-    found = {}
-    for name in [f"{who}{what}" for who in ("", "closed_form_") for what in PREDICTORS]:
+    judge, predictions = _pooled_auroc if pooled else _auroc, {}
+    for name in (f"{tracer}{predictor}" for tracer in ("", "closed_form_") for predictor in PREDICTORS):
         scores = [_telling(name, model) for model in models]
-        judge = _pooled_auroc if pooled else _auroc
-        estimate = judge(models, scores, within=within, resamples=1000)
-        if estimate is not None:
-            found[name] = estimate
-    return found
-
-
-def _strata(models: Sequence[Measured]) -> Tensor:
-    """Number the classes of all models, each model's apart: int64 (query,)."""
-    classes = 1 + max(int(model["labels"].max()) for model in models)
-    return torch.cat([model["labels"] + classes * number for number, model in enumerate(models)])
+        if (estimate := judge(models, scores, within=within, resamples=1000)) is not None:
+            predictions[name] = estimate
+    return predictions
 
 
 def early_prediction(models: Sequence[Measured]) -> list[tuple[float, Estimate]]:
-    """Say how well the entropy at every sampling step tells copies: (alpha_bar, AUROC), from noise to image."""
+    """Measure how well the entropy at every sampling step tells copies: (alpha_bar, AUROC), from noise to image."""
     if not all("step_entropy" in model for model in models):
         return []
-    levels = models[0]["alpha_bar"].tolist()
-    found = [
-        (
-            level,
-            _auroc(models, [-model["step_entropy"][:, place] for model in models], within=False, resamples=200),
-        )
-        for place, level in enumerate(levels)
-    ]
-    return [(level, estimate) for level, estimate in found if estimate is not None]
+    predictions = []
+    for step, alpha_bar in enumerate(models[0]["alpha_bar"].tolist()):
+        scores = [-model["step_entropy"][:, step] for model in models]
+        if (estimate := _auroc(models, scores, within=False, resamples=200)) is not None:
+            predictions.append((alpha_bar, estimate))
+    return predictions
 
 
 def resampled_names(below: float) -> tuple[str, str]:
@@ -178,17 +169,11 @@ def resampling_effect(models: Sequence[Measured], *, below: float) -> tuple[Esti
 
 def _telling(name: str, model: Measured) -> Tensor:
     """Give scores that are large where a copy is likely."""
-    if name.endswith("late_entropy"):
-        return -_late_entropy(model, name.removesuffix("late_entropy"))
     values = model[name]
     if name.endswith("top"):
         return values
     # Never committed is later than any step.
     return -values.double().masked_fill(values < 0, torch.inf) if name.endswith("commitment") else -values
-
-
-def _late_entropy(model: Measured, who: str = "") -> Tensor:
-    return model[f"{who}step_entropy"][:, late_level(model["alpha_bar"].tolist())]
 
 
 def _mean(by_model: Sequence[Tensor]) -> Estimate:
@@ -203,8 +188,9 @@ def _share_below(by_model: Sequence[Tensor]) -> Estimate:
     pooled = share_memorized(torch.cat(list(by_model)))
     if len(by_model) < FEWEST_MODELS:
         return pooled
-    over = _mean([ratios < MEMORIZED for ratios in by_model])
-    return Estimate(over.value, max(0.0, min(pooled.low, over.low)), min(1.0, max(pooled.high, over.high)), over.n)
+    means = _mean([ratios < MEMORIZED for ratios in by_model])
+    low, high = min(pooled.low, means.low), max(pooled.high, means.high)
+    return Estimate(means.value, max(0.0, low), min(1.0, high), means.n)
 
 
 def _agreement(halves: Sequence[tuple[Measured, Measured]]) -> Estimate:
@@ -228,18 +214,18 @@ def _ratio(above: Sequence[Tensor], below: Sequence[Tensor]) -> Estimate:
 
 
 def _auroc(models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool, resamples: int) -> Estimate | None:
-    """Say how well scores tell copies from other samples; None where there are too few of either kind.
+    """Measure how well scores tell copies from other samples; None where there are too few of either kind.
 
     Where enough models have both kinds, the mean of theirs with an interval over trainings; else of all pooled.
     """
-    judged = [
-        estimate
-        for model, some in zip(models, scores, strict=True)
-        if (estimate := _pooled_auroc([model], [some], within=within, resamples=10)) is not None
+    each = [
+        _pooled_auroc([model], [scores_of_model], within=within, resamples=10)
+        for model, scores_of_model in zip(models, scores, strict=True)
     ]
-    if len(judged) < FEWEST_MODELS:
+    values = [estimate.value for estimate in each if estimate is not None]
+    if len(values) < FEWEST_MODELS:
         return _pooled_auroc(models, scores, within=within, resamples=resamples)
-    over = mean_over_seeds([estimate.value for estimate in judged])
+    over = mean_over_seeds(values)
     return Estimate(over.value, max(0.0, over.low), min(1.0, over.high), over.n)
 
 
@@ -252,3 +238,9 @@ def _pooled_auroc(
     if within:
         return stratified_auroc(pooled, is_copy, _strata(models), seed=0, resamples=resamples)
     return auroc(pooled[is_copy], pooled[~is_copy], seed=0, resamples=resamples)
+
+
+def _strata(models: Sequence[Measured]) -> Tensor:
+    """Number the classes of all models, each model's apart: int64 (query,)."""
+    classes = 1 + max(int(model["labels"].max()) for model in models)
+    return torch.cat([model["labels"] + classes * number for number, model in enumerate(models)])

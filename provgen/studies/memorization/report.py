@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from matplotlib.ticker import NullFormatter
 
 from provgen.metrics.statistics import Estimate
 from provgen.report.figures import BLUE, GREEN, INK, label_axes
+from provgen.report.format import interval, markdown_table
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, render_report
 from provgen.run import atomic_path
 from provgen.studies.memorization.curves import SweepCurves, crossing
@@ -42,7 +43,7 @@ NAMES = {
     "closed_form_top": "closed form, top posterior",
     "closed_form_commitment": "closed form, commitment step",
 }
-"""Predictors of copies."""
+"""Predictors of copies, and what they are called."""
 
 
 def last_points(curves: SweepCurves) -> dict[int, Mapping[str, Estimate]]:
@@ -76,44 +77,45 @@ def sweep_tables(curves: SweepCurves) -> dict[str, Table]:
 
 def tables_in_words(curves: SweepCurves) -> str:
     """Give all tables as Markdown, with the onsets."""
-    return "\n".join([*map(_markdown, sweep_tables(curves).values()), *onsets_in_words(curves)]) + "\n"
+    tables = [
+        f"{table.note}\n\n{markdown_table(table.header, table.rows, text_columns=())}"
+        for table in sweep_tables(curves).values()
+    ]
+    return "\n".join([*tables, *onsets_in_words(curves)]) + "\n"
 
 
 def onsets_in_words(curves: SweepCurves) -> list[str]:
     """Say where memorization ends and generalization begins."""
-    ends = (("memorization ends", "share_memorized"), ("generalization begins", "halves_agreement"))
-    places = [(what, onset(curves, name)) for what, name in ends]
-    return [
-        f"{what} (half) at {place:.0f} images" if place else f"{what}: not within these sizes" for what, place in places
-    ]
+    sentences = []
+    for title, name in (("memorization ends", "share_memorized"), ("generalization begins", "halves_agreement")):
+        size = onset(curves, name)
+        sentences.append(f"{title} (half) at {size:.0f} images" if size else f"{title}: not within these sizes")
+    return sentences
 
 
 def _points_table(curves: SweepCurves) -> Table:
     first, *others = [(name, title.lower()) for name, title, _ in PANELS]
-    columns = [first, ("share_memorized_holdout", "held-out copies"), *others]
-    rows: list[list[TableCell]] = [
-        [str(size), *(_text(point.get(name)) for name, _ in columns)] for size, point in last_points(curves).items()
-    ]
+    columns = dict([first, ("share_memorized_holdout", "held-out copies"), *others])
     return Table(
-        ["images", *(title for _, title in columns)],
-        rows,
+        ["images", *columns.values()],
+        [[str(size), *_cells(point, columns)] for size, point in last_points(curves).items()],
         "95 % intervals in brackets: over trainings from three of a size on, otherwise over samples and images.",
     )
 
 
 def _prediction_table(predictions: Mapping[Any, Mapping[str, Estimate]], note: str) -> Table:
-    rows: list[list[TableCell]] = [
-        [title, *(_text(found.get(name)) for found in predictions.values())] for name, title in NAMES.items()
-    ]
+    columns = [_cells(by_predictor, NAMES) for by_predictor in predictions.values()]
+    rows = [list(row) for row in zip(NAMES.values(), *columns, strict=True)]
     return Table(["images", *map(str, predictions)], rows, note)
 
 
 def _resampling_table(curves: SweepCurves) -> Table:
     bounds = next(iter(curves.resampling.values()))
     rows: list[list[TableCell]] = []
-    for size, found in curves.resampling.items():
-        cells = [f"{_text(left)}, {_text(draws)} draws" for left, draws in found.values()]
-        rows.append([str(size), _text(last_points(curves)[size]["share_memorized"]), *cells])
+    for size, effects in curves.resampling.items():
+        drawn_once = last_points(curves)[size]["share_memorized"]
+        cells = [f"{interval(left, '.3g')}, {interval(draws, '.3g')} draws" for left, draws in effects.values()]
+        rows.append([str(size), interval(drawn_once, ".3g"), *cells])
     return Table(
         ["images", "as drawn", *(f"below {below:g}" for below in bounds)],
         rows,
@@ -121,14 +123,9 @@ def _resampling_table(curves: SweepCurves) -> Table:
     )
 
 
-def _markdown(table: Table) -> str:
-    rows = [table.header, ["---:"] * len(table.header), *table.rows]
-    text = "\n".join(f"| {' | '.join('-' if cell is None else str(cell) for cell in row)} |" for row in rows)
-    return f"{table.note}\n\n{text}\n"
-
-
-def _text(estimate: Estimate | None) -> str | None:
-    return None if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+def _cells(estimates: Mapping[str, Estimate], names: Iterable[str]) -> list[str | None]:
+    """Write the estimates of these names; None for those that are missing."""
+    return [interval(estimates[name], ".3g") if name in estimates else None for name in names]
 
 
 BESIDE = {
@@ -136,7 +133,7 @@ BESIDE = {
     "entropy": ("closed_form_entropy", "closed form"),
     "commitment": ("closed_form_commitment", "closed form"),
 }
-"""What is drawn beside them, and what it is called."""
+"""Curves that are drawn beside those of `PANELS`, and what they are called."""
 
 SECTIONS = {
     "sweep": (
@@ -190,21 +187,27 @@ def write_sweep_report(root: Path, curves: SweepCurves) -> str:
     for name, figure in figures.items():
         with atomic_path(root / f"{name}.png") as partial:
             figure.savefig(partial, format="png", dpi=110)
+    with atomic_path(root / "report.html") as partial:
+        partial.write_text(_page(root.name, curves, figures), encoding="utf-8")
+    return f"{text}\ntable, figures and report.html in {root}"
+
+
+def _page(name: str, curves: SweepCurves, figures: Mapping[str, Figure]) -> str:
+    """Lay out the report of a sweep: a section for every figure, and the table within generator and class."""
     sizes, steps = zip(*curves.points, strict=True)
-    facts = {"training images": f"{min(sizes)} to {max(sizes)}", "training steps": str(max(steps))}
-    facts["onsets"] = "; ".join(onsets_in_words(curves))
-    tables = sweep_tables(curves)
-    sections = [
-        Section(title, note, [picture_of_figure(figures[name], alt=title, caption=caption)], tables.get(name))
-        for name, (title, note, caption) in SECTIONS.items()
-        if name in figures
-    ]
+    facts = {
+        "training images": f"{min(sizes)} to {max(sizes)}",
+        "training steps": str(max(steps)),
+        "onsets": "; ".join(onsets_in_words(curves)),
+    }
+    tables, sections = sweep_tables(curves), []
+    for key, (title, text, caption) in SECTIONS.items():
+        if key in figures:
+            picture = picture_of_figure(figures[key], alt=title, caption=caption)
+            sections.append(Section(title, text, [picture], tables.get(key)))
     if "within" in tables:
         sections.append(Section(*WITHIN, table=tables["within"]))
-    page = render_report(title=f"provgen sweep: {root.name}", facts=facts, sections=sections)
-    with atomic_path(root / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
-    return f"{text}\ntable, figures and report.html in {root}"
+    return render_report(title=f"provgen sweep: {name}", facts=facts, sections=sections)
 
 
 def plot_sweep(curves: SweepCurves) -> Figure:
@@ -213,16 +216,16 @@ def plot_sweep(curves: SweepCurves) -> Figure:
     for axes, (name, title, unit) in zip(figure.subplots(2, 3).flatten(), PANELS, strict=True):
         _draw(axes, points, name, BLUE, "generated" if name == "share_memorized" else "network")
         if name in BESIDE:
-            other, called = BESIDE[name]
-            _draw(axes, points, other, GREEN, called)
+            other, label = BESIDE[name]
+            _draw(axes, points, other, GREEN, label)
             if axes.containers:
                 axes.legend(fontsize=7, frameon=False)
         label_axes(axes, "training images", unit, title)
         axes.set_xscale("log", base=2)
-        place = onset(curves, name) if name in ("share_memorized", "halves_agreement") else None
-        if place:
-            axes.axvline(place, color=INK, linewidth=0.8, linestyle=":")
-            axes.text(place, axes.get_ylim()[1], f" {place:.0f}", fontsize=8, va="top", color=INK)
+        size = onset(curves, name) if name in ("share_memorized", "halves_agreement") else None
+        if size:
+            axes.axvline(size, color=INK, linewidth=0.8, linestyle=":")
+            axes.text(size, axes.get_ylim()[1], f" {size:.0f}", fontsize=8, va="top", color=INK)
     return figure
 
 
@@ -231,12 +234,11 @@ def plot_time(curves: SweepCurves) -> Figure:
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
     sizes = sorted({size for size, _ in curves.points})
     for axes, divides in zip(figure.subplots(1, 2), (False, True), strict=True):
-        for number, size in enumerate(sizes):
-            steps = sorted(step for of, step in curves.points if of == size)
+        for size, shade in zip(sizes, _shades(len(sizes)), strict=True):
+            steps = sorted(step for point_size, step in curves.points if point_size == size)
             shares = [curves.points[size, step]["share_memorized"].value for step in steps]
-            places = [step / size if divides else step for step in steps]
-            shade = str(0.75 * number / max(1, len(sizes) - 1))
-            axes.plot(places, shares, color=shade, marker="o", markersize=3, label=f"{size}")
+            times = [step / size if divides else step for step in steps]
+            axes.plot(times, shares, color=shade, marker="o", markersize=3, label=f"{size}")
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         unit = "training steps / training images" if divides else "training steps"
@@ -249,11 +251,10 @@ def plot_prediction(curves: SweepCurves) -> Figure:
     """Plot how well the entropy at every sampling step tells which samples will be copies."""
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")
     axes = figure.subplots()
-    for number, (size, found) in enumerate(curves.early.items()):
-        color = str(0.75 * number / max(1, len(curves.early) - 1))
-        levels = [level for level, _ in found]
-        axes.plot(levels, [estimate.value for _, estimate in found], color=color, label=f"{size} images")
-        axes.fill_between(levels, [e.low for _, e in found], [e.high for _, e in found], color=color, alpha=0.15)
+    for (size, predictions), shade in zip(curves.early.items(), _shades(len(curves.early)), strict=True):
+        levels, estimates = zip(*predictions, strict=True)
+        axes.plot(levels, [e.value for e in estimates], color=shade, label=f"{size} images")
+        axes.fill_between(levels, [e.low for e in estimates], [e.high for e in estimates], color=shade, alpha=0.15)
     axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
     label_axes(axes, "$\\bar\\alpha_t$ (0 noise, 1 image)", "AUROC", "Which samples will be copies?")
     if curves.early:
@@ -265,31 +266,27 @@ def plot_resampling(curves: SweepCurves) -> Figure:
     """Plot the share of copies that is left against the draws of a sample, from samples drawn once on."""
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")
     axes = figure.subplots()
-    for number, (size, found) in enumerate(curves.resampling.items()):
-        color = str(0.75 * number / max(1, len(curves.resampling) - 1))
-        shares = [last_points(curves)[size]["share_memorized"], *(left for left, _ in found.values())]
-        ends = [[e.value - e.low for e in shares], [e.high - e.value for e in shares]]
-        places = [1.0, *(draws.value for _, draws in found.values())]
-        axes.errorbar(
-            places,
-            [e.value for e in shares],
-            yerr=ends,
-            color=color,
-            marker="o",
-            markersize=3,
-            label=f"{size}",
-        )
+    for (size, effects), shade in zip(curves.resampling.items(), _shades(len(curves.resampling)), strict=True):
+        shares = [last_points(curves)[size]["share_memorized"], *(left for left, _ in effects.values())]
+        draws = [1.0, *(draws.value for _, draws in effects.values())]
+        _draw_intervals(axes, draws, shares, color=shade, markersize=3, label=f"{size}")
     label_axes(axes, "draws of a sample", "share under the 1/3 rule", "Copies left by resampling")
     axes.legend(title="images", fontsize=7, title_fontsize=7, frameon=False)
     return figure
 
 
+def _shades(count: int) -> list[str]:
+    """Give greys from black on, one for each size."""
+    return [str(0.75 * number / max(1, count - 1)) for number in range(count)]
+
+
 def _draw(axes: Axes, points: Mapping[int, Mapping[str, Estimate]], name: str, color: str, label: str) -> None:
-    there = {size: point[name] for size, point in points.items() if name in point}
-    values = [estimate.value for estimate in there.values()]
-    ends = [
-        [estimate.value - estimate.low for estimate in there.values()],
-        [estimate.high - estimate.value for estimate in there.values()],
-    ]
-    if there:
-        axes.errorbar(list(there), values, yerr=ends, color=color, marker="o", markersize=4, capsize=2, label=label)
+    by_size = {size: point[name] for size, point in points.items() if name in point}
+    if by_size:
+        estimates = list(by_size.values())
+        _draw_intervals(axes, list(by_size), estimates, color=color, markersize=4, capsize=2, label=label)
+
+
+def _draw_intervals(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], **look: Any) -> None:
+    ends = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
+    axes.errorbar(x, [e.value for e in estimates], yerr=ends, marker="o", **look)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
+from provgen.generators.losses import generator_losses
 from provgen.metrics.copying import distance_ratio
 from provgen.metrics.neighbors import distinct_rows, nearest
-from provgen.run import atomic_path
+from provgen.pipeline import ProvenancePipeline
 from provgen.settings import Settings
+from provgen.studies.jobs import ResultStore, require_no_npz
 from provgen.studies.memorization.curves import (
+    Measured,
     SweepCurves,
     copy_prediction,
     curve_point,
@@ -30,6 +33,7 @@ from provgen.studies.memorization.curves import (
     resampling_effect,
 )
 from provgen.tracing.attribution import Attribution
+from provgen.tracing.trace import late_level
 from provgen.training.trainer import CoTrainer
 
 MAX_LOSSES = 200
@@ -91,48 +95,44 @@ def own_settings(settings: Settings, model: SweepModel) -> Settings:
     return replace(settings, training=replace(settings.training, seed=model.seed))
 
 
-def measure(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images: int) -> Arrays:
+def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool) -> Arrays:
     """Generate with a trainer's averaged weights, trace, and measure losses.
 
     Returns:
-        By name; of the traces `entropy`, `top` (query,), `commitment` (query,) and `step_entropy` (query, step) of the
-        network, and with `closed_form_` before them of the closed form.
+        By name: `images`, `labels` and `ratio` (query,) of samples, `holdout_ratio` (image,), losses and divergence
+        (image,); of the traces `entropy` and `commitment` (query,) of the network, and with `closed_form_` before them
+        of the closed form. At the last step also `top` and `late_entropy` (query,) of both, the network's
+        `step_entropy` (query, step) and `alpha_bar` (step,), and what `resampled_names` names for each of `BOUNDS`.
     """
-    pipeline = evaluation.make_pipeline(trainer, settings, data)
-    sampled = evaluation.sample(pipeline, settings, data, count=num_images)
+    pipeline = evaluation.make_pipeline(trainer, data)
+    sampled = evaluation.sample(pipeline, data, count=num_images)
     arrays: dict[str, Tensor] = {
         "images": sampled.images,
         "labels": torch.arange(num_images) % max(1, data.train.num_classes),
         "ratio": _ratios(sampled.images, data.train),
-        "holdout_ratio": _ratios(_some(data.holdout).images, data.train),
+        "holdout_ratio": _ratios(_subset(data.holdout).images, data.train),
     }
     for name, attribution in (("", sampled.attribution), ("closed_form_", sampled.closed_form)):
         if attribution is not None:
-            arrays |= {f"{name}{key}": values for key, values in _trace(attribution).items()}
+            arrays |= {f"{name}{key}": values for key, values in _trace(attribution, is_last=is_last).items()}
+    if sampled.attribution is not None and is_last:
+        arrays |= {"step_entropy": sampled.attribution.step_entropy, "alpha_bar": sampled.attribution.alpha_bar}
+        arrays |= _resampled(pipeline, data, num_images=num_images)
     for name, images in (("train", data.train), ("holdout", data.holdout)):
-        arrays[f"{name}_losses"] = evaluation.losses_by_draw(
-            pipeline.unet, settings, _some(images), draws=evaluation.LOSS_DRAWS
-        )
-    by_step = evaluation.divergence_by_step(pipeline.unet, settings, data.train, _some(data.train))
-    arrays["divergence"] = torch.stack(list(by_step.values()), dim=1)
+        losses = generator_losses(pipeline.denoiser, _subset(images), draws=evaluation.LOSS_DRAWS, seed=0)
+        arrays[f"{name}_loss"] = losses.mean(dim=1)
+    by_step = evaluation.divergence_by_step(pipeline.denoiser, data.train, _subset(data.train))
+    arrays["divergence"] = torch.stack(list(by_step.values()), dim=1).mean(dim=1)
     return {name: values.cpu().numpy() for name, values in arrays.items()}
 
 
-def measure_resampled(trainer: CoTrainer, settings: Settings, data: RunData, *, num_images: int) -> Arrays:
-    """Generate the same images again, but draw once more what has less late entropy than each of `BOUNDS`.
-
-    Returns:
-        `ratio` and `redraws` (query,) for each bound, as `redrawn_names` calls them; nothing without a provenance
-        network.
-    """
-    if "provenance" not in trainer.networks:
-        return {}
-    pipeline = evaluation.make_pipeline(trainer, settings, data)
-    arrays: Arrays = {}
+def _resampled(pipeline: ProvenancePipeline, data: RunData, *, num_images: int) -> dict[str, Tensor]:
+    """Generate the same images again, but resample what has less late entropy than each of `BOUNDS`."""
+    arrays: dict[str, Tensor] = {}
     for below in BOUNDS:
-        made = evaluation.sample(pipeline, settings, data, count=num_images, resample_below=below)
-        found = (_ratios(made.images, data.train), made.resamplings)
-        arrays |= {name: values.cpu().numpy() for name, values in zip(resampled_names(below), found, strict=True)}
+        sampled = evaluation.sample(pipeline, data, count=num_images, resample_below=below)
+        measured = (_ratios(sampled.images, data.train), sampled.resamplings)
+        arrays |= dict(zip(resampled_names(below), measured, strict=True))
     return arrays
 
 
@@ -141,69 +141,72 @@ def _ratios(images: Tensor, train: ImageSet) -> Tensor:
     return distance_ratio(nearest(to_unit_range(images).flatten(1), distinct, 2))
 
 
-def _trace(attribution: Attribution) -> dict[str, Tensor]:
-    return {
-        "entropy": attribution.entropy,
-        "top": attribution.posterior[:, 0],
-        "commitment": attribution.commitment_step,
-        "step_entropy": attribution.step_entropy,
-        "alpha_bar": attribution.alpha_bar,
-    }
+def _trace(attribution: Attribution, *, is_last: bool) -> dict[str, Tensor]:
+    trace = {"entropy": attribution.entropy, "commitment": attribution.commitment_step}
+    if is_last:
+        late = late_level(attribution.alpha_bar.tolist())
+        trace |= {"top": attribution.posterior[:, 0], "late_entropy": attribution.step_entropy[:, late]}
+    return trace
 
 
-def _some(images: ImageSet) -> ImageSet:
+def _subset(images: ImageSet) -> ImageSet:
     return images.select(stratified_subset(images.labels, MAX_LOSSES, 0))
 
 
-def curves(folder: SweepFolder, models: Sequence[SweepModel], steps: Sequence[int]) -> SweepCurves:
-    """Summarise models that have been measured at all `steps`."""
+def curves(measured: Mapping[SweepModel, Mapping[int, Measured]]) -> SweepCurves:
+    """Summarise models by the training steps at which they were measured, which are the same for all of them."""
     points, last = {}, {}
-    for size in sorted({model.size for model in models}):
-        for step in steps:
-            measured = {model: folder.load(model, step) for model in models if model.size == size}
-            pairs = [
-                (measured[first], measured[replace(first, half=1)])
-                for first in measured
-                if first.half == 0 and replace(first, half=1) in measured
-            ]
-            points[size, step] = curve_point(list(measured.values()), pairs)
-            last[size] = list(measured.values())
-    predictions = {size: copy_prediction(some) for size, some in last.items()}
-    early = {size: early_prediction(some) for size, some in last.items()}
+    for size in sorted({model.size for model in measured}):
+        models = {model: by_step for model, by_step in measured.items() if model.size == size}
+        pairs = [(model, replace(model, half=1)) for model in models if model.half == 0]
+        pairs = [pair for pair in pairs if pair[1] in models]
+        for step in next(iter(models.values())):
+            halves = [(models[first][step], models[second][step]) for first, second in pairs]
+            points[size, step] = curve_point([by_step[step] for by_step in models.values()], halves)
+            last[size] = [by_step[step] for by_step in models.values()]
+    predictions = {size: copy_prediction(of_size) for size, of_size in last.items()}
+    early = {size: early_prediction(of_size) for size, of_size in last.items()}
     return SweepCurves(
         points=points,
-        predictions={size: found for size, found in predictions.items() if found},
-        within={size: copy_prediction(some, within=True) for size, some in last.items() if predictions[size]},
-        overall=copy_prediction([model for some in last.values() for model in some], pooled=True),
-        early={size: found for size, found in early.items() if found},
+        predictions={size: by_name for size, by_name in predictions.items() if by_name},
+        within={size: copy_prediction(of_size, within=True) for size, of_size in last.items() if predictions[size]},
+        overall=copy_prediction([model for of_size in last.values() for model in of_size], pooled=True),
+        early={size: by_level for size, by_level in early.items() if by_level},
         resampling={
-            size: {below: resampling_effect(some, below=below) for below in BOUNDS}
-            for size, some in last.items()
-            if all("entropy" in model for model in some)
+            size: {below: resampling_effect(of_size, below=below) for below in BOUNDS}
+            for size, of_size in last.items()
+            if all("entropy" in model for model in of_size)
         },
     )
 
 
 class SweepFolder:
-    """A small file for every model and step it was measured at, whole or not there."""
+    """fingerprint.json and measured/, a store with a row for every model and step it was measured at."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-
-    def has(self, model: SweepModel, step: int) -> bool:
-        """Whether a model has been measured at a step."""
-        return self._path(model, step).is_file()
+        self._store = ResultStore(root / "measured", ("size", "half", "seed", "step"))
 
     def save(self, model: SweepModel, step: int, arrays: Arrays) -> None:
         """Write what was measured."""
-        with atomic_path(self._path(model, step)) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        self._store.save({**asdict(model), "step": step, **arrays})
 
-    def load(self, model: SweepModel, step: int) -> dict[str, Tensor]:
-        """Read it."""
-        with np.load(self._path(model, step)) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
+    def measured(self) -> set[tuple[SweepModel, int]]:
+        """Read which models have been measured at which steps."""
+        require_no_npz(self.root / "measured")
+        return {(SweepModel(size, half, seed), step) for size, half, seed, step in self._store.saved_keys()}
 
-    def _path(self, model: SweepModel, step: int) -> Path:
-        name = f"images-{model.size:05d}-half-{model.half}-seed-{model.seed}-step-{step:06d}.npz"
-        return self.root / "measured" / name
+    def load(self) -> dict[SweepModel, dict[int, dict[str, Tensor]]]:
+        """Read the models that have been measured at the last step, by step; those with the first seed first."""
+        require_no_npz(self.root / "measured")
+        models: dict[SweepModel, dict[int, dict[str, Tensor]]] = {}
+        for (size, half, seed, step), row in self._store.rows().items():
+            arrays = {name: torch.from_numpy(values) for name, values in row.items() if isinstance(values, np.ndarray)}
+            models.setdefault(SweepModel(size, half, seed), {})[step] = arrays
+        last = max((step for by_step in models.values() for step in by_step), default=0)
+        in_order = sorted(models.items(), key=lambda item: (item[0].seed, item[0]))
+        return {model: by_step for model, by_step in in_order if last in by_step}
+
+    def compact(self) -> None:
+        """Put what is there into few files."""
+        self._store.compact()

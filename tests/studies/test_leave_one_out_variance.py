@@ -1,16 +1,14 @@
-"""Variance credit: against leaving out one by one, shared by copies, and kept with the pipeline."""
-
-import json
+"""Leave-one-out variance: against leaving out one by one, shared by copies, and kept with the pipeline."""
 
 import pytest
 import torch
-
-from provgen.models.credit import CreditHead, credit_kernel
-from provgen.studies.faithfulness.attributor import Queries
-from provgen.studies.faithfulness.credit import CalibratedTrace, VarianceCredit, pixel_coordinates
-from provgen.tracing import gaussian_process as credit_process
-from provgen.tracing.gaussian_process import EVERYTHING, PIXELS, FittedKernel, Kernel, Parts
 from provgen.tracing.noisy_queries import NoisyQueries
+
+from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kernel, kernel_matrix
+from provgen.studies.faithfulness.attributor import Queries
+from provgen.studies.faithfulness.credit import CalibratedTrace, VarianceAttributor, pixel_features
+from provgen.tracing import gaussian_process
+from provgen.tracing.gaussian_process import EVERYTHING, PIXELS, FeatureParts, FittedKernel, feature_scale
 
 NULL = 3
 
@@ -30,10 +28,9 @@ def labels():
 
 
 def kernel_of(fitted, first, first_labels, second, second_labels):
-    return credit_kernel(
-        first * fitted.scale, first_labels, second * fitted.scale, second_labels,
-        across=fitted.kernel.across, null_label=NULL,
-        num_gradients=fitted.parts.num_gradients, gradient_share=fitted.kernel.gradient_share,
+    return kernel_matrix(
+        first * fitted.scale, first_labels, second * fitted.scale, second_labels, fitted.kernel,
+        null_label=NULL, num_gradients=fitted.parts.num_gradients,
     )  # fmt: skip
 
 
@@ -48,7 +45,7 @@ def variance(fitted, query, label, points, labels, ridge):
 @pytest.mark.parametrize(("across", "gradients"), [(1.0, 0.0), (0.5, 0.0), (0.0, 0.0), (0.5, 0.25), (0.5, 1.0)])
 def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, labels, across, gradients):
     kernel = Kernel(bandwidth=0.8, across=across, gradient_share=gradients)
-    parts = Parts(places=(3,), num_gradients=2)
+    parts = FeatureParts((3,), num_gradients=2)
     fitted = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts)
     queries, asked = rand(4, 5, seed=1), torch.tensor([0, 1, 2, 0])
     ridge = 0.7
@@ -66,7 +63,7 @@ def test_it_is_what_the_variance_grows_by_when_each_example_is_left_out(points, 
 
 def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
     """Scaling a part, or adding one of no weight, changes nothing; half and half is the mean of squared distances."""
-    parts, queries, asked = Parts(places=(2, 3)), rand(4, 5, seed=1).float(), torch.tensor([0, 1, 2, 0])
+    parts, queries, asked = FeatureParts((2, 3)), rand(4, 5, seed=1).float(), torch.tensor([0, 1, 2, 0])
 
     def shares(points, queries, shares, parts=parts):
         kernel = Kernel(bandwidth=0.8, across=0.5, shares=shares)
@@ -80,26 +77,26 @@ def test_parts_are_weighed_in_units_of_their_own_spread(points, labels):
     first = shares(points[:, :2], queries[:, :2], (1.0,), parts=None)
     torch.testing.assert_close(shares(points, queries, (1.0, 0.0)), first, atol=1e-5, rtol=1e-4)
     flat = torch.cat([points[:, :2], torch.ones(20, 3)], dim=1)
-    assert Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(flat, parts)[2:].tolist() == [0, 0, 0]
-    scale = Kernel(bandwidth=1.0, across=1.0, shares=(0.5, 0.5)).scale(points, parts)
+    assert feature_scale(Kernel(1.0, 1.0, (0.5, 0.5)), flat, parts)[2:].tolist() == [0, 0, 0]
+    scale = feature_scale(Kernel(1.0, 1.0, (0.5, 0.5)), points, parts)
     squares = torch.cdist(points * scale, points * scale).square()
-    parts = [torch.cdist(part, part).square() for part in points.split(parts.places, dim=1)]
+    parts = [torch.cdist(part, part).square() for part in points.split(parts.distances, dim=1)]
     torch.testing.assert_close(squares, sum(part / part.mean() for part in parts) / 2)
 
 
-def test_directions_of_gradients_count_by_their_cosine(points, labels):
-    parts = Parts(places=(2,), num_gradients=3)
+def test_normalised_gradients_count_by_their_cosine(points, labels):
+    parts = FeatureParts((2,), num_gradients=3)
     kernel = Kernel(bandwidth=0.8, across=0.5, gradient_share=0.25)
-    directions = points[:, 2:] / points[:, 2:].norm(dim=1, keepdim=True)
-    directed = torch.cat([points[:, :2], directions], dim=1)
-    fitted = FittedKernel(directed, labels, kernel, null_label=NULL, parts=parts)
-    found = kernel_of(fitted, directed, labels, directed, labels)
+    gradients = points[:, 2:] / points[:, 2:].norm(dim=1, keepdim=True)
+    normalised = torch.cat([points[:, :2], gradients], dim=1)
+    fitted = FittedKernel(normalised, labels, kernel, null_label=NULL, parts=parts)
+    found = kernel_of(fitted, normalised, labels, normalised, labels)
     places = FittedKernel(points[:, :2], labels, Kernel(bandwidth=0.8, across=0.5), null_label=NULL)
     near = kernel_of(places, points[:, :2], labels, points[:, :2], labels)
     cosines = torch.cosine_similarity(points[:, None, 2:], points[None, :, 2:], dim=2)
     torch.testing.assert_close(found, 0.75 * near + 0.25 * cosines)
     torch.testing.assert_close(found.diagonal(), torch.ones(20).double())
-    without = Kernel(bandwidth=0.8, across=0.5).scale(directed, parts)
+    without = feature_scale(Kernel(bandwidth=0.8, across=0.5), normalised, parts)
     assert without[2:].tolist() == [0, 0, 0]
 
 
@@ -129,7 +126,7 @@ def test_few_landmarks_are_nearly_as_good_on_points_that_few_describe(monkeypatc
     labels, queries = torch.zeros(60).long(), rand(5, 2, seed=3).float()
     kernel, asked = Kernel(bandwidth=2.0, across=1.0), torch.zeros(5).long()
     exact = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)(queries, asked)
-    monkeypatch.setattr(credit_process, "MAX_LANDMARKS", 25)
+    monkeypatch.setattr(gaussian_process, "MAX_LANDMARKS", 25)
     few = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)
     assert few.readout.shape == (25, 60)
     torch.testing.assert_close(few(queries, asked), exact, atol=2e-3, rtol=0.05)
@@ -141,26 +138,13 @@ def test_a_query_far_from_everything_has_equal_sources(points, labels):
 
 
 def test_the_head_is_saved_and_loaded(points, labels, tmp_path):
-    kernel, parts = Kernel(bandwidth=0.8, across=0.5, gradient_share=0.25), Parts((3,), num_gradients=2)
+    kernel, parts = Kernel(bandwidth=0.8, across=0.5, gradient_share=0.25), FeatureParts((3,), num_gradients=2)
     head = FittedKernel(points, labels, kernel, null_label=NULL, parts=parts).credit_head(1.0)
     head.save_pretrained(tmp_path)
     again = CreditHead.from_pretrained(tmp_path)
     queries, asked = rand(3, 5, seed=4).float(), torch.tensor([0, 1, NULL])
     assert torch.equal(again(queries, asked), head(queries, asked))
-    assert again.config.process == "s=0.8 apart, across classes 0.5, gradients 0.25, lambda=1"
-
-
-def test_a_head_from_before_there_were_gradients_is_loaded(points, labels, tmp_path):
-    head = FittedKernel(points, labels, Kernel(bandwidth=0.8, across=0.5), null_label=NULL).credit_head(1.0)
-    head.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("num_gradients", "gradient_share", "level_power", "process"):
-        del config[name]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    again = CreditHead.from_pretrained(tmp_path)
-    queries, asked = rand(3, 5, seed=4).float(), torch.tensor([0, 1, NULL])
-    assert torch.equal(again(queries, asked), head(queries, asked))
-    assert (again.config.num_gradients, again.config.process) == (0, "")
+    assert again.calibration == head.calibration == Calibration(GaussianProcess(kernel, 1.0))
 
 
 def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_images):
@@ -168,35 +152,30 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     images = some.images.float() / 127.5 - 1
     noisy = NoisyQueries(images=images[None], timesteps=torch.zeros(1).long(), alpha_bar=torch.ones(1))
     queries = Queries(images=images, class_labels=some.labels, noisy=noisy)
-    method = VarianceCredit(pixel_coordinates)
+    method = VarianceAttributor(pixel_features)
     method.fit(train)
     everything = method.attribute(queries)
-    assert len(set(everything.settings)) == len(PIXELS.processes) == 27
+    assert everything.settings == tuple(PIXELS.settings) == method.settings
+    assert len(set(everything.settings)) == 27
     torch.testing.assert_close(everything.values.sum(dim=2), torch.ones(27, 4))
-    for name in everything.settings[::11]:
-        assert torch.equal(method.attribute(queries, name).of(name), everything.of(name))
-    process = PIXELS.processes[13]
-    by_head = method.credit_head(process)(images.flatten(1), some.labels)
-    torch.testing.assert_close(everything.of(process.name), by_head, atol=1e-5, rtol=1e-3)
-    head = method.credit_head(process)
-    head.register_to_config(level_power=2)
-    kept = CalibratedTrace(head, pixel_coordinates).attribute(queries)
-    setting = f"{process.name}, levels by (a / (1 - a))^2"
-    assert (kept.settings, kept.distance_to_default) == ((setting,), (0,))
-    assert torch.equal(kept.of(setting), by_head)
-    kinds = method.attribute_all({"all": queries, "first": queries.first(2)})
-    assert torch.equal(kinds["all"].values, everything.values)
-    torch.testing.assert_close(kinds["first"].values, everything.values[:, :2], atol=1e-6, rtol=1e-4)
-    assert len({process.name for process in EVERYTHING.processes}) == 243
-    far = dict(zip(everything.settings, everything.distance_to_default, strict=True))
-    assert far["s=1 apart, across classes 0.5, lambda=3"] == 0
-    assert far["s=0.7 apart, across classes 0.5, lambda=10"] == 2
-    assert (
-        method.attribute(queries, everything.settings[0]).distance_to_default
-        == everything.distance_to_default[:1]
-        == (3,)
-    )
-    far = dict(zip((process.name for process in EVERYTHING.processes), EVERYTHING.steps, strict=True))
-    assert far["s=1 apart, across classes 0.5, pixels 0.5, lambda=3"] == 0
-    assert far["s=1 apart, across classes 0.5, pixels 0.5, gradients 0.5, lambda=3"] == 2
+    for process in everything.settings[::11]:
+        assert torch.equal(method.attribute(queries, process).values[0], everything.under(process))
+    process = everything.settings[13]
+    head = method.variance.fitted(process.kernel).credit_head(process.ridge, level_power=2)
+    by_head = head(images.flatten(1), some.labels)
+    torch.testing.assert_close(everything.under(process), by_head, atol=1e-5, rtol=1e-3)
+    head.register_to_config(calibration_seconds=3.0)
+    calibrated = CalibratedTrace(head, pixel_features)
+    assert torch.equal(calibrated.attribute(queries).under(Calibration(process, 2)), by_head)
+    assert calibrated.kept().seconds == 3, "the set-up of a calibrated trace is its calibration"
+    assert method.attribute(queries, everything.settings[0]).distance_to_default == everything.distance_to_default[:1]
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)
+
+
+def test_the_default_process_is_the_middle_one_without_gradients():
+    assert PIXELS.settings[GaussianProcess(Kernel(1.0, 0.5), 3.0)] == 0
+    assert PIXELS.settings[GaussianProcess(Kernel(0.7, 0.5), 10.0)] == 2
+    assert PIXELS.settings[GaussianProcess(Kernel(0.7, 1.0), 1.0)] == 3
+    assert EVERYTHING.settings[GaussianProcess(Kernel(1.0, 0.5, (0.5, 0.5)), 3.0)] == 0
+    assert EVERYTHING.settings[GaussianProcess(Kernel(1.0, 0.5, (0.5, 0.5), 0.5), 3.0)] == 2
+    assert len(EVERYTHING.settings) == 243

@@ -35,7 +35,7 @@ def test_the_parts_are_found(world):
     assert sum(weights.values()) == pytest.approx(1)
 
 
-def test_a_mixture_predicts_better_than_its_parts_on_other_subsets(world):
+def test_an_ensemble_predicts_better_than_its_parts_on_other_subsets(world):
     evidence, masks, outputs, effects = world
     ensemble = fit_ensemble(evidence, masks, outputs + 3 * rand(30, 24, seed=5))
     fresh = torch.rand(40, 80, generator=torch.Generator().manual_seed(6)) < 0.5
@@ -47,7 +47,7 @@ def test_a_mixture_predicts_better_than_its_parts_on_other_subsets(world):
     assert lds(ensemble(evidence)) > max(lds(scores) for scores in evidence.values()) + 0.01
 
 
-def test_who_points_the_wrong_way_gets_nothing_and_nobody_is_an_equal_mixture(world):
+def test_who_points_the_wrong_way_gets_nothing_and_nobody_is_an_equal_ensemble(world):
     evidence, masks, outputs, _ = world
     turned = {"a": evidence["a"], "minus b": -evidence["b"]}
     assert fit_ensemble(turned, masks, outputs).weights["minus b"] == 0

@@ -1,19 +1,21 @@
-"""Rivals that know no generator: hand-worked cases, symmetries, and limits."""
+"""Baselines that know no generator: hand-worked cases, symmetries, and limits."""
 
 import pytest
 import torch
+from provgen.tracing.noisy_queries import NoisyQueries
 
 from provgen.data.images import to_unit_range
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.baselines import (
     BANDWIDTHS,
+    Bandwidth,
+    Neighbors,
     PixelCosine,
     PixelKernel,
     PixelNeighbors,
     RandomScores,
     SameClass,
 )
-from provgen.tracing.noisy_queries import NoisyQueries
 
 METHODS = {
     "random": lambda: RandomScores(seed=3),
@@ -54,7 +56,7 @@ def test_shapes_names_and_no_query_depends_on_its_batch(name, train, queries):
     scores = method.attribute(queries)
     assert scores.values.shape == (len(scores.settings), 3, 60)
     assert len(set(scores.settings)) == len(scores.settings)
-    assert torch.equal(scores.of(scores.settings[-1]), scores.values[-1])
+    assert torch.equal(scores.under(scores.settings[-1]), scores.values[-1])
     first = method.attribute(queries_of(queries.images[:1], queries.class_labels[:1].tolist()))
     torch.testing.assert_close(first.values, scores.values[:, :1])
 
@@ -81,7 +83,7 @@ def test_the_class_and_nothing_but_the_class(train, queries):
 
 def test_cosine_by_hand(train):
     images = to_unit_range(train.images[:2], torch.float64)
-    scores = fitted("cosine", train).attribute(queries_of(2.5 * images, [0, 0])).of("")
+    scores = fitted("cosine", train).attribute(queries_of(2.5 * images, [0, 0])).values[0]
     product = (images[0] * images[1]).sum() / (images[0].norm() * images[1].norm())
     assert scores[0, 0] == pytest.approx(1)
     assert scores[0, 1] == pytest.approx(float(product))
@@ -92,7 +94,7 @@ def test_neighbors_are_the_k_nearest(train, queries):
     pixels = to_unit_range(train.images, torch.float64).flatten(1)
     for row, query in enumerate(queries.images.flatten(1)):
         nearest = (pixels - query).norm(dim=1).argsort()[:5]
-        assert set(scores.of("k=5")[row].nonzero().flatten().tolist()) == set(nearest.tolist())
+        assert set(scores.under(Neighbors(5))[row].nonzero().flatten().tolist()) == set(nearest.tolist())
     assert [float(values.sum()) for values in scores.values] == [3 * k for k in (1, 2, 5, 10, 20, 50)]
 
 
@@ -101,12 +103,12 @@ def test_the_kernel_by_hand_and_in_its_limits(train, queries):
     pixels = to_unit_range(train.images, torch.float64).flatten(1)
     gaps = (pixels[:, None] - pixels[None]).square().sum(-1)
     assert method.scale == pytest.approx(float(gaps.mean().sqrt()))
-    values = method.attribute(queries).of("s=0.3 apart")[2]
+    values = method.attribute(queries).under(Bandwidth(0.3))[2]
     squares = (pixels - queries.images[2].flatten()).square().sum(1)
     assert values.sum() == pytest.approx(1)
     ratio = torch.exp((squares[9] - squares[4]) / (2 * (0.3 * method.scale) ** 2))
     assert values[4] / values[9] == pytest.approx(float(ratio))
-    assert BANDWIDTHS[0] < 0.3 < BANDWIDTHS[-1]
+    assert BANDWIDTHS[0].share < 0.3 < BANDWIDTHS[-1].share
     assert method.attribute(queries).values[0, 0, 7] == pytest.approx(1)
 
 
