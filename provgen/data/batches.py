@@ -26,7 +26,7 @@ class Batch:
     timesteps: Tensor
     """Noise level of each row, int64 (batch,)."""
     labels: Tensor
-    """What the generator is told, int64 (batch,): the class, or the null label where it was dropped."""
+    """Labels the generator is given, int64 (batch,): the class, or the null label where it was dropped."""
     clean_labels: Tensor
     """The class before dropout, int64 (batch,)."""
 

@@ -32,11 +32,7 @@ class Stream(IntEnum):
 
 
 def seeded_generator(*entropy: int) -> torch.Generator:
-    """Make a CPU generator whose stream depends on all the numbers given, and on their order.
-
-    Args:
-        entropy: A seed, a `Stream`, and where in the stream, as far as that is needed.
-    """
+    """Make a CPU generator from a seed, a `Stream` and a position in it; all these numbers count, and their order."""
     # The length first: SeedSequence does not tell (1,) from (1, 0).
     state = int(np.random.SeedSequence((len(entropy), *entropy)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state & (2**63 - 1))

@@ -70,18 +70,14 @@ def _largest_remainder(sizes: list[int], count: int) -> list[int]:
 def stratified_coverage(labels: Tensor, count: int, seed: int) -> Tensor:
     """Draw examples in the proportions of the classes, but at least one of every class.
 
-    A class too small for its share gets one example; the other classes share the rest.
-
-    Args:
-        labels: int64 (train,); the null label counts as a class, as in the other rules of coverage.
-        count: Examples to cover, from one of every class present to all.
-        seed: Seed of the draw.
+    A class too small for its share gets one example; the other classes share the rest. As in the other rules of
+    coverage, `labels` is int64 (train,), and the null label counts as a class.
 
     Returns:
-        Example indices int64 (count,), ascending, as those of the other rules.
+        Example indices int64 (count,), ascending.
 
     Raises:
-        InputError: `count` is out of range.
+        InputError: `count` is fewer than one of every class present, or more than all.
     """
     labels = _possible(labels, count)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -101,12 +97,8 @@ def k_center_coverage(features: Tensor, labels: Tensor, count: int) -> Tensor:
     """Choose examples so that every other one has a covered one nearby.
 
     Greedy farthest-first (Gonzalez 1985; Sener and Savarese 2018, arXiv 1708.00489), started with the example
-    nearest to the mean of each class. Ties go to the lowest index. O(count x train x feature).
-
-    Args:
-        features: Points of the examples in Euclidean space, floating (train, feature).
-        labels: As in `stratified_coverage`, and so are `count`, what is returned and what is raised.
-        count: Number of examples.
+    nearest to the mean of each class. Ties go to the lowest index. O(count x train x feature). `features` are points
+    in Euclidean space, floating (train, feature); all else is as in `stratified_coverage`.
     """
     centers = _nearest_to_class_means(features, _possible(labels, count))
     to_nearest_center = features.new_full((len(features),), inf)
@@ -122,12 +114,8 @@ def k_center_coverage(features: Tensor, labels: Tensor, count: int) -> Tensor:
 def entropy_coverage(entropies: Tensor, labels: Tensor, count: int) -> Tensor:
     """Choose the examples that are hardest to tell apart: the highest entropy of every class, then of all.
 
-    Ties go to the lowest index.
-
-    Args:
-        entropies: Entropy of each example's posterior (`posterior_entropies`) in nats, (train,).
-        labels: As in `stratified_coverage`, and so are `count`, what is returned and what is raised.
-        count: Number of examples.
+    Ties go to the lowest index. `entropies` are those of each example's posterior (`posterior_entropies`) in nats,
+    (train,); all else is as in `stratified_coverage`.
     """
     labels = _possible(labels, count)
     order = entropies.cpu().argsort(descending=True, stable=True)

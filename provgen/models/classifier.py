@@ -30,12 +30,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, *, stages: list[list[int]], num_classes: int) -> None:
-        """Build the encoder.
-
-        Args:
-            stages: `[channels, height]` of the image and of every stage.
-            num_classes: Outputs of the class head; 0 builds none.
-        """
+        """Build the encoder from `[channels, height]` of the image and of every stage; 0 classes, no class head."""
         super().__init__()
         shapes = [(channels, size) for channels, size in stages]
         self.encoder = OwnEncoder(shapes, shared=0, reads_level=False)

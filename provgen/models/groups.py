@@ -41,11 +41,7 @@ def class_cells(labels: Tensor) -> Tensor:
 def place_anchors(coordinates: Tensor, cells: Tensor, num_cells: int, per_cell: int) -> tuple[Tensor, Tensor]:
     """Sum every cell, empty ones included, up by `per_cell` points.
 
-    Args:
-        coordinates: Points of the examples, (train, width).
-        cells: Cell of each example, int64 (train,).
-        num_cells: Number of cells.
-        per_cell: Points of each cell.
+    The examples have `coordinates` (train, width) and lie in `cells`, int64 (train,).
 
     Returns:
         Points (cell x per_cell, width), and the logarithm of the number of examples near each.
@@ -132,15 +128,11 @@ def group_means(points: Tensor, groups: Tensor, count: int) -> Tensor:
 def assign_slots(points: Tensor, groups: Tensor, num_slots: int) -> Tensor:
     """Give every example a slot of its own within its group, alike examples of different groups the same one.
 
-    Groups are matched one by one, largest first, to the running means of the slots.
-
-    Args:
-        points: Examples, each from the mean of its group, (train, width).
-        groups: Group of each, int64 (train,).
-        num_slots: At least the size of the largest group.
+    Groups are matched one by one, largest first, to the running means of the slots, which are at least as many as the
+    examples of the largest group. `points` are measured from the mean of their group, (train, width).
 
     Returns:
-        Slot of each, int64 (train,).
+        Slot of each example, int64 (train,).
     """
     slots = torch.zeros_like(groups)
     means = points.new_zeros(num_slots, points.shape[1])
@@ -155,12 +147,9 @@ def assign_slots(points: Tensor, groups: Tensor, num_slots: int) -> Tensor:
 
 
 def match(points: Tensor, slots: Tensor, axis: int = 0) -> Tensor:
-    """Give each of points (point, width) a slot of its own, the sum of squared distances small.
+    """Give each of points (point, width) one of at least as many slots (slot, width), the squared distances small.
 
-    Args:
-        points: At most as many as slots.
-        slots: Points (slot, width).
-        axis: Column along which too many for an exact match are split.
+    Too many for an exact match are split along the column `axis`.
 
     Returns:
         int64 (point,).

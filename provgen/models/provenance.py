@@ -84,13 +84,9 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start(self, images: Tensor, labels: Tensor, covered: Tensor, *, at_images: bool = True) -> None:
-        """Set everything that depends on the training set.
+        """Set everything that depends on the training set; arguments as in `models/index_heads.py`.
 
-        Args:
-            images: Pixels in [-1, 1], (train, channel, height, width).
-            labels: Classes, int64 (train,).
-            covered: Examples that the index head can name, int64 (covered,), ascending.
-            at_images: Whether prototypes start at the images; otherwise they stay random.
+        `covered` are the examples that the index head can name, int64 (covered,), ascending.
         """
         self.example_labels.copy_(labels)
         self.covered.copy_(covered)
@@ -104,7 +100,7 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
         Args:
             feature_maps: The image and the generator's encoder feature maps, each (batch, channel, height, width).
             alpha_bar: Cumulative alpha of each row's noise level, (batch,).
-            class_labels: What the generator was told, int64 (batch,); `num_classes` is the null label.
+            class_labels: Labels the generator was given, int64 (batch,); `num_classes` is the null label.
             class_logits: Those of a generator that is a classifier, (batch, class); the network then has no class head.
         """
         # float32 under autocast too: a softmax over thousands of examples needs the digits.

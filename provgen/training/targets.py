@@ -28,13 +28,9 @@ class ClassMixing:
     def __init__(
         self, example_labels: Tensor, *, num_classes: int, share: float, covered: Tensor | None = None
     ) -> None:
-        """Keep the classes.
+        """Keep the classes of the examples, int64 (train,); the null label, `num_classes`, is a class too.
 
-        Args:
-            example_labels: int64 (train,), at most `num_classes`, the null label, which is a class too.
-            num_classes: Classes without the null label.
-            share: alpha in [0, 1].
-            covered: Examples that may receive, bool (train,); None for all.
+        `share` is alpha in [0, 1]. Only examples that are `covered`, bool (train,), receive; None for all.
         """
         self.share = share
         self.members = example_labels[:, None] == torch.arange(num_classes + 1, device=example_labels.device)
@@ -54,7 +50,7 @@ class NeighborMixing:
     """Spreads a share of every example's probability evenly over its nearest neighbours."""
 
     def __init__(self, neighbors: Tensor, *, share: float) -> None:
-        """Keep `neighbors`, int64 (train, k), of which one that stands there twice counts twice; `share` is alpha."""
+        """Keep `neighbors`, int64 (train, k), where one may stand twice and then counts twice; `share` is alpha."""
         self.share = share
         self.num_neighbors = neighbors.shape[1]
         receivers, order = neighbors.flatten().sort(stable=True)
@@ -78,7 +74,7 @@ def nearest_neighbors(points: Tensor, labels: Tensor, k: int, *, covered: Tensor
     Args:
         points: Images or features, (train, feature), on the CPU.
         labels: int64 (train,); the null label counts as one.
-        k: Neighbours of each.
+        k: Number of neighbours.
         covered: Examples that may be neighbours, bool (train,); None for all.
 
     Returns:
@@ -114,7 +110,7 @@ class Targets(Protocol):
             indices: Example index of each row, int64 (batch,).
             queries: What the closed form is asked: noisy images, latents or images, (batch, ...).
             alpha_bar: Noise level of each row, (batch,).
-            class_labels: What the generator was told, int64 (batch,).
+            class_labels: Labels the generator was given, int64 (batch,).
         """
         ...
 

@@ -135,13 +135,9 @@ class CoTrainer:
 def index_loss(index_logits: Tensor, targets: Tensor, is_covered: Tensor, coverage: float) -> Tensor:
     """Cross-entropy in nats between target rows and predicted rows, over the rows of covered examples.
 
-    The sum is divided by the expected number of covered rows, never by the actual one: see `class_loss`.
-
-    Args:
-        index_logits: Finite, (batch, train).
-        targets: Probabilities (batch, train).
-        is_covered: Rows whose example the index head can name, bool (batch,).
-        coverage: Share of examples that it can name.
+    The sum is divided by the expected number of covered rows, never by the actual one: see `class_loss`. Logits, which
+    are finite, and targets are (batch, train). `is_covered`, bool (batch,), marks the rows whose example the index
+    head can name, a share `coverage` of all examples.
     """
     covered_targets = targets * is_covered[:, None]
     losses = -(covered_targets * index_logits.log_softmax(dim=1)).sum(dim=1)
