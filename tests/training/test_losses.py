@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-from provgen.tracing.attribution import entropy
+from provgen.generators.closed_form import entropy
 from provgen.training.losses import class_loss, denoising_loss, index_loss, vae_loss
 
 
