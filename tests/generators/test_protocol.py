@@ -113,7 +113,8 @@ def test_networks_have_names_of_their_own_in_checkpoints_and_pipelines(make):
     generators = [make(kind) for kind in KINDS]
     assert [generator.name for generator in generators] == ["denoiser", "vae", "classifier"]
     components = [generator.components for generator in generators]
-    for names, generator, parts in zip((["unet", "scheduler"], ["vae"], ["classifier"]), generators, components):
+    expected = (["unet", "scheduler"], ["vae"], ["classifier"])
+    for names, generator, parts in zip(expected, generators, components, strict=True):
         assert list(parts) == names
         assert parts[names[0]] is generator.network
     assert components[0]["scheduler"] is generators[0].scheduler

@@ -47,7 +47,7 @@ def ask(step: Step) -> torch.Tensor:
 
 
 def posterior_of(*rows, alpha_bars=None, levels=EVERY_STEP, **more) -> MeanPosterior:
-    """Trace queries through given posteriors, one (query, train) a step; all inside the window unless told otherwise."""
+    """Trace given posteriors, one (query, train) a step; all inside the window unless told otherwise."""
     look = MeanPosterior(ask, levels, **more)
     levels_of_steps = alpha_bars or [0.5] * len(rows)
     steps = [
