@@ -1,5 +1,7 @@
 """The denoiser's training pass, its sampler and its levels, worked out beside it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,7 +109,7 @@ def test_a_step_of_ddim_is_its_formula(denoising, seeds):
     """x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, with the x_0 that the predicted noise stands for, clipped."""
     scheduler = denoising.scheduler
     steps = list(denoising.sample(LABELS, generator=seeds(0, 1, 2), **ASKED))
-    for step, following in zip(steps[:-1], steps[1:], strict=True):
+    for step, following in pairwise(steps):
         a, later = step.alpha_bar, following.alpha_bar
         noise = step.last_layer.output
         clean = (step.query - (1 - a).sqrt() * noise) / a.sqrt()
