@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMScheduler
 
 from provgen import build
 from provgen.data.dataset import ImageSet
@@ -192,6 +193,18 @@ def generator_of(tiny_settings):
 @pytest.fixture(scope="session")
 def alphas_cumprod():
     return make_training_scheduler("linear").alphas_cumprod
+
+
+@pytest.fixture(scope="session")
+def sampler_of():
+    """Make a sampler of so many steps, apart from any generator's."""
+
+    def make(num_inference_steps: int) -> DDIMScheduler:
+        scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    return make
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_a_trace_is_complete(three, trained):
         assert (attribution.posterior.diff(dim=1) <= 0).all()
         assert attribution.step_entropy.shape == (3, len(attribution.alpha_bar))
         assert (attribution.alpha_bar.diff() > 0).all()
-        levels = trained.pipeline.scheduler.alphas_cumprod[trained.pipeline.scheduler.timesteps]
+        levels = trained.pipeline.generator.alpha_bars(10)
         torch.testing.assert_close(attribution.alpha_bar, levels[levels >= LEAST_ALPHA_BAR])
         labels = trained.data.train.labels
         for row, label in enumerate(LABELS[:2]):

@@ -82,9 +82,9 @@ def test_too_few_or_too_many_steps_are_refused(steps, denoising, pixels, seeds, 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, 2.5])
 @torch.no_grad()
-def test_sampling_is_ddim_with_every_pass_shown(scale, denoising, seeds):
+def test_sampling_is_ddim_with_every_pass_shown(scale, denoising, seeds, sampler_of):
     steps = list(denoising.sample(LABELS, generator=seeds(0, 1, 2), **{**ASKED, "guidance_scale": scale}))
-    unet, scheduler = denoising.network, denoising.scheduler
+    unet, scheduler = denoising.network, sampler_of(10)
     noisy = torch.cat([torch.randn(1, 1, 8, 8, generator=seed) for seed in seeds(0, 1, 2)])
     alphas = [*scheduler.alphas_cumprod[scheduler.timesteps], torch.tensor(1.0)]
     assert len(steps) == 10
@@ -119,6 +119,18 @@ def test_a_step_of_ddim_is_its_formula(denoising, seeds):
             following.query, later.sqrt() * clean + (1 - later).sqrt() * noise, rtol=1e-3, atol=1e-3
         )
         assert torch.equal(step.images, following.query)
+
+
+@torch.no_grad()
+def test_asking_for_other_levels_in_the_middle_of_sampling_changes_no_image(denoising, seeds, pixels):
+    whole = list(denoising.sample(LABELS, generator=seeds(0, 1, 2), **ASKED))[-1].images
+    steps = denoising.sample(LABELS, generator=seeds(0, 1, 2), **ASKED)
+    others = denoising.renoise(pixels, torch.full((12,), NULL), num_inference_steps=50, seed=0)
+    for step in steps:
+        denoising.alpha_bars(20 + step.number)
+        next(others)
+        images = step.images
+    assert torch.equal(images, whole)
 
 
 @torch.no_grad()

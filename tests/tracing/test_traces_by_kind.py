@@ -88,11 +88,13 @@ def exact_of(generator, images):
 
 
 @torch.no_grad()
-def test_a_denoiser_is_traced_step_by_step_on_what_it_was_given(diffusion, provenance, images, closed_form_of):
+def test_a_denoiser_is_traced_step_by_step_on_what_it_was_given(
+    diffusion, provenance, images, closed_form_of, sampler_of
+):
     asks = [ask_network(provenance), ask_closed_form(closed_form_of(images))]
     found, (network, exact) = sampled(diffusion, asks, LABELS)
     noisy = torch.cat([torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(3)])
-    scheduler, network_sum, exact_sum, in_window, entropies = diffusion.scheduler, 0, 0, 0, []
+    scheduler, network_sum, exact_sum, in_window, entropies = sampler_of(10), 0, 0, 0, []
     for timestep in scheduler.timesteps:
         alpha_bar = scheduler.alphas_cumprod[timestep].expand(3)
         with record_feature_maps(diffusion.network) as feature_maps:
@@ -217,14 +219,14 @@ def test_credit_features_are_those_of_clear_levels_and_gradients_of_the_first(
 
 
 @torch.no_grad()
-def test_a_recorder_keeps_what_the_denoiser_was_given(diffusion, pixels):
+def test_a_recorder_keeps_what_the_denoiser_was_given(diffusion, sampler_of):
     recorder, steps = Recorder(), []
     trace(sampling(diffusion, LABELS, steps=20), recorder, steps.append)
     kept = [step for step in steps if step.alpha_bar >= LEAST_ALPHA_BAR]
     noisy = recorder.noisy_images()
     assert 0 < len(kept) < 20
     assert torch.equal(noisy.images, torch.stack([step.query for step in kept]))
-    assert torch.equal(noisy.timesteps, diffusion.scheduler.timesteps[-len(kept) :])
+    assert torch.equal(noisy.timesteps, sampler_of(20).timesteps[-len(kept) :])
     assert torch.equal(noisy.alpha_bars, diffusion.alpha_bars(20)[-len(kept) :])
 
 
