@@ -1,12 +1,12 @@
-"""Samples resampled: only those with too few sources, from their own generators, and not for ever."""
+"""Resampling through the pipeline: only samples with too few sources, from their own generators, and not for ever."""
 
 import pytest
 import torch
 
-from provgen.studies.faithfulness.credit import VarianceCredit
-from provgen.studies.faithfulness.methods import credit_coordinates
-from provgen.tracing.gaussian_process import EVERYTHING, Kernel, Process
-from provgen.tracing.trace import WINDOW
+from provgen.data.images import to_unit_range
+from provgen.models.credit import CreditHead
+from provgen.models.diffusion import num_last_layer
+from provgen.tracing.trace import WINDOW, CreditFeatures, trace
 
 
 def seeds(*numbers):
@@ -61,25 +61,49 @@ def test_only_collapsed_samples_are_drawn_again_each_from_its_own_generator(pipe
         assert found.attribution.commitment_step[row] == alone.attribution.commitment_step[0]
 
 
-def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, below):
-    """Coordinates and gradients are put into the rows that were resampled."""
-    pipeline = trained.pipeline
-    coordinates = credit_coordinates(pipeline, "noised")
-    method = VarianceCredit(coordinates, coordinates.parts, EVERYTHING)
-    method.fit(trained.data.train)
-    kernel = Kernel(1.0, 0.5, (0.5, 0.5), gradient_share=0.25)
-    pipeline.register_modules(credit=method.credit_head(Process(kernel, ridge=3.0)))
+@pytest.fixture(scope="module")
+def credit_head(trained):
+    """A credit head with gradients whose landmarks are the training images, and whose read-out is random."""
+    pipeline, train = trained.pipeline, trained.data.train
+    features = CreditFeatures(pipeline.provenance, pipeline.generator.alpha_bars(12), denoiser=pipeline.unet)
+    pixels = to_unit_range(train.images)
+    with torch.no_grad():
+        trace(pipeline.generator.renoise(pixels, train.labels, num_inference_steps=12, seed=0), features)
+    landmarks, num_gradients = features.mean(1.0), num_last_layer(pipeline.unet)
+    head = CreditHead(
+        num_examples=len(train),
+        num_landmarks=len(train),
+        width=landmarks.shape[1],
+        num_classes=train.num_classes,
+        across=0.5,
+        num_gradients=num_gradients,
+        gradient_share=0.25,
+    )
+    spread = landmarks[:, :-num_gradients].var(dim=0).sum().sqrt()
+    head.scale[:-num_gradients] = 1 / spread
+    head.landmarks.copy_(landmarks * head.scale)
+    head.landmark_labels.copy_(train.labels)
+    head.readout.normal_(generator=torch.Generator().manual_seed(0))
+    return head
+
+
+def test_credit_of_a_sample_drawn_again_is_that_of_its_last_draw(trained, pipe, plain, below, credit_head):
+    """Embeddings, pixels and gradients are put into the rows that were resampled."""
+    trained.pipeline.register_modules(credit=credit_head)
     try:
         found = pipe(LABELS, seeds(*range(6)), resample_below=below, max_resamplings=1)
+        first = pipe(LABELS, seeds(*range(6)))
         for row, times in enumerate(found.resamplings.tolist()):
             generator = seeds(row)
             for _ in range(times + 1):
                 alone = pipe([LABELS[row]], generator)
             expected = alone.attribution.weight[0]
             torch.testing.assert_close(found.attribution.weight[row], expected, atol=1e-4, rtol=1e-3)
+            assert times == 0 or not torch.allclose(first.attribution.weight[row], expected, atol=1e-3)
     finally:
-        pipeline.register_modules(credit=None)
+        trained.pipeline.register_modules(credit=None)
     assert found.resamplings.sum() == 3
+    assert not torch.allclose(first.attribution.weight, plain.attribution.weight, atol=1e-2), "credit, no posterior"
 
 
 def test_what_can_not_be_helped_is_kept_after_so_many_draws(pipe):

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from provgen.generators.closed_form import ClosedFormPosterior, impossible
-from provgen.tracing.attribution import entropy
+from provgen.generators.closed_form import ClosedFormPosterior, LatentPosterior, entropy, impossible
 
 
 def by_loop(train, labels, noisy, alpha_bar, given, null_label):
@@ -172,3 +171,80 @@ def test_the_parents_mean_surprise_is_the_mean_entropy(alpha_bar, is_labelled, i
     difference = -probs.gather(1, parents[:, None])[:, 0].log() - entropy(probs)
     assert entropy(probs).mean() > 0.05, "the parent is uncertain"
     assert abs(float(difference.mean())) < 4 * float(difference.std()) / count**0.5
+
+
+EMPTY_LABELS, EMPTY_NULL = torch.tensor([0, 0, 2]), 4
+"""Examples of classes 0 and 2; classes 1 and 3 have none."""
+
+
+@pytest.fixture(params=["images", "latents"])
+def with_empty_classes(request):
+    """Make a closed form over three points on a line, with a mask of what is covered."""
+    points = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).reshape(3, 1, 1, 1)
+
+    def make(covered=None):
+        if request.param == "images":
+            return ClosedFormPosterior(points, EMPTY_LABELS, null_label=EMPTY_NULL, covered=covered)
+        log_variances = torch.zeros_like(points)
+        return LatentPosterior(points, log_variances, EMPTY_LABELS, null_label=EMPTY_NULL, covered=covered)
+
+    return make
+
+
+def ask_at_zero(posterior, labels):
+    """Ask about a query at 0 for each label; alpha_bar of one half makes the widths of both closed forms alike."""
+    count = len(labels)
+    query = torch.zeros(count, 1, 1, 1, dtype=torch.float64)
+    return posterior.probs(query, torch.full((count,), 0.5, dtype=torch.float64), torch.tensor(labels))
+
+
+def test_a_class_without_examples_has_a_row_of_zeros_and_no_entropy(with_empty_classes):
+    probs = ask_at_zero(with_empty_classes(), [0, 1, 2, 3, EMPTY_NULL])
+    # Squared distances 1, 0, 1 from the query, halved.
+    far = math.exp(-0.5)
+    expected = [
+        [far / (1 + far), 1 / (1 + far), 0],
+        [0, 0, 0],
+        [0, 0, 1],
+        [0, 0, 0],
+        [far / (1 + 2 * far), 1 / (1 + 2 * far), far / (1 + 2 * far)],
+    ]
+    torch.testing.assert_close(probs, torch.tensor(expected, dtype=torch.float64))
+    entropies = [-sum(p * math.log(p) for p in row if p > 0) for row in expected]
+    torch.testing.assert_close(entropy(probs), torch.tensor(entropies, dtype=torch.float64))
+    assert entropy(probs)[[1, 2, 3]].tolist() == [0, 0, 0]
+
+
+def test_a_class_whose_examples_are_not_covered_has_a_row_of_zeros(with_empty_classes):
+    probs = ask_at_zero(with_empty_classes(torch.tensor([False, True, False])), [0, 1, 2, EMPTY_NULL])
+    assert probs.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0]]
+    joined = ask_at_zero(with_empty_classes(torch.tensor([False, False, True])), [2, 0])
+    assert joined.tolist() == [[0, 0, 1], [0, 0, 0]]
+
+
+def test_chunks_of_empty_classes_are_those_of_the_whole(with_empty_classes, monkeypatch):
+    monkeypatch.setattr("provgen.generators.closed_form.MAX_CHUNK_BYTES", 1)
+    query = torch.zeros(4, 1, 1, 1, dtype=torch.float64), torch.full((4,), 0.5), torch.tensor([3, 0, 1, EMPTY_NULL])
+    chunks = torch.cat(list(with_empty_classes().chunks(*query)))
+    torch.testing.assert_close(chunks, with_empty_classes().probs(*query))
+    assert chunks.sum(dim=1).tolist() == pytest.approx([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_entropy_of_a_uniform_row_is_the_log_of_its_length(count):
+    assert float(entropy(torch.full((1, count), 1 / count, dtype=torch.float64))) == pytest.approx(math.log(count))
+
+
+def test_entropy_of_a_certain_row_is_zero():
+    assert entropy(torch.eye(3)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_entropy_of_a_row_of_zeros_is_zero(dtype):
+    assert entropy(torch.zeros(2, 5, dtype=dtype)).tolist() == [0, 0]
+
+
+def test_entropy_of_a_row_that_was_searched_in_part_is_that_of_what_was_found():
+    probs = torch.tensor([[0.3, 0.1, 0.0], [0.06, 0.02, 0.0]], dtype=torch.float64)
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert entropy(probs).tolist() == pytest.approx([expected, expected])

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from provgen.data.splits import entropy_coverage
-from provgen.generators.closed_form import ClosedFormPosterior
-from provgen.tracing.coverage_entropy import ALPHA_BARS, posterior_entropies
+from provgen.generators.closed_form import COVERAGE_ALPHA_BARS, ClosedFormPosterior, posterior_entropies
 from provgen.tracing.trace import WINDOW
 
 
@@ -26,7 +25,7 @@ def planted(generator):
 
 
 def test_levels_lie_in_the_trace_window():
-    assert all(WINDOW[0] < alpha_bar < WINDOW[1] for alpha_bar in ALPHA_BARS)
+    assert all(WINDOW[0] < alpha_bar < WINDOW[1] for alpha_bar in COVERAGE_ALPHA_BARS)
 
 
 @pytest.mark.parametrize("alpha_bar", [0.1, 0.4, 0.8])

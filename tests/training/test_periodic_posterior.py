@@ -7,7 +7,7 @@ from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.training.targets import UPDATE_EVERY, PeriodicPosterior
 
 QUERIES = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(6, 1, 1, 1)
-SIGNAL = torch.full((6,), 0.7, dtype=torch.float64)
+ALPHA_BAR = torch.full((6,), 0.7, dtype=torch.float64)
 NULL = torch.full((6,), 1)
 
 
@@ -33,24 +33,24 @@ def posterior(made):
 
 def test_nothing_is_made_before_it_is_asked_for(posterior, made):
     assert made == []
-    posterior.probs(QUERIES, SIGNAL, NULL)
+    posterior.probs(QUERIES, ALPHA_BAR, NULL)
     assert len(made) == 1
 
 
 def test_it_is_made_anew_after_so_many_calls_and_not_before(posterior, made):
     counts = []
     for _ in range(2 * UPDATE_EVERY + 1):
-        posterior.probs(QUERIES, SIGNAL, NULL)
+        posterior.probs(QUERIES, ALPHA_BAR, NULL)
         counts.append(len(made))
     assert counts == [1] * UPDATE_EVERY + [2] * UPDATE_EVERY + [3]
 
 
 def test_answers_are_those_of_the_newest(posterior, made):
     for call in range(UPDATE_EVERY + 2):
-        probs = posterior.probs(QUERIES, SIGNAL, NULL)
-        expected = closed_form(1.0 + call // UPDATE_EVERY).probs(QUERIES, SIGNAL, NULL)
+        probs = posterior.probs(QUERIES, ALPHA_BAR, NULL)
+        expected = closed_form(1.0 + call // UPDATE_EVERY).probs(QUERIES, ALPHA_BAR, NULL)
         assert torch.equal(probs, expected)
-    assert not torch.equal(probs, closed_form(1.0).probs(QUERIES, SIGNAL, NULL))
+    assert not torch.equal(probs, closed_form(1.0).probs(QUERIES, ALPHA_BAR, NULL))
 
 
 def test_a_query_is_passed_on_as_it_is(posterior):
@@ -67,7 +67,7 @@ def test_a_query_is_passed_on_as_it_is(posterior):
 def test_it_is_made_at_every_checkpoint(checkpoint_every, every, made):
     posterior = PeriodicPosterior(lambda: made.append(0) or closed_form(1.0), checkpoint_every=checkpoint_every)
     for _ in range(checkpoint_every):
-        posterior.probs(QUERIES, SIGNAL, NULL)
+        posterior.probs(QUERIES, ALPHA_BAR, NULL)
     assert len(made) == checkpoint_every // every, "evenly"
-    posterior.probs(QUERIES, SIGNAL, NULL)
+    posterior.probs(QUERIES, ALPHA_BAR, NULL)
     assert len(made) == checkpoint_every // every + 1, "the first step after a checkpoint makes it anew"
