@@ -1,10 +1,12 @@
 """Resampling through the pipeline: only samples with too few sources, from their own generators, and not for ever."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from provgen.data.images import to_unit_range
-from provgen.models.credit import CreditHead
+from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kernel
 from provgen.models.diffusion import num_last_layer
 from provgen.tracing.trace import WINDOW, CreditFeatures, trace
 
@@ -75,9 +77,8 @@ def credit_head(trained):
         num_landmarks=len(train),
         width=landmarks.shape[1],
         num_classes=train.num_classes,
-        across=0.5,
         num_gradients=num_gradients,
-        gradient_share=0.25,
+        calibration=asdict(Calibration(GaussianProcess(Kernel(1.0, 0.5, (0.5, 0.5), gradient_share=0.25), ridge=3.0))),
     )
     spread = landmarks[:, :-num_gradients].var(dim=0).sum().sqrt()
     head.scale[:-num_gradients] = 1 / spread
