@@ -8,18 +8,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMScheduler
 
 from provgen import build
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
+from provgen.evaluation import NetworkPosterior
 from provgen.generators.closed_form import ClosedFormPosterior
-from provgen.generators.observers import DiffusionObserver
-from provgen.models.diffusion import encoder_shapes, make_denoiser, make_training_scheduler
+from provgen.generators.diffusion import DiffusionGenerator
+from provgen.generators.protocol import Generator
+from provgen.models.diffusion import (
+    encoder_shapes,
+    make_denoiser,
+    make_sampling_scheduler,
+    make_training_scheduler,
+)
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
-from provgen.tracing.network import NetworkPosterior
 
 TINY = (
     "data.max_train_images=40",
@@ -162,8 +169,23 @@ def tiny_posterior(tiny_networks):
     """Make the posterior of such networks."""
 
     def make(images: ImageSet, **more) -> NetworkPosterior:
-        observer = DiffusionObserver(make_training_scheduler("linear"), torch.device("cpu"))
-        return NetworkPosterior(observer, *tiny_networks(images, **more))
+        denoiser, provenance = tiny_networks(images, **more)
+        scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
+        return NetworkPosterior(DiffusionGenerator(network=denoiser, scheduler=scheduler), provenance)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def generator_of(tiny_settings):
+    """Make a generator of a kind for a set of images, with random weights that do not train."""
+
+    def make(kind: str, images: ImageSet, *overrides: str) -> Generator:
+        settings = tiny_settings(f"generator.kind={kind}", *overrides)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = build.make_network(settings, images).eval().requires_grad_(requires_grad=False)
+        return build.make_generator(settings, images, network)
 
     return make
 
@@ -171,6 +193,18 @@ def tiny_posterior(tiny_networks):
 @pytest.fixture(scope="session")
 def alphas_cumprod():
     return make_training_scheduler("linear").alphas_cumprod
+
+
+@pytest.fixture(scope="session")
+def sampler_of():
+    """Make a sampler of so many steps, apart from any generator's."""
+
+    def make(num_inference_steps: int) -> DDIMScheduler:
+        scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    return make
 
 
 @pytest.fixture

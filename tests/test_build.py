@@ -7,8 +7,14 @@ import torch
 
 from provgen import build
 from provgen.data.manifest import Manifest
+from provgen.generators.classifier import ClassifierGenerator
+from provgen.generators.diffusion import DiffusionGenerator
+from provgen.generators.vae import VaeGenerator
+from provgen.models.diffusion import encoder_shapes
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
+
+KINDS = {"diffusion": DiffusionGenerator, "vae": VaeGenerator, "none": ClassifierGenerator}
 
 
 def test_processes_that_do_not_know_of_one_another_are_refused(accelerator, monkeypatch, message_of):
@@ -54,7 +60,7 @@ def test_the_generator_starts_the_same_whatever_its_provenance_network_is(kind, 
             "provenance.index_head=two_stage",
         )
     )
-    name = alone.observer.name
+    name = alone.generator.name
     expected = alone.networks[name].state_dict()
     for trainer in others:
         weights = trainer.networks[name].state_dict()
@@ -281,3 +287,98 @@ def test_a_classifier_with_nothing_to_learn_is_refused(
     data = replace(tiny_data, train=images, manifest=Manifest.of(images, images.select(torch.arange(0))))
     settings = tiny_settings("generator.kind=none", *overrides)
     assert "provenance.class_loss_weight" in message_of(build.make_trainer, settings, data, accelerator)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_choose_the_kind_of_generator(kind, generator_of, random_images):
+    assert type(generator_of(kind, random_images(9))) is KINDS[kind]
+
+
+def test_without_saying_so_it_is_a_denoiser(tiny_settings, random_images):
+    settings, images = tiny_settings(), random_images(9)
+    network = build.make_network(settings, images)
+    assert isinstance(build.make_generator(settings, images, network), DiffusionGenerator)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", ["tiny", "medium"])
+def test_all_kinds_have_stages_of_the_same_shapes(kind, size, tiny_settings, random_images):
+    settings = tiny_settings(f"generator.kind={kind}", f"generator.size={size}")
+    assert build.stage_shapes(settings, random_images(4, channels=3, size=12)) == encoder_shapes(size, 12, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_size_that_cannot_be_halved_is_refused(kind, tiny_settings, random_images, message_of):
+    settings = tiny_settings(f"generator.kind={kind}")
+    message = message_of(build.make_network, settings, random_images(4, size=9))
+    assert "data.image_size must be a multiple of 2" in message
+
+
+def test_only_a_denoiser_is_given_labels_some_of_the_time(tiny_settings):
+    settings = [tiny_settings(f"generator.kind={kind}", "generator.label_dropout=0.3") for kind in KINDS]
+    assert [build.label_dropout(each) for each in settings] == [0.3, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "has_head"),
+    [
+        ((), True),
+        (("provenance.class_loss_weight=0",), False),
+        (("provenance.class_loss_weight=0", "provenance.index_head=class_conditional"), True),
+        (("provenance.index_head=none",), True),
+    ],
+)
+def test_a_classifier_has_a_class_head_where_something_trains_it(overrides, has_head, generator_of, random_images):
+    network = generator_of("none", random_images(9), *overrides).network
+    assert (network.class_head is not None) == has_head
+    assert network.config.num_classes == (3 if has_head else 0)
+
+
+def test_images_without_classes_have_no_class_head(generator_of, random_images):
+    assert generator_of("none", random_images(4, num_classes=0)).network.class_head is None
+
+
+def test_losses_weigh_their_parts_as_the_settings_say(generator_of, random_images):
+    images = random_images(4)
+    assert generator_of("vae", images, "generator.kl_weight=0.2").kl_weight == 0.2
+    assert generator_of("none", images, "provenance.class_loss_weight=0.3").class_loss_weight == 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_of_batches_has_noise_of_the_generator_s_shape(kind, generator_of, tiny_settings, tiny_data):
+    batch = build.make_stream(tiny_settings(f"generator.kind={kind}"), tiny_data.train).batch(0)
+    assert batch.noise.shape[1:] == generator_of(kind, tiny_data.train).noise_shape
+    is_given = batch.labels < tiny_data.train.num_classes
+    assert bool(is_given.any()) == (kind == "diffusion")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_run_has_the_generator_of_its_pipeline_and_its_losses(kind, trained_of):
+    trained = trained_of(kind)
+    generator, of_pipeline = trained.generator, trained.pipeline.generator
+    assert type(generator) is type(of_pipeline) is KINDS[kind]
+    assert generator.network is of_pipeline.network is trained.pipeline.network
+    batch = build.make_stream(trained.settings, trained.data.train).batch(0)
+    with torch.no_grad():
+        first, second = (each.forward(batch) for each in (generator, of_pipeline))
+    torch.testing.assert_close(first.query, second.query)
+    assert first.parts.keys() == second.parts.keys()
+    for name, part in first.parts.items():
+        torch.testing.assert_close(part, second.parts[name])
+    if kind == "none":
+        torch.testing.assert_close(first.loss, 0.01 * first.parts["class_loss"])
+    if kind == "diffusion":
+        steps = [g.alpha_bars(20) for g in (generator, of_pipeline)]
+        assert torch.equal(*steps), "both sample at the same levels"
+
+
+def test_the_closed_form_of_a_run_can_be_of_what_is_covered(trained):
+    covered = torch.arange(40) < 30
+    whole, part = trained.closed_form(), trained.closed_form(covered=covered)
+    query = (
+        torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((5,), 0.05),
+        torch.full((5,), 10),
+    )  # fmt: skip
+    expected = whole.probs(*query)[:, covered]
+    torch.testing.assert_close(part.probs(*query)[:, covered], expected / expected.sum(1, keepdim=True))
+    assert not part.probs(*query)[:, ~covered].any()

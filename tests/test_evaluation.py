@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from provgen import build, evaluation
+from provgen.generators.losses import denoiser_divergence
 from provgen.metrics.index_quality import LEVELS, mean_kl_gap
 from provgen.run import RunFolder
+from provgen.tracing.trace import WINDOW
 
 KINDS = ("diffusion", "vae", "none")
 
@@ -46,16 +48,17 @@ def test_averaged_networks_are_copies_that_do_not_train(kind, trainer_of):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_probe_asks_covered_examples_alone_at_the_levels_of_the_kind(kind, tiny_settings, tmp_path):
+def test_the_probe_asks_covered_examples_alone_at_the_levels_of_the_kind(kind, generator_of, tiny_settings, tmp_path):
     settings = tiny_settings(f"generator.kind={kind}", "provenance.coverage=0.3")
     data = build.open_data(settings, RunFolder(tmp_path))
-    probe, again = (evaluation.make_probe(settings, data) for _ in range(2))
+    generator = generator_of(kind, data.train)
+    probe, again = (evaluation.make_probe(generator, settings, data) for _ in range(2))
     assert len(probe.batches) == (len(LEVELS) if kind == "diffusion" else 1)
     for batch, other in zip(probe.batches, again.batches, strict=True):
         assert torch.equal(batch.indices.sort().values, data.covered.nonzero().flatten())
         assert torch.equal(batch.noise, other.noise)
         assert torch.equal(batch.indices, other.indices)
-    few = evaluation.make_probe(settings, data, num_queries=5)
+    few = evaluation.make_probe(generator, settings, data, num_queries=5)
     assert torch.equal(few.batches[0].indices, probe.batches[0].indices[:5])
     assert probe.is_conditional == (kind == "diffusion")
 
@@ -72,8 +75,8 @@ def few_levels(monkeypatch):
 def test_index_metrics_stay_below_their_ceilings_for_every_kind(kind, coverage, trainer_of):
     trainer, settings, data = trainer_of(f"generator.kind={kind}", f"provenance.coverage={coverage}")
     network = evaluation.averaged_posterior(trainer)
-    ceiling = evaluation.make_ceiling(settings, data, network.network)
-    qualities = evaluation.make_probe(settings, data).measure(network, ceiling)
+    ceiling = evaluation.make_ceiling(network.generator, data)
+    qualities = evaluation.make_probe(network.generator, settings, data).measure(network, ceiling)
     assert {quality.rows for quality in qualities} == (
         {"conditional", "unconditional"} if kind == "diffusion" else {"unconditional"}
     )
@@ -92,8 +95,8 @@ def test_the_ceiling_of_mixed_targets_is_raised(mixing, trainer_of):
         "generator.kind=none", "provenance.label_mixing=0.5", f"provenance.mixing={mixing}"
     )
     network = evaluation.averaged_posterior(trainer)
-    ceiling = evaluation.make_ceiling(settings, data, network.network)
-    (quality,) = evaluation.make_probe(settings, data).measure(network, ceiling)
+    ceiling = evaluation.make_ceiling(network.generator, data)
+    (quality,) = evaluation.make_probe(network.generator, settings, data).measure(network, ceiling)
     # The parent is certain, so that the floor is the entropy of a row of the mixing itself.
     mixed = build.make_mixing(settings.provenance, data, torch.device("cpu"))
     rows = mixed(torch.eye(40, dtype=torch.float64))
@@ -154,9 +157,9 @@ def test_losses_of_the_generator_are_those_of_every_image(kind, trained_of, monk
 
 @pytest.mark.parametrize(("kind", "head"), [("diffusion", "none"), ("vae", "none"), ("vae", "class_independent")])
 def test_samples_are_those_of_the_pipeline(kind, head, trainer_of):
-    trainer, settings, data = trainer_of(f"generator.kind={kind}", f"provenance.index_head={head}")
-    sampled = evaluation.sample(evaluation.make_pipeline(trainer, settings, data), settings, data, count=3)
-    pipe = evaluation.make_pipeline(trainer, settings, data)
+    trainer, _, data = trainer_of(f"generator.kind={kind}", f"provenance.index_head={head}")
+    sampled = evaluation.sample(evaluation.make_pipeline(trainer, data), data, count=3)
+    pipe = evaluation.make_pipeline(trainer, data)
     pipe.set_progress_bar_config(disable=True)
     labels = [0, 1, 2] if kind == "diffusion" else None
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
@@ -168,7 +171,8 @@ def test_samples_are_those_of_the_pipeline(kind, head, trainer_of):
 def test_a_generator_without_provenance_network_saves_no_pipeline(trainer_of, tmp_path):
     for head in ("none", "class_independent"):
         folder = RunFolder(tmp_path / head)
-        evaluation.save_pipeline(*trainer_of(f"provenance.index_head={head}"), folder)
+        trainer, _, data = trainer_of(f"provenance.index_head={head}")
+        evaluation.save_pipeline(trainer, data, folder)
         assert folder.pipeline.is_dir() == (head != "none")
 
 
@@ -176,13 +180,13 @@ def test_a_generator_without_provenance_network_saves_no_pipeline(trainer_of, tm
 @pytest.mark.parametrize("head", ["class_independent", "two_stage"])
 def test_an_evaluation_holds_every_level_the_gaps_and_the_recall_of_a_beam(head, trainer_of):
     trainer, settings, data = trainer_of(f"provenance.index_head={head}", "provenance.beam=2")
-    probe = evaluation.make_probe(settings, data)
-    measured = evaluation.evaluate(probe, trainer, settings, data)
+    probe = evaluation.make_probe(trainer.generator, settings, data)
+    measured = evaluation.evaluate(probe, trainer, data)
     network = evaluation.averaged_posterior(trainer)
-    qualities = probe.measure(network, evaluation.make_ceiling(settings, data, network.network))
+    qualities = probe.measure(network, evaluation.make_ceiling(network.generator, data))
     assert measured["index_quality"] == [quality.as_row() for quality in qualities]
     for rows in ("conditional", "unconditional"):
-        assert measured[f"kl_gap_{rows}"] == mean_kl_gap(qualities, rows).value
+        assert measured[f"kl_gap_{rows}"] == mean_kl_gap(qualities, rows, WINDOW).value
         assert measured[f"kl_gap_{rows}_low"] <= measured[f"kl_gap_{rows}"] <= measured[f"kl_gap_{rows}_high"]
     assert ("beam_recall10" in measured) == (head == "two_stage")
     if head == "two_stage":
@@ -211,3 +215,41 @@ def test_evidence_is_taken_from_whole_posteriors(trained):
         assert found.late_entropy[row] == pytest.approx(float(traces[0].step_entropy[0, -1]), rel=1e-3)
     asked_nothing = evaluation.evidence_of(trained, images, torch.full_like(labels, train.num_classes))
     assert asked_nothing.of_class.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "is_conditional", "expected"),
+    [(3, True, [0, 1, 2, 0, 1]), (3, False, [None] * 5), (0, True, [None] * 5)],
+)
+def test_classes_are_sampled_in_turn(num_classes, is_conditional, expected, random_images):
+    train = random_images(6, num_classes=num_classes)
+    assert evaluation.classes_in_turn(train, 5, is_conditional=is_conditional) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_is_asked_about_what_its_generator_made_of_a_batch(kind, trained_of):
+    trained = trained_of(kind)
+    network, data = evaluation.posterior_of(trained), trained.data
+    batch = evaluation.make_probe(network.generator, trained.settings, data, num_queries=6).batches[0]
+    output, predicted = network.forward(batch)
+    expected = trained.generator.forward(batch)
+    torch.testing.assert_close(output.query, expected.query)
+    logits = trained.pipeline.provenance(
+        expected.feature_maps, expected.alpha_bar, expected.class_labels, expected.class_logits
+    ).index_logits
+    torch.testing.assert_close(predicted.index_logits, logits)
+    torch.testing.assert_close(network.index_logits(output), logits)
+    assert predicted.index_logits.shape == (6, len(data.train))
+    assert not predicted.index_logits.requires_grad
+
+
+def test_the_divergence_is_measured_at_every_level_and_by_its_timestep(trained):
+    generator, train = trained.generator, trained.data.train
+    images = train.select(torch.arange(3))
+    found = evaluation.divergence_by_step(generator, train, images)
+    assert list(found) == generator.timesteps(LEVELS)
+    closed_form = generator.closed_form(train, dtype=torch.float64, device=torch.device("cpu"))
+    steps = list(found)[:2]
+    expected = denoiser_divergence(generator, closed_form, images, timesteps=steps, seed=0)
+    for row, step in enumerate(steps):
+        torch.testing.assert_close(found[step], expected[:, row], rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from provgen.data.images import to_pil
+from provgen.data.images import to_pil, to_uint8
 from provgen.data.manifest import Manifest
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.pipeline import ProvenancePipeline
@@ -86,6 +86,19 @@ def test_generating_without_traces_gives_the_same_images(pipe, three):
     assert plain.closed_form is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "scale"), [("diffusion", LABELS, 1.0), ("diffusion", LABELS, 2.0), ("vae", None, 1.0)]
+)
+def test_sampling_without_traces_is_a_loop_over_steps(kind, labels, scale, trained_of):
+    pipeline = trained_of(kind).pipeline
+    null, asked = pipeline.null_label, {"num_inference_steps": 10, "guidance_scale": scale}
+    given = torch.tensor([null if label is None else label for label in labels or [None] * 3])
+    for step in pipeline.generator.sample(given, null_label=null, generator=seeds(0, 1, 2), **asked):
+        images = step.images
+    plain = pipeline(labels, batch_size=3, generator=seeds(0, 1, 2), top_k=None, output_type="pt", **asked)
+    assert torch.equal(to_uint8(images), plain.images)
+
+
 def test_a_trace_is_complete(three, trained):
     for attribution in (three.attribution, three.closed_form):
         assert attribution.example_index.shape == (3, 5)
@@ -94,7 +107,7 @@ def test_a_trace_is_complete(three, trained):
         assert (attribution.posterior.diff(dim=1) <= 0).all()
         assert attribution.step_entropy.shape == (3, len(attribution.alpha_bar))
         assert (attribution.alpha_bar.diff() > 0).all()
-        levels = trained.pipeline.scheduler.alphas_cumprod[trained.pipeline.scheduler.timesteps]
+        levels = trained.pipeline.generator.alpha_bars(10)
         torch.testing.assert_close(attribution.alpha_bar, levels[levels >= LEAST_ALPHA_BAR])
         labels = trained.data.train.labels
         for row, label in enumerate(LABELS[:2]):
@@ -278,7 +291,7 @@ def decoded(trained_of):
 
 def test_an_autoencoder_generates_and_traces(trained_of, decoded):
     pipe = trained_of("vae").pipeline
-    assert not pipe.is_class_conditional
+    assert not pipe.generator.is_class_conditional
     assert decoded.images.shape == (3, 1, 8, 8)
     assert decoded.images.dtype == torch.uint8
     for attribution in (decoded.attribution, decoded.closed_form):
@@ -354,7 +367,7 @@ def test_what_a_kind_cannot_do_is_refused(trained_of, message_of):
     for top_k in (None, 3):
         message = message_of(classifier, batch_size=2, top_k=top_k, **FAST)
         assert "cannot generate 2 images" in message
-    assert not classifier.is_class_conditional
+    assert not classifier.generator.is_class_conditional
 
 
 @pytest.fixture

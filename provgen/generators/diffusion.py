@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,12 +56,18 @@ class DiffusionGenerator(Generator):
 
     def alpha_bars(self, num_inference_steps: int) -> Tensor:
         """Give the cumulative alphas of sampling steps, rising, (step,)."""
+        scheduler = self.sampler(num_inference_steps)
+        levels: Tensor = scheduler.alphas_cumprod[scheduler.timesteps]
+        return levels
+
+    def sampler(self, num_inference_steps: int) -> DDIMScheduler:
+        """Give a scheduler of so many steps, apart from those of other runs that are under way."""
         most = self.scheduler.config.num_train_timesteps
         if not 10 <= num_inference_steps <= most:
             raise InputError(f"num_inference_steps must be 10 to {most}, got {num_inference_steps}")
-        self.scheduler.set_timesteps(num_inference_steps)
-        levels: Tensor = self.scheduler.alphas_cumprod[self.scheduler.timesteps]
-        return levels
+        scheduler = copy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
 
     def forward(self, batch: Batch, *, with_feature_maps: bool = True) -> Output:
         """Noise the images to the batch's timesteps and predict the noise."""
@@ -91,29 +98,28 @@ class DiffusionGenerator(Generator):
         guidance_scale: float,
     ) -> Iterator[Step]:
         """Sample by DDIM; steps show the conditional branch."""
-        self.alpha_bars(num_inference_steps)  # sets the timesteps
+        scheduler = self.sampler(num_inference_steps)
         images = randn_tensor(
             (len(class_labels), *self.noise_shape),
             generator=generator,
             device=self.network.device,
             dtype=self.network.dtype,
         )
-        for number, timestep in enumerate(self.scheduler.timesteps):
+        for number, timestep in enumerate(scheduler.timesteps):
             step = self.step_at(images, timestep, class_labels, number=number)
             noise = step.last_layer.output
             if guidance_scale != 1:
                 null = torch.full_like(class_labels, null_label)
                 unconditional = self.network(images, timestep, class_labels=null).sample
                 noise = torch.lerp(unconditional, noise, guidance_scale)
-            images = self.scheduler.step(noise, timestep, images).prev_sample
+            images = scheduler.step(noise, timestep, images).prev_sample
             step.images = images
             yield step
 
     @torch.no_grad()
     def renoise(self, images: Tensor, class_labels: Tensor, *, num_inference_steps: int, seed: int) -> Iterator[Step]:
         """Noise images to the levels of the sampler, from noise to image."""
-        self.alpha_bars(num_inference_steps)
-        for number, timestep in enumerate(self.scheduler.timesteps):
+        for number, timestep in enumerate(self.sampler(num_inference_steps).timesteps):
             yield self.step_at(self.noised(images, timestep, seed), timestep, class_labels, number=number)
 
     def step_at(self, noisy: Tensor, timestep: Tensor, class_labels: Tensor, *, number: int) -> Step:

@@ -24,8 +24,8 @@ T = TypeVar("T")
 SCHEMA_VERSION = 2
 """Version of kept results; those of provgen 0.1 were .npz files."""
 
-BYTES_PER_FILE = 400_000
-"""Uncompressed size up to which rows are compacted into one file, so that it can be kept in git."""
+BYTES_PER_FILE = 600_000
+"""Uncompressed size up to which rows are compacted into one file: less than 500 kB, so that git can keep it."""
 
 
 @dataclass(frozen=True)

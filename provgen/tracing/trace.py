@@ -300,7 +300,7 @@ class Recorder:
     def __call__(self, step: Step) -> None:
         """Keep a step."""
         if step.alpha_bar >= LEAST_ALPHA_BAR:
-            self._steps.append((step.query.cpu(), step.timestep, step.alpha_bar))
+            self._steps.append((step.query.cpu(), step.timestep, step.alpha_bar.cpu()))
 
     def noisy_images(self) -> NoisyImages:
         """Give what was kept."""

@@ -1,259 +1,94 @@
-"""With the closed form in the network's place nothing is lost; no network beats its ceiling."""
+"""Index metrics of posteriors worked out by hand, and the mean gap over a window."""
+
+import math
 
 import pytest
 import torch
-from provgen.generators.observers import Observation
 
-from provgen.data.batches import Batch, fixed_batches
-from provgen.generators.closed_form import ClosedFormPosterior
-from provgen.metrics import index_quality
-from provgen.metrics.index_quality import LEVELS, IndexProbe, IndexQuality, mean_kl_gap
+from provgen.metrics.index_quality import IndexQuality, index_hits, index_quality, mean_kl_gap
 from provgen.metrics.statistics import Estimate
-from provgen.models.classifier import CLEAN_ALPHA_BAR
-from provgen.models.provenance import ProvenanceOutput
-from provgen.training.targets import ClassMixing
+
+WINDOW = (0.05, 0.9)
+
+POSTERIOR = torch.tensor([[0.5, 0.25, 0.25, 0.0, 0.0, 0.0], [0.0, 0.1, 0.2, 0.3, 0.25, 0.15]], dtype=torch.float64)
+NETWORK = torch.tensor([[0.25, 0.5, 0.05, 0.1, 0.06, 0.04], [0.5, 0.1, 0.2, 0.1, 0.05, 0.05]], dtype=torch.float64)
 
 
-class ExactNetwork:
-    """The closed form where a network is expected, softened by a temperature; 1 is exact."""
-
-    def __init__(self, closed_form: ClosedFormPosterior, alpha_bars: torch.Tensor, temperature: float = 1.0) -> None:
-        self.closed_form = closed_form
-        self.alpha_bars = alpha_bars
-        self.temperature = temperature
-
-    def observe(self, batch: Batch) -> tuple[Observation, ProvenanceOutput]:
-        alpha_bar = self.alpha_bars[batch.timesteps].double()
-        a = alpha_bar[:, None, None, None]
-        noisy = a.sqrt() * batch.clean_images + (1 - a).sqrt() * batch.noise
-        probs = self.closed_form.probs(noisy, alpha_bar, batch.labels)
-        logits = probs.clamp_min(1e-300).log() / self.temperature
-        seen = Observation(
-            loss=alpha_bar,
-            parts={},
-            feature_maps=[],
-            alpha_bar=alpha_bar,
-            class_labels=batch.labels,
-            query=noisy,
-        )
-        return seen, ProvenanceOutput(index_logits=logits)
+def cross_entropy(target, probs):
+    return -sum(t * math.log(p) for t, p in zip(target, probs, strict=True) if t > 0)
 
 
-@pytest.fixture
-def images(random_images):
-    """Close to one another, so that the parent of a noisy image is in doubt at every level."""
-    some = random_images(30, num_classes=3, size=4)
-    object.__setattr__(some, "images", (some.images // 6) + 100)
-    return some
+def test_hits_of_each_query_by_hand():
+    hits = index_hits(NETWORK.log(), POSTERIOR, None)
+    rows = list(zip(POSTERIOR.tolist(), NETWORK.tolist(), strict=True))
+    assert hits[:, 0].tolist() == pytest.approx([cross_entropy(*row) for row in rows])
+    assert hits[:, 1].tolist() == pytest.approx([cross_entropy(target, target) for target, _ in rows])
+    # The network names example 1, then example 0; the best are examples 0 and 3.
+    assert hits[:, 2].tolist() == [0.25, 0.0]
+    assert hits[:, 3].tolist() == [0.5, 0.3]
+    # Of six, the network leaves out one: the last of the first row, and one of the last two of the second.
+    assert hits[0, 4].item() == pytest.approx(1.0)
+    assert hits[1, 4].item() in (pytest.approx(0.75), pytest.approx(0.85))
+    assert hits[:, 5].tolist() == pytest.approx([1.0, 1.0])
 
 
-@pytest.fixture
-def make_probe(alphas_cumprod):
-    """Make a probe of at most twenty queries at every level."""
-
-    def make(images, *, mixing=None, is_conditional=True, seed=0, count=20):
-        timesteps = [int((alphas_cumprod - level).abs().argmin()) for level in LEVELS]
-        rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-        shape = tuple(images.images.shape[1:])
-        batches = fixed_batches(images, rows, timesteps, noise_shape=shape, seed=seed)
-        return IndexProbe(batches, null_label=images.num_classes, is_conditional=is_conditional, mixing=mixing)
-
-    return make
+def test_hits_of_mixed_targets_move_the_entropies_and_nothing_else():
+    plain = index_hits(NETWORK.log(), POSTERIOR, None)
+    mixed = index_hits(NETWORK.log(), POSTERIOR, lambda probs: 0.5 * probs + 0.5 / 6)
+    targets = (0.5 * POSTERIOR + 0.5 / 6).tolist()
+    expected = [cross_entropy(target, probs) for target, probs in zip(targets, NETWORK.tolist(), strict=True)]
+    assert mixed[:, 0].tolist() == pytest.approx(expected)
+    assert mixed[:, 1].tolist() == pytest.approx([cross_entropy(target, target) for target in targets])
+    assert torch.equal(mixed[:, 2:], plain[:, 2:])
 
 
-@pytest.fixture
-def measure_exact(make_probe, closed_form_of, alphas_cumprod):
-    """Measure the closed form itself, softened by a temperature."""
-
-    def measure(images, temperature=1.0, **changed):
-        closed_form = closed_form_of(images)
-        network = ExactNetwork(closed_form, alphas_cumprod, temperature)
-        return make_probe(images, **changed).measure(network, closed_form)
-
-    return measure
+def test_fewer_than_five_examples_are_all_named():
+    posterior = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
+    hits = index_hits(posterior.flip(1).log(), posterior, None)
+    assert hits[0, 2:].tolist() == pytest.approx([0.1, 0.7, 1.0, 1.0])
 
 
-def test_the_closed_form_has_no_gap_and_reaches_every_ceiling(images, measure_exact):
-    qualities = measure_exact(images)
-    assert len(qualities) == 2 * len(LEVELS)
-    for quality in qualities:
-        assert quality.kl_gap.value == pytest.approx(0, abs=1e-9)
-        assert quality.cross_entropy == pytest.approx(quality.cross_entropy_ceiling, abs=1e-9)
-        assert quality.top1.value == pytest.approx(quality.top1_ceiling, abs=1e-12)
-        assert quality.top5.value == pytest.approx(quality.top5_ceiling, abs=1e-12)
-        assert quality.kl_gap.n == 20
-    in_doubt = [quality for quality in qualities if quality.cross_entropy_ceiling > 0.1]
-    assert len(in_doubt) > 6
-    assert mean_kl_gap(qualities, "unconditional").value == pytest.approx(0, abs=1e-9)
+def test_a_quality_is_the_mean_over_queries():
+    hits = index_hits(NETWORK.log(), POSTERIOR, None)
+    quality = index_quality(0.3, "conditional", hits)
+    assert (quality.alpha_bar, quality.rows) == (0.3, "conditional")
+    means = hits.mean(dim=0).tolist()
+    found = [
+        quality.cross_entropy, quality.cross_entropy_ceiling, quality.top1.value, quality.top1_ceiling,
+        quality.top5.value, quality.top5_ceiling,
+    ]  # fmt: skip
+    assert found == pytest.approx(means)
+    gaps = hits[:, 0] - hits[:, 1]
+    assert torch.equal(quality.query_gaps, gaps)
+    assert quality.kl_gap.value == pytest.approx(float(gaps.mean()))
+    row = quality.as_row()
+    assert row["n"] == 2
+    assert row["kl_gap_low"] <= row["kl_gap"] <= row["kl_gap_high"]
+    assert all(isinstance(value, (int, float, str)) for value in row.values())
 
 
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_another_temperature_opens_the_gap_and_keeps_the_order(temperature, images, measure_exact):
-    qualities = measure_exact(images, temperature)
-    for quality in qualities:
-        assert quality.kl_gap.value > -1e-12
-        assert quality.top1.value == pytest.approx(quality.top1_ceiling, abs=1e-12)
-    assert mean_kl_gap(qualities, "unconditional").value > 0.01
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_network_exceeds_a_ceiling(seed, images, make_probe, closed_form_of, tiny_posterior):
-    qualities = make_probe(images, seed=seed).measure(tiny_posterior(images, seed=seed), closed_form_of(images))
-    for quality in qualities:
-        assert quality.kl_gap.value > 0
-        assert quality.top1.value <= quality.top1_ceiling + 1e-12
-        assert quality.top5.value <= quality.top5_ceiling + 1e-12
-    assert sum(quality.top1_ceiling - quality.top1.value for quality in qualities) > 0.1
-
-
-def test_the_ceiling_of_a_network_that_covers_some_is_over_those(images, make_probe, tiny_posterior):
-    covered = torch.arange(0, 30, 2)
-    is_covered = torch.zeros(30, dtype=torch.bool).index_fill(0, covered, value=True)
-    pixels = images.images.double() / 127.5 - 1
-    some, everything = (
-        ClosedFormPosterior(pixels, images.labels, null_label=3, covered=mask) for mask in (is_covered, None)
-    )
-    probe, network = make_probe(images), tiny_posterior(images, covered=covered)
-    for quality, uncovered in zip(probe.measure(network, some), probe.measure(network, everything), strict=True):
-        assert 0 < quality.kl_gap.value < 100
-        assert quality.top1.value <= quality.top1_ceiling + 1e-12
-        assert uncovered.kl_gap.value > 1e3, "no network can name what it does not cover"
-
-
-def test_labelled_rows_have_ceilings_of_their_own(images, measure_exact):
-    qualities = measure_exact(images)
-    pairs = zip(qualities[::2], qualities[1::2], strict=True)
-    for labelled, null in pairs:
-        assert (labelled.rows, null.rows) == ("conditional", "unconditional")
-        assert labelled.alpha_bar == null.alpha_bar
-        assert labelled.cross_entropy_ceiling < null.cross_entropy_ceiling
-        assert labelled.top1_ceiling > null.top1_ceiling
-
-
-def test_a_generator_that_is_told_nothing_has_null_rows_alone(images, measure_exact):
-    is_conditional, untold = measure_exact(images), measure_exact(images, is_conditional=False)
-    assert [quality.rows for quality in untold] == ["unconditional"] * len(LEVELS)
-    assert [q.as_row() for q in untold] == [q.as_row() for q in is_conditional if q.rows == "unconditional"]
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_with_label_mixing_the_floor_is_the_mixed_posteriors_entropy(share, images, measure_exact):
-    mixing = ClassMixing(images.labels, num_classes=3, share=share)
-    plain, qualities = measure_exact(images), measure_exact(images, mixing=mixing)
-    for quality, unmixed in zip(qualities, plain, strict=True):
-        assert quality.cross_entropy_ceiling > unmixed.cross_entropy_ceiling
-        assert quality.kl_gap.value > 0, "the closed form itself is no longer the optimum"
-        assert quality.top1.value == unmixed.top1.value, "the parent is one image, whatever the targets were"
-
-
-def test_mixed_targets_are_the_optimum_of_a_network_trained_on_them(images, make_probe, closed_form_of, alphas_cumprod):
-    mixing = ClassMixing(images.labels, num_classes=3, share=0.3)
-    closed_form = closed_form_of(images)
-
-    class Mixed(ClosedFormPosterior):
-        def probs(self, *query):
-            return mixing(super().probs(*query))
-
-    pixels = images.images.double() / 127.5 - 1
-    network = ExactNetwork(Mixed(pixels, images.labels, null_label=3), alphas_cumprod)
-    for quality in make_probe(images, mixing=mixing).measure(network, closed_form):
-        assert quality.kl_gap.value == pytest.approx(0, abs=1e-9)
-
-
-def test_a_set_without_labels_has_null_rows_alone(random_images, measure_exact):
-    qualities = measure_exact(random_images(8, num_classes=0))
-    assert [quality.rows for quality in qualities] == ["unconditional"] * len(LEVELS)
-    assert {len(quality.query_gaps) for quality in qualities} == {8}
-
-
-def test_images_without_a_label_are_among_the_null_rows_alone(images, measure_exact):
-    images.labels[::3] = 3
-    qualities = measure_exact(images, count=30)
-    assert {(quality.rows, quality.kl_gap.n) for quality in qualities} == {("conditional", 20), ("unconditional", 30)}
-
-
-def test_a_set_of_fewer_than_five_images_has_top_five_of_one(random_images, measure_exact):
-    assert all(quality.top5.value == pytest.approx(1) for quality in measure_exact(random_images(3)))
-
-
-def test_signals_are_those_of_the_batches(images, measure_exact, alphas_cumprod):
-    alpha_bars = [quality.alpha_bar for quality in measure_exact(images)[1::2]]
-    nearest = [min(alphas_cumprod.tolist(), key=lambda a, at=level: abs(a - at)) for level in LEVELS]
-    assert alpha_bars == pytest.approx(nearest, abs=1e-7)
-
-
-def test_small_chunks_change_nothing(images, make_probe, closed_form_of, tiny_posterior, monkeypatch):
-    network, closed_form = tiny_posterior(images), closed_form_of(images)
-    whole = make_probe(images).measure(network, closed_form)
-    monkeypatch.setattr("provgen.generators.closed_form.MAX_CHUNK_BYTES", 1)
-    for quality, expected in zip(make_probe(images).measure(network, closed_form), whole, strict=True):
-        assert quality.as_row() == pytest.approx(expected.as_row(), abs=1e-9)
-
-
-def test_a_probe_is_the_same_whenever_it_is_made(images, make_probe, closed_form_of, tiny_posterior):
-    network, closed_form = tiny_posterior(images), closed_form_of(images)
-
-    def measure(seed=0):
-        return [quality.as_row() for quality in make_probe(images, seed=seed).measure(network, closed_form)]
-
-    torch.manual_seed(0)
-    first = measure()
-    torch.manual_seed(1)
-    assert measure() == first
-    assert measure(seed=1) != first
+def quality_of(alpha_bar, rows, *gaps) -> IndexQuality:
+    """A quality of which the gaps alone count."""
+    numbers = ("cross_entropy", "cross_entropy_ceiling", "top1_ceiling", "top5_ceiling")
+    zero = dict.fromkeys(numbers, 0.0) | dict.fromkeys(("kl_gap", "top1", "top5"), Estimate(0.0, 0.0, 0.0, 2))
+    return IndexQuality(alpha_bar=alpha_bar, rows=rows, query_gaps=torch.tensor(gaps), **zero)
 
 
 def test_the_mean_gap_is_over_the_window_and_one_kind_of_rows():
-    low, high = index_quality.WINDOW
-    numbers = ("cross_entropy", "cross_entropy_ceiling", "top1_ceiling", "top5_ceiling")
-    zero = dict.fromkeys(numbers, 0.0) | dict.fromkeys(("kl_gap", "top1", "top5"), Estimate(0.0, 0.0, 0.0, 2))
-    rows = [
-        (low / 2, "unconditional", 9),
-        (0.1, "unconditional", 1),
-        (0.8, "unconditional", 2),
-        (high + 0.05, "unconditional", 9),
-        (0.5, "conditional", 9),
-    ]
+    low, high = WINDOW
     qualities = [
-        IndexQuality(alpha_bar=s, rows=r, query_gaps=torch.tensor([gap, gap + 1.0]), **zero) for s, r, gap in rows
+        quality_of(low / 2, "unconditional", 9.0, 10.0),
+        quality_of(0.1, "unconditional", 1.0, 2.0),
+        quality_of(0.8, "unconditional", 2.0, 3.0),
+        quality_of(high + 0.05, "unconditional", 9.0, 10.0),
+        quality_of(0.5, "conditional", 9.0, 10.0),
     ]
-    found = mean_kl_gap(qualities, "unconditional")
+    found = mean_kl_gap(qualities, "unconditional", WINDOW)
     assert found.value == 2.0
     assert (found.low, found.high) == (1.5, 2.5)
+    assert mean_kl_gap(qualities, "unconditional", (0.05, 0.5)).value == 1.5, "another window has other levels"
 
 
 @pytest.mark.parametrize("rows", ["unconditional", "conditional"])
 def test_a_generator_without_noise_levels_has_the_gap_of_its_one_level(rows):
-    numbers = ("cross_entropy", "cross_entropy_ceiling", "top1_ceiling", "top5_ceiling")
-    zero = dict.fromkeys(numbers, 0.0) | dict.fromkeys(("kl_gap", "top1", "top5"), Estimate(0.0, 0.0, 0.0, 2))
-    quality = IndexQuality(alpha_bar=CLEAN_ALPHA_BAR, rows=rows, query_gaps=torch.tensor([1.0, 4.0]), **zero)
-    assert mean_kl_gap([quality], rows).value == 2.5
-
-
-@pytest.mark.parametrize("beam", [1, 6])
-def test_the_recall_of_a_beam_is_the_share_of_the_exhaustive_answer_that_it_names(
-    beam, images, make_probe, tiny_posterior
-):
-    network = tiny_posterior(images, head={"kind": "TwoStageHead", "num_cells": 6, "num_classes": 3})
-    probe, answers = make_probe(images), {None: 0, beam: 0}
-    for batch in probe.batches:
-        observation, _ = network.observe(dict(probe.parts(batch))["unconditional"])
-        if index_quality.WINDOW[0] < observation.alpha_bar[0] < index_quality.WINDOW[1]:
-            for cells in answers:
-                answers[cells] = answers[cells] + network.index_logits(observation, cells).softmax(dim=1)
-    shares = []
-    for whole, some in zip(answers[None].tolist(), answers[beam].tolist(), strict=True):
-        best, named = (
-            {i for i in sorted(range(30), key=lambda i, row=row: -row[i])[:10] if row[i] > 0} for row in (whole, some)
-        )
-        shares.append(len(best & named) / len(best))
-    recall = probe.beam_recall(network, beam, 10)
-    assert recall.value == pytest.approx(sum(shares) / 20)
-    assert (recall.value == 1) == (beam == 6)
-    assert recall.n == 20
-
-
-def test_a_set_smaller_than_the_answer_has_a_recall(random_images, make_probe, tiny_posterior):
-    images = random_images(6)
-    network = tiny_posterior(images, head={"kind": "TwoStageHead", "num_cells": 2, "num_classes": 3})
-    assert make_probe(images).beam_recall(network, 2, 10).value == 1
+    assert mean_kl_gap([quality_of(0.9999, rows, 1.0, 4.0)], rows, WINDOW).value == 2.5

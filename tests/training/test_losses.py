@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import Normal, kl_divergence
 
-from provgen.tracing.attribution import entropy
-from provgen.training.losses import class_loss, denoising_loss, index_loss, vae_loss
+from provgen.generators.closed_form import entropy
+from provgen.training.losses import class_loss, index_loss
 
 
 @pytest.fixture
@@ -140,39 +139,3 @@ def test_the_mean_over_two_processes_is_the_loss_of_the_whole_batch(logits, targ
         lambda r: class_loss(logits[r], labels[r], is_null[r], 0.4),
     ):
         torch.testing.assert_close((loss(slice(0, 4)) + loss(slice(4, 8))) / 2, loss(slice(0, 8)))
-
-
-def test_denoising_loss_is_the_mean_squared_error_of_each_row(generator):
-    predicted, noise = (torch.randn(3, 2, 2, 2, generator=generator) for _ in range(2))
-    losses = denoising_loss(predicted, noise)
-    assert losses.shape == (3,)
-    for row in range(3):
-        pairs = zip(predicted[row].flatten().tolist(), noise[row].flatten().tolist(), strict=True)
-        expected = sum((a - b) ** 2 for a, b in pairs) / 8
-        assert float(losses[row]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_vae_loss_by_hand():
-    images = torch.zeros(2, 1, 2, 2)
-    reconstruction = torch.stack([torch.full((1, 2, 2), 0.5), torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])])
-    mean, log_variance = torch.tensor([[0.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    errors, divergence = vae_loss(reconstruction, images, mean, log_variance)
-    torch.testing.assert_close(errors, torch.tensor([0.25, 1.0]))
-    # Means 2 and 1: (4 + 1) / 2; log variance 1: (e - 1 - 1) / 2. Over four pixels.
-    torch.testing.assert_close(divergence, torch.tensor([0.0, (5 + math.e - 2) / 8]))
-
-
-def test_the_divergence_of_a_vae_is_that_of_its_gaussians(generator):
-    images, reconstruction = (torch.rand(4, 3, 6, 6, generator=generator) for _ in range(2))
-    mean, log_variance = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
-    latent = Normal(mean, (log_variance / 2).exp())
-    expected = kl_divergence(latent, Normal(0.0, 1.0)).sum((1, 2, 3)) / (3 * 6 * 6)
-    torch.testing.assert_close(vae_loss(reconstruction, images, mean, log_variance)[1], expected)
-
-
-def test_both_parts_of_the_vae_loss_are_the_same_at_twice_the_resolution(generator):
-    images, reconstruction = (torch.rand(4, 3, 6, 6, generator=generator) for _ in range(2))
-    mean, log_variance = (torch.randn(4, 2, 3, 3, generator=generator) for _ in range(2))
-    plain = vae_loss(reconstruction, images, mean, log_variance)
-    doubled = vae_loss(*(t.repeat(1, 1, 2, 2) for t in (reconstruction, images, mean, log_variance)))
-    torch.testing.assert_close(doubled, plain)

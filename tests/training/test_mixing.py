@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from provgen.generators.closed_form import entropy
 from provgen.models.index_heads import ClassIndependentHead
-from provgen.tracing.attribution import entropy
 from provgen.training.losses import index_loss
 from provgen.training.targets import ClassMixing, NeighborMixing, nearest_neighbors
 

@@ -44,7 +44,7 @@ def train(new_accelerator, tiny_settings, tiny_data, tmp_path):
 
 
 def weights(trainer, name=None):
-    network = trainer.networks[name or trainer.observer.name]
+    network = trainer.networks[name or trainer.generator.name]
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
