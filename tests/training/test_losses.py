@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from provgen.generators.closed_form import entropy
-from provgen.training.losses import class_loss, index_loss
+from provgen.training.trainer import class_loss, index_loss
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from provgen.generators.closed_form import entropy
 from provgen.models.index_heads import ClassIndependentHead
-from provgen.training.losses import index_loss
 from provgen.training.targets import ClassMixing, NeighborMixing, nearest_neighbors
+from provgen.training.trainer import index_loss
 
 LABELS = torch.tensor([0, 0, 0, 1, 2, 2])
 """Three examples of class 0, one of class 1, and two without a class, of which there are two."""
