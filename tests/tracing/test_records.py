@@ -127,7 +127,7 @@ def test_files_have_the_schema_and_its_version_even_without_rows(kind, schema, g
     for part in parts:
         stored = pq.ParquetFile(part).schema_arrow
         assert stored.equals(schema)
-        assert stored.metadata[b"schema_version"] == b"2"
+        assert stored.metadata[b"schema_version"] == b"3"
     assert (
         schema.names[:5]
         == {
@@ -178,7 +178,7 @@ def test_pngs_hold_their_pixels_and_name_their_sources(generate, folder, manifes
     assert [source["weight"] for source in sources] == [0.25, 0.125, 0.0625]
     assert [source["reachable"] for source in sources] == [True, False, True]
     assert sources[0]["class_name"] == "a"
-    assert text["provgen:schema_version"] == "2"
+    assert text["provgen:schema_version"] == "3"
 
 
 def test_reading_what_is_not_there_says_what_to_run(folder, message_of):
