@@ -70,7 +70,10 @@ def tune(scores: Mapping[str, AttributionScores[S]], masks: Tensor, outputs: Map
         outputs: (query, subset), minus the losses, by kind.
         split: What may be looked at.
     """
-    predicted = {kind: _predictions(scores[kind], masks, split) for kind in scores}
+    predicted = {
+        kind: [predicted_outputs(values, masks[split.subsets]) for values in of_kind.values[:, split.queries]]
+        for kind, of_kind in scores.items()
+    }
     measured = {kind: outputs[kind][split.queries][:, split.subsets] for kind in scores}
     of_any = next(iter(scores.values()))
     means = [
@@ -87,19 +90,12 @@ def _standard_errors(
     predicted: Mapping[str, Sequence[Tensor]], measured: Mapping[str, Tensor], best: int
 ) -> list[float]:
     """Give the standard error of by how much the best setting is better than each."""
-    # The same seed draws the same subsets for all kinds.
-    draws = [
-        LdsComparison(
-            {str(n): values for n, values in enumerate(predicted[kind])}, measured[kind], seed=0, resamples=RESAMPLES
-        ).draws
-        for kind in measured
-    ]
+    draws = []
+    for kind, outputs in measured.items():
+        by_setting = {str(n): values for n, values in enumerate(predicted[kind])}
+        # The same seed draws the same subsets for all kinds.
+        draws.append(LdsComparison(by_setting, outputs, seed=0, resamples=RESAMPLES).draws)
     return [float(np.mean([of_kind[str(best)] - of_kind[n] for of_kind in draws], axis=0).std()) for n in draws[0]]
-
-
-def _predictions(scores: AttributionScores[S], masks: Tensor, split: Split) -> list[Tensor]:
-    """Give what every setting predicts of the calibration part, (query, subset)."""
-    return [predicted_outputs(values, masks[split.subsets]) for values in scores.values[:, split.queries]]
 
 
 def fields_of(setting: Any) -> dict[str, Any]:
@@ -213,8 +209,7 @@ def fit_ensemble(scores: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -
     count = columns.shape[1]
     scale = float((RIDGE * columns.square().sum() / count).sqrt())
     left = np.vstack([columns.numpy(), scale * np.eye(count)])
-    right = np.concatenate([target.numpy(), np.zeros(count)])
-    solution, _ = nnls(left, right)
+    solution, _ = nnls(left, np.concatenate([target.numpy(), np.zeros(count)]))
     total = solution.sum()
     weights = solution / total if total > 0 else np.full(count, 1 / count)
     return Ensemble(dict(zip(scores, map(float, weights), strict=True)))
