@@ -65,8 +65,8 @@ def main(
         parts += unsupported(trained, num_queries)
     if any(MARK in path for path in trained.data.train.paths):
         parts += marked_cluster(trained, num_queries)
-    with atomic_path(run / "planted.md") as partial:
-        partial.write_text("\n".join(parts), encoding="utf-8")
+    with atomic_path(trained.folder.planted) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")
     print("\n".join(parts))
 
 
@@ -97,27 +97,19 @@ def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, la
     num_queries, is_conditional = len(labels), bool((labels != trained.pipeline.null_label).all())
     closed_form = ClosedFormPosterior(pixels, trained.data.train.labels, null_label=trained.data.train.num_classes)
     noise = torch.randn((num_queries, *pixels.shape[1:]), generator=torch.Generator().manual_seed(0))
-    images, trajectory = ideal_samples(
-        closed_form,
-        trained.pipeline.scheduler,
-        noise,
-        labels,
-        num_inference_steps=NUM_INFERENCE_STEPS,
-    )
+    scheduler, steps = trained.pipeline.scheduler, NUM_INFERENCE_STEPS
+    images, trajectory = ideal_samples(closed_form, scheduler, noise, labels, num_inference_steps=steps)
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
     # The cleanest level of the window by itself.
-    place = late_level(trajectory.alpha_bars.tolist())
-    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.alpha_bars[place], labels)
-    cleanest = {
-        f"{name}, cleanest level": ask(*late).softmax(dim=1)
-        for name, ask in (
-            ("provenance network", network_steps(trained.pipeline.unet, trained.pipeline.provenance)),
-            ("closed form", closed_form_steps(closed_form)),
-        )
+    late = late_level(trajectory.alpha_bars.tolist())
+    late_query = (trajectory.images[late], trajectory.timesteps[late], trajectory.alpha_bars[late], labels)
+    asked = {
+        "provenance network": network_steps(trained.pipeline.unet, trained.pipeline.provenance),
+        "closed form": closed_form_steps(closed_form),
     }
     beliefs, others = traced(trained, queries, is_conditional=is_conditional)
-    beliefs = cleanest | beliefs
+    beliefs = {f"{name}, cleanest level": ask(*late_query).softmax(dim=1) for name, ask in asked.items()} | beliefs
     told = "asked for classes in turn" if is_conditional else "unconditional"
     return [
         f"## Samples of the closed-form denoiser, along their trajectories, {told}\n",
@@ -138,13 +130,8 @@ def unsupported(trained: build.TrainedRun, num_queries: int) -> list[str]:
     lines = []
     for name, (changed, asked) in without_support(images, labels, train.num_classes).items():
         evidence = evaluation.evidence_of(trained, changed, asked)
-        pairs = [
-            (evidence.distance, known.distance),
-            (evidence.sources, known.sources),
-            (evidence.late_entropy, known.late_entropy),
-            (-evidence.of_class, -known.of_class),
-        ]
-        cells = [interval(auroc(positives, negatives, seed=0)) for positives, negatives in pairs]
+        columns = [(e.distance, e.sources, e.late_entropy, -e.of_class) for e in (evidence, known)]
+        cells = [interval(auroc(*pair, seed=0)) for pair in zip(*columns, strict=True)]
         lines.append([name, *cells] if train.num_classes else [name, *cells[:-1], None])
     header = ["planted", "distance", "effective sources", "entropy at little noise", "posterior of the class"]
     return [
@@ -202,9 +189,8 @@ def traced(
     trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Ask every tracer: beliefs that sum to 1, and other scores, (query, train) each."""
-    methods = {
-        method.name: method.attributor for method in make_methods(trained, trained.folder.root, num_timesteps=())
-    }
+    made = make_methods(trained, trained.folder.root, num_timesteps=())
+    methods = {method.name: method.attributor for method in made}
 
     def scores(name: str, setting: Any) -> Tensor:
         methods[name].fit(trained.data.train)

@@ -37,14 +37,7 @@ class PlantedQueries:
 
 
 def plant(train_images: Tensor, count: int, *, bandwidth: float, seed: int) -> PlantedQueries:
-    """Draw from the kernel density estimate with a Gaussian kernel, and keep the parents.
-
-    Args:
-        train_images: Floating (train, channel, height, width).
-        count: Number of queries.
-        bandwidth: Standard deviation s of the noise.
-        seed: Seed of parents and noise.
-    """
+    """Draw from the kernel density of images, floating (train, channel, height, width), and keep the parents."""
     generator = torch.Generator().manual_seed(seed)
     parents = torch.randint(len(train_images), (count,), generator=generator)
     noise = torch.randn((count, *train_images.shape[1:]), generator=generator, dtype=train_images.dtype)
@@ -150,19 +143,14 @@ def ideal_samples(
         predicted_noise = (images - alpha_bar.sqrt() * denoised) / (1 - alpha_bar).sqrt()
         images = scheduler.step(predicted_noise, timestep, images).prev_sample
     timesteps = scheduler.timesteps[-len(traced) :]
-    return images, NoisyImages(
-        images=torch.stack(traced), timesteps=timesteps, alpha_bars=scheduler.alphas_cumprod[timesteps]
-    )
+    alpha_bars = scheduler.alphas_cumprod[timesteps]
+    return images, NoisyImages(images=torch.stack(traced), timesteps=timesteps, alpha_bars=alpha_bars)
 
 
 def precision_table(scores: Mapping[str, Tensor], parents: Tensor, groups: Tensor, best: Sequence[Estimate]) -> str:
-    """Lay out how often the parent is the first source, or one of the first five, for every tracer.
+    """Lay out how often the parent is the first source, or one of the first five; arguments as of `precision_at`.
 
-    Args:
-        scores: Scores by tracer, (query, train) each.
-        parents: int64 (query,).
-        groups: Groups of `source_groups`, int64 (train,).
-        best: How often the ideal tracer's first source is the parent, and how often one of its first five.
+    Scores are by tracer; `best` has the two numbers of the ideal one.
     """
     rows = [
         [name, *(percent(precision_at(scores_of_tracer, parents, groups, k)) for k in RANKS)]
@@ -173,7 +161,7 @@ def precision_table(scores: Mapping[str, Tensor], parents: Tensor, groups: Tenso
 
 
 def reliability_table(beliefs: Mapping[str, Tensor], parents: Tensor, groups: Tensor) -> str:
-    """Lay out how often first sources are the parent, by how sure of them a tracer is; arguments as above."""
+    """Lay out how often first sources are the parent, by how sure of them a tracer is."""
     rows = [
         [name, right.n, f"{100 * belief.value:.1f}", percent(right)]
         for name, posterior in beliefs.items()
