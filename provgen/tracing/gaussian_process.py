@@ -105,7 +105,7 @@ class FittedKernel:
     def __init__(
         self, features: Tensor, labels: Tensor, kernel: Kernel, *, null_label: int, parts: FeatureParts | None = None
     ) -> None:
-        """Diagonalise a kernel of training images by their features, float64 (train, feature), and labels, int64 (train,).
+        """Diagonalise the kernel of training images with features float64 (train, feature) and labels int64 (train,).
 
         `parts` of None is one part whose distances count.
         """
