@@ -55,10 +55,10 @@ def main(
     pixels = to_unit_range(trained.data.train.images)
     groups = source_groups(pixels)
     title = f"{num_queries} queries of every kind; {len(pixels)} training images, {int(groups.max()) + 1} distinct\n"
-    parts = [title]
+    parts, no_class = [title], torch.full((num_queries,), trained.pipeline.null_label)
     for level in LEVELS:
-        parts += kernel_density(trained, pixels, groups, num_queries, level)
-    parts += ideal_denoiser(trained, pixels, groups, no_class(trained, num_queries))
+        parts += kernel_density(trained, pixels, groups, no_class, level)
+    parts += ideal_denoiser(trained, pixels, groups, no_class)
     if classes := trained.data.train.num_classes:
         parts += ideal_denoiser(trained, pixels, groups, torch.arange(num_queries) % classes)
     if len(trained.data.holdout):
@@ -71,16 +71,15 @@ def main(
 
 
 def kernel_density(
-    trained: build.TrainedRun, pixels: Tensor, groups: Tensor, num_queries: int, level: float
+    trained: build.TrainedRun, pixels: Tensor, groups: Tensor, labels: Tensor, level: float
 ) -> list[str]:
     """Draw images around training images, and trace them as images from outside; and by their own level alone."""
     levels = trained.pipeline.scheduler.alphas_cumprod
-    timestep = (levels - level).abs().argmin()
+    timestep, num_queries = (levels - level).abs().argmin(), len(labels)
     alpha_bar = levels[timestep]
     planted = plant(pixels, num_queries, bandwidth=float(((1 - alpha_bar) / alpha_bar).sqrt()), seed=0)
     best = [proportion(int(bayes_hits(planted, pixels, groups, k)[0].sum()), num_queries) for k in RANKS]
     noisy = noised_steps(trained.pipeline, planted.images)
-    labels = no_class(trained, num_queries)
     beliefs, others = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
     ask = network_steps(trained.pipeline.unet, trained.pipeline.provenance)
     logits = ask(alpha_bar.sqrt() * planted.images, timestep, alpha_bar, labels)
@@ -203,11 +202,6 @@ def traced(
     if (credit := trained.pipeline.credit) is not None:
         others["calibrated weight"] = scores("calibrated trace, trajectory", credit.calibration)
     return beliefs, others
-
-
-def no_class(trained: build.TrainedRun, count: int) -> Tensor:
-    """Give the null label for every query, int64 (query,)."""
-    return torch.full((count,), trained.pipeline.null_label)
 
 
 if __name__ == "__main__":

@@ -155,14 +155,8 @@ def kernel_matrix(
     An image of `first` without a class is near every class alike, unless `second` has such images: those are a class
     among themselves.
 
-    Args:
-        first: Scaled features, (first, feature).
-        first_labels: int64 (first,).
-        second: (second, feature).
-        second_labels: int64 (second,).
-        kernel: Its factor between classes and its share of gradients; the scale holds the rest.
-        null_label: The label that stands for no label.
-        num_gradients: The last features; products of normalised gradients are their cosines.
+    Features are scaled, (first, feature) and (second, feature), so the kernel's bandwidth and shares are in them
+    already. The last `num_gradients` are normalised gradients, whose products are cosines.
 
     Returns:
         (first, second).

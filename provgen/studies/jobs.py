@@ -63,13 +63,7 @@ def missing_models(
 ) -> Iterator[T]:
     """Yield what this process has to train of a shard, and print how far it is; all processes end together.
 
-    Args:
-        models: All of them.
-        is_there: Whether a model has been measured.
-        shard: The share of this call, which the processes divide.
-        accelerator: Knows the processes.
-        folder: Where models are measured into, for what is printed.
-        describe: Names a model.
+    `is_there` says whether a model has been measured into `folder`, and `describe` names it.
     """
     missing = [model for model in shard.share(models) if not is_there(model)]
     accelerator.wait_for_everyone()  # all have looked before the first one writes

@@ -64,11 +64,6 @@ class AttributionScores(Generic[S]):
         return scores
 
 
-def untuned(values: Tensor) -> AttributionScores[Untuned]:
-    """Wrap scores (query, train) of a method with nothing to tune."""
-    return AttributionScores.in_a_row([values], [Untuned()])
-
-
 class Choose(Protocol):
     """Judges scores by kind of query."""
 
@@ -164,11 +159,7 @@ def fit_credit_head(
 ) -> CreditHead:
     """Fit the head whose process is chosen under the default weights of levels, then weights of levels under that.
 
-    Args:
-        images: Gives features under a power of alpha_bar / (1 - alpha_bar) in the weights of levels.
-        choose: What judges.
-        calibration_subsets: How many subset models that looks at.
-        progress_bar: Over processes.
+    `images` gives features under a power of alpha_bar / (1 - alpha_bar) in the weights of levels.
     """
     start = time.perf_counter()
     traced = images(INVERSE_VARIANCE)

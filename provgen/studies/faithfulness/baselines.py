@@ -12,7 +12,7 @@ from torch import Tensor
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.studies.faithfulness.attributor import Cache, Queries
-from provgen.tracing.calibrate import AttributionScores, Untuned, untuned
+from provgen.tracing.calibrate import AttributionScores, Untuned
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class UntunedScores:
 
     def attribute(self, queries: Queries, only: Untuned | None = None) -> AttributionScores[Untuned]:  # noqa: ARG002 - there is one
         """Wrap what `scores` gives."""
-        return untuned(self.scores(queries))
+        return AttributionScores.in_a_row([self.scores(queries)], self.settings)
 
     def scores(self, queries: Queries) -> Tensor:
         """Give scores (query, train)."""

@@ -134,14 +134,9 @@ def compare(
     resamples: int,
     first_subset: int = 0,
 ) -> list[Row]:
-    """Hold predictions to the subset models that no method was tuned on.
+    """Hold predictions to the subset models from `first_subset` on that no method was tuned on.
 
-    Args:
-        predictions: Of the same queries and subsets.
-        folder: The subset models.
-        moved: How far samples moved when their sources were left out: by what was left out, then by method.
-        resamples: Bootstrap resamples of the intervals.
-        first_subset: Only subsets from this number on are reported.
+    `moved` is how far samples moved when their sources were left out: by what was left out, then by method.
     """
     retrained, several = folder.load(), folder.load_several_seeds()
     num_queries = len(retrained.queries["generated"].images)

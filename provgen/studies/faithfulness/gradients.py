@@ -138,24 +138,16 @@ class GradientStore:
     """
 
     def __init__(self, folder: Path, *, shape: tuple[int, int], fingerprint: Mapping[str, str | int]) -> None:
-        """Open the store, or start a new one.
-
-        Args:
-            folder: Made if it is not there.
-            shape: (train, feature).
-            fingerprint: Everything that the features depend on, such as a digest of the weights.
-        """
+        """Open the store of features (train, feature), or start a new one; `fingerprint` is all that they depend on."""
         self.folder, self.shape = folder, shape
         self.fingerprint = {"schema_version": 1, "shape": list(shape), **fingerprint}
         self.done, self.seconds_before = self._read_state()
         folder.mkdir(parents=True, exist_ok=True)
-        mode = "r+" if self.done else "w+"
         if not self.done:
             # First, or a kill before the first batch would leave the state of other features beside empty rows.
             self._write_state(0, 0.0)
-        self._rows: NDArray[np.float32] = np.lib.format.open_memmap(
-            folder / "features.npy", mode=mode, dtype=np.float32, shape=shape
-        )
+        path, mode = folder / "features.npy", "r+" if self.done else "w+"
+        self._rows: NDArray[np.float32] = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
 
     def fill(self, make_rows: Callable[[int, int], Tensor], *, batch_size: int) -> None:
         """Make what is missing: `make_rows(start, stop)` gives the features (stop - start, feature)."""

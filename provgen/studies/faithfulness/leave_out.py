@@ -37,12 +37,7 @@ def paired_effect(effects: Mapping[str, Tensor], method: str, other: str | None)
 
     The percentile bootstrap of few values is too narrow: it lacks both the factor n / (n - 1) of the variance and the
     heavier tails of t (Hesterberg 2015, What Teachers Should Know About the Bootstrap). So the interval of fewer than
-    `FEW` queries is Student's t.
-
-    Args:
-        effects: By method, (seed, query): the distance a sample moved, or the change of its loss.
-        method: Whose sources were left out.
-        other: What to compare with, query by query; None for the effect itself.
+    `FEW` queries is Student's t. Effects are (seed, query) by method; differences are taken query by query.
     """
     per_query = effects[method].double().mean(dim=0)
     if other is not None:
@@ -171,9 +166,7 @@ EFFECTS: dict[str, Effect] = {MOVED: _moved, LOSS: _loss_change, OF_CLASS: _clas
 def leave_out_effects(outcomes: Mapping[LeftOut, Outcome], methods: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Collect effects (seed, query) by title and method, of the queries that have every seed of every method.
 
-    Args:
-        outcomes: Those of one share, and those with nothing left out.
-        methods: Those that are compared.
+    Outcomes are those of one share, and those with nothing left out.
     """
     share = max(model.share for model in outcomes)
     seeds, queries = (sorted({getattr(model, name) for model in outcomes}) for name in ("seed", "query"))

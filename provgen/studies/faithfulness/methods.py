@@ -154,31 +154,30 @@ def trace_queries(trained: TrainedRun, queries: Mapping[str, QueryImages]) -> di
 
 
 def _traced(pipeline: ProvenancePipeline, queries: QueryImages, *, is_generated: bool) -> Queries:
-    images, trajectory = to_unit_range(queries.images), None
-    if is_generated:
-        again, trajectory = sampled_steps(pipeline, queries.labels)
-        if (to_uint8(again.cpu()).int() - queries.images.int()).abs().max() > SAME_IMAGE:
-            raise InputError(
-                "the run does not generate the queries that its subset models were asked about; was it trained "
-                "further? remove its folder of subset models and run `provgen retrain` again"
-            )
+    images = to_unit_range(queries.images)
     noisy = noised_steps(pipeline, images)
+    trajectory = _sampled_steps(pipeline, queries) if is_generated else None
     return Queries(images=images, class_labels=queries.labels, noisy=noisy, trajectory=trajectory)
 
 
-def sampled_steps(pipeline: ProvenancePipeline, labels: Tensor) -> tuple[Tensor, NoisyImages]:
-    """Give the samples of `evaluation.sample` for labels (query,), and the steps on the way to them."""
+def _sampled_steps(pipeline: ProvenancePipeline, queries: QueryImages) -> NoisyImages:
+    """Make the samples of `evaluation.sample` again, and give the steps on the way to them."""
     recorder = Recorder()
     steps = pipeline.denoiser.sample(
-        labels.to(pipeline.device),
+        queries.labels.to(pipeline.device),
         null_label=pipeline.null_label,
-        generator=[torch.Generator().manual_seed(number) for number in range(len(labels))],
+        generator=[torch.Generator().manual_seed(number) for number in range(len(queries.labels))],
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=1.0,
     )
     images = trace(steps, recorder).images
     assert images is not None, "sampling ends in images"
-    return images, recorder.noisy_images()
+    if (to_uint8(images.cpu()).int() - queries.images.int()).abs().max() > SAME_IMAGE:
+        raise InputError(
+            "the run does not generate the queries that its subset models were asked about; was it trained "
+            "further? remove its folder of subset models and run `provgen retrain` again"
+        )
+    return recorder.noisy_images()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,13 +66,9 @@ def bayes_hits(planted: PlantedQueries, train_images: Tensor, groups: Tensor, k:
 
 
 def precision_at(scores: Tensor, parents: Tensor, groups: Tensor, k: int) -> Estimate:
-    """Give the share of queries whose parent, or a copy of it, is among the first k sources.
+    """Give the share of queries whose parent (query,), or a copy of it, is among the first k by scores (query, train).
 
-    Args:
-        scores: (query, train).
-        parents: int64 (query,).
-        groups: Groups of `source_groups`, int64 (train,); every group counts as one of the k, with its best example.
-        k: Number of sources that are looked at.
+    Every one of the `source_groups`, int64 (train,), counts as one of the k, with its best example.
     """
     best = torch.full((len(scores), int(groups.max()) + 1), -torch.inf, dtype=scores.dtype)
     best.scatter_reduce_(1, groups.expand(len(scores), -1), scores, reduce="amax")
@@ -84,11 +80,7 @@ def precision_at(scores: Tensor, parents: Tensor, groups: Tensor, k: int) -> Est
 def reliability(posterior: Tensor, parents: Tensor, groups: Tensor, edges: Tensor) -> list[tuple[Estimate, Estimate]]:
     """Compare what a tracer believes of its first source with how often that is the parent.
 
-    Args:
-        posterior: (query, train), beliefs that sum to 1 at most.
-        parents: int64 (query,).
-        groups: Groups of `source_groups`, int64 (train,).
-        edges: Ascending (bin + 1,) over [0, 1]; a belief on an edge falls into the bin above.
+    Beliefs (query, train) sum to 1 at most. One on an edge, ascending (bin + 1,) over [0, 1], falls into the bin above.
 
     Returns:
         For every bin that has queries: mean belief, and share that is right.
@@ -122,12 +114,7 @@ def ideal_samples(
     It ends on training images, or on a mean of several that lie so close together that the last step cannot tell
     them apart (e.g. Gu et al. 2023, arXiv 2310.02664).
 
-    Args:
-        closed_form: Posterior over the training images.
-        scheduler: Scheduler of a denoiser that predicts the noise.
-        noise: Images that sampling starts from, (query, channel, height, width).
-        class_labels: int64 (query,); the null label allows all training images.
-        num_inference_steps: Number of DDIM steps.
+    Sampling starts from noise (query, channel, height, width) with labels (query,); the null label allows all images.
 
     Returns:
         Images in [-1, 1], (query, channel, height, width), and what each was at every step worth tracing.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 from typing import Literal, Protocol
 
@@ -117,13 +117,9 @@ class Average:
 
     def steps_from(self, other: Average) -> int:
         """Count the steps on the grid of what is tried."""
-        return (
-            (self.is_conditional != other.is_conditional)
-            + (self.averaged != other.averaged)
-            + abs(LOWEST.index(self.low) - LOWEST.index(other.low))
-            + abs(HIGHEST.index(self.high) - HIGHEST.index(other.high))
-            + abs(TEMPERATURES.index(self.temperature) - TEMPERATURES.index(other.temperature))
-        )
+        axes = ((False, True), AVERAGED, LOWEST, HIGHEST, TEMPERATURES)
+        places = zip(axes, astuple(self), astuple(other), strict=True)
+        return sum(abs(axis.index(value) - axis.index(default)) for axis, value, default in places)
 
     def __call__(self, log_probs: Tensor, alpha_bar: Tensor) -> Tensor:
         """Average log-posteriors (step, query, train) at levels (step,): (query, train), each query's sum is 1."""

@@ -67,10 +67,7 @@ class RetrainedFolder:
     def start(self, masks: Tensor, queries: Mapping[str, QueryImages], fingerprint: Mapping[str, Any]) -> None:
         """Start the folder, or go on with it: with more or fewer subsets, and the queries that are there already.
 
-        Args:
-            masks: bool (subset, train).
-            queries: Images by kind.
-            fingerprint: Settings that the models depend on.
+        Masks are bool (subset, train), and `fingerprint` is all that models depend on.
 
         Raises:
             InputError: There are models of something else in it.

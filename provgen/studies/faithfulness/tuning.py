@@ -36,13 +36,8 @@ class Split:
     def first(cls, subsets: Tensor, num_queries: int, *, calibration: int, left: int = 2) -> Split:
         """Take the first `calibration` subsets, random halves as any, and a quarter of the queries, drawn once.
 
-        Subset models may be added later: what was calibrated on stays the same.
-
-        Args:
-            subsets: Numbers of the subsets whose models there are, int64 (subset,).
-            num_queries: All queries.
-            calibration: At least 2.
-            left: How many subsets must be left to report.
+        Subset models may be added later: what was calibrated on stays the same. `subsets` are the numbers of those
+        whose models there are, int64 (subset,), and `left` says how many must be left to report.
 
         Raises:
             InputError: There are too few.
@@ -64,11 +59,7 @@ def tune(scores: Mapping[str, AttributionScores[S]], masks: Tensor, outputs: Map
     a standard error of the difference (the one-standard-error rule of Breiman et al. 1984, Classification and
     Regression Trees): the calibration part is small, and the best of many is so by luck.
 
-    Args:
-        scores: Scores of all queries, by kind.
-        masks: bool (subset, train), of all subsets.
-        outputs: (query, subset), minus the losses, by kind.
-        split: What may be looked at.
+    Masks are bool (subset, train) of all subsets, and outputs (query, subset) minus the losses, by kind.
     """
     predicted = {
         kind: [predicted_outputs(values, masks[split.subsets]) for values in of_kind.values[:, split.queries]]
@@ -194,13 +185,8 @@ def standardised(scores: Tensor) -> Tensor:
 def fit_ensemble(scores: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -> Ensemble:
     """Fit the weights of methods that predict the outputs of subset models best, by non-negative least squares.
 
-    Args:
-        scores: (query, train) by method.
-        masks: bool (subset, train).
-        outputs: (query, subset), larger where the subset model does better; every query counts the same.
-
-    Returns:
-        Equal weights where nothing predicts anything.
+    Scores are (query, train) by method, masks bool (subset, train), and outputs (query, subset), larger where the
+    subset model does better. Every query counts the same. Weights are equal where nothing predicts anything.
     """
     predicted = [_centred(standardised(values) @ masks.double().T) for values in scores.values()]
     columns = torch.stack([values.flatten() for values in predicted], dim=1)
