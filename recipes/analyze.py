@@ -28,7 +28,7 @@ from provgen.report.sections.samples import agreement_section, entropy_section, 
 from provgen.report.sections.sets import memorization_section, sets_section
 from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
 from provgen.run import RunFolder, atomic_path
-from provgen.studies.faithfulness.section import faithfulness_section, read_lds_rows
+from provgen.studies.faithfulness.comparison import faithfulness_section, read_lds_rows
 from provgen.tracing import records
 from provgen.training.checkpoint import list_checkpoints
 from provgen.training.logging import read_metrics

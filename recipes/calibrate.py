@@ -37,7 +37,7 @@ def main(
     if accelerator.num_processes > 1:
         raise InputError("calibrate runs in one process; start it without accelerate launch")
     trained = build.open_trained_run(run, accelerator.device)
-    pipeline, retrained = trained.pipeline, RetrainedFolder(run / "retrained").load()
+    pipeline, retrained = trained.pipeline, RetrainedFolder(trained.folder.retrained).load()
     outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
     split = Split.first(retrained.subsets, len(outputs["generated"]), calibration=calibration_subsets, left=0)
     queries = trace_queries(trained, retrained.queries)

@@ -23,6 +23,7 @@ from provgen.studies.faithfulness.leave_out import read_moved
 from provgen.studies.faithfulness.methods import TunedScores, make_methods, trace_queries, tuned_scores
 from provgen.studies.faithfulness.retraining import KINDS, Retrained, RetrainedFolder
 from provgen.studies.faithfulness.tuning import Split, Tuned, fields_of, fit_ensemble, tune
+from provgen.tracing.calibrate import AttributionScores, S
 
 ENSEMBLE = MethodLabel(name="ensemble", uses_provenance=True, role=Role.ENSEMBLE)
 WITHOUT_NETWORK = MethodLabel(name="ensemble without the provenance network", role=Role.ENSEMBLE)
@@ -45,14 +46,14 @@ def main(
     if accelerator.num_processes > 1:
         raise InputError("faithfulness runs in one process; start it without accelerate launch")
     trained = build.open_trained_run(run, accelerator.device)
-    models = RetrainedFolder(run / "retrained")
+    models = RetrainedFolder(trained.folder.retrained)
     retrained = models.load()
     seeds, num_queries, num_subsets = retrained.losses["generated"].shape
     print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
     split = Split.first(retrained.subsets, num_queries, calibration=calibration_subsets)
     require_calibration(trained.pipeline.credit, calibration_subsets)
     queries = trace_queries(trained, retrained.queries)
-    folder, steps = run / "faithfulness", timesteps or [10]
+    folder, steps = trained.folder.faithfulness, timesteps or [10]
     methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
     predictions = comparison.Predictions(
@@ -65,29 +66,25 @@ def main(
         settings={label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()},
     ).save(folder / "tuned.json")
     predictions.save(folder / "predictions.parquet")
-    moved = read_moved(run / "leave_out" / "effects.parquet")
+    moved = read_moved(trained.folder.leave_out / "effects.parquet")
     rows = comparison.compare(predictions, models, moved=moved, resamples=resamples)
     print(comparison.write_tables(rows, folder, "retrained", calibration_subsets=calibration_subsets))
 
 
 def tune_methods(
-    methods: Sequence[Method],
-    train: ImageSet,
-    queries: Mapping[str, Queries],
-    retrained: Retrained,
-    split: Split,
+    methods: Sequence[Method], train: ImageSet, queries: Mapping[str, Queries], retrained: Retrained, split: Split
 ) -> dict[MethodLabel, TunedScores]:
     """Fit every method and tune it on the calibration part, for each kind of query by itself."""
     outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
+
+    def choose(kind: str, scores: AttributionScores[S]) -> S:
+        return tune({kind: scores}, retrained.masks, outputs, split)
+
     tuned = {}
     for method in methods:
-        tuned[method.label] = tuned_scores(
-            method.attributor,
-            train,
-            # Held-out images have no trajectory.
-            {k: q for k, q in queries.items() if method.label.along != "trajectory" or q.trajectory is not None},
-            lambda kind, scores: tune({kind: scores}, retrained.masks, outputs, split),
-        )
+        # Held-out images have no trajectory.
+        asked = {k: q for k, q in queries.items() if method.label.along != "trajectory" or q.trajectory is not None}
+        tuned[method.label] = tuned_scores(method.attributor, train, asked, choose)
         print(f"{method.name}: {tuned[method.label].cost.fit_seconds:.0f} s to set up", flush=True)
     return tuned
 
@@ -120,30 +117,24 @@ def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> 
 
 
 def predictions_of(
-    kind: str,
-    tuned: Mapping[MethodLabel, TunedScores],
-    models: RetrainedFolder,
-    retrained: Retrained,
-    split: Split,
+    kind: str, tuned: Mapping[MethodLabel, TunedScores], models: RetrainedFolder, retrained: Retrained, split: Split
 ) -> Iterator[comparison.Prediction]:
     """Give what every method and ensemble predicts of all subsets for one kind of query."""
     masks = models.masks()
     methods = {label: method for label, method in tuned.items() if kind in method.scores}
     for label, method in methods.items():
-        setting = str(method.settings[kind])
-        yield comparison.predict(
-            method.scores[kind], masks, label=label, queries=kind, setting=setting, cost=method.cost
-        )
+        setting, scores = str(method.settings[kind]), method.scores[kind]
+        yield comparison.predict(scores, masks, label=label, queries=kind, setting=setting, cost=method.cost)
     outputs = -retrained.losses[kind].mean(dim=0)[split.queries][:, split.subsets]
     for title in (ENSEMBLE, WITHOUT_NETWORK):
-        scores = {
+        chosen = {
             label.name: method.scores[kind]
             for label, method in methods.items()
             if label.role != Role.CHANCE and (title.uses_provenance or not label.uses_provenance)
         }
-        calibration = {name: values[split.queries] for name, values in scores.items()}
+        calibration = {name: values[split.queries] for name, values in chosen.items()}
         ensemble = fit_ensemble(calibration, retrained.masks[split.subsets], outputs)
-        yield comparison.predict(ensemble(scores), masks, label=title, queries=kind, setting=str(ensemble), cost=None)
+        yield comparison.predict(ensemble(chosen), masks, label=title, queries=kind, setting=str(ensemble), cost=None)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from provgen import cli
+from provgen.run import RunFolder
 from provgen.studies.faithfulness import comparison
 from provgen.studies.faithfulness.leave_out import read_moved
 from provgen.studies.faithfulness.retraining import RetrainedFolder
@@ -27,17 +28,13 @@ def main(
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
 ) -> None:
     """Hold what methods predicted to the subset models; write table and figure."""
-    predictions = comparison.Predictions.load(folder / "faithfulness" / "predictions.parquet")
-    rows = comparison.compare(
-        predictions,
-        RetrainedFolder(folder / models),
-        moved=read_moved(folder / "leave_out" / "effects.parquet"),
-        resamples=resamples,
-        first_subset=first_subset,
-    )
+    run, retrained = RunFolder(folder), RetrainedFolder(folder / models)
+    predictions = comparison.Predictions.load(run.faithfulness / "predictions.parquet")
+    moved = read_moved(run.leave_out / "effects.parquet")
+    rows = comparison.compare(predictions, retrained, moved=moved, resamples=resamples, first_subset=first_subset)
     name = f"{models}_from_{first_subset}" if first_subset else models
     subsets = predictions.calibration_subsets
-    print(comparison.write_tables(rows, folder / "faithfulness", name, calibration_subsets=subsets))
+    print(comparison.write_tables(rows, run.faithfulness, name, calibration_subsets=subsets))
 
 
 if __name__ == "__main__":

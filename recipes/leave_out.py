@@ -21,11 +21,11 @@ from torch import Tensor
 from provgen import build, cli
 from provgen.data.images import to_unit_range
 from provgen.errors import InputError
-from provgen.run import claim_folder, require_run
+from provgen.run import RunFolder, claim_folder, require_run
 from provgen.settings import Settings
 from provgen.settings_file import load_settings
 from provgen.studies.faithfulness import retraining
-from provgen.studies.faithfulness.attributor import Method
+from provgen.studies.faithfulness.attributor import Attributor
 from provgen.studies.faithfulness.leave_out import (
     NOTHING,
     LeaveOutFolder,
@@ -42,12 +42,8 @@ from provgen.studies.faithfulness.tuning import Tuned
 from provgen.studies.jobs import Shard, missing_models
 
 METHODS = [
-    "random",
-    "pixel kernel",
-    "closed form, trajectory",
-    "calibrated trace, trajectory",
-    "D-TRAK, 100 timesteps",
-]
+    "random", "pixel kernel", "closed form, trajectory", "calibrated trace, trajectory", "D-TRAK, 100 timesteps",
+]  # fmt: skip
 
 
 def main(
@@ -65,7 +61,7 @@ def main(
     ] = False,
 ) -> None:
     """Train without what a method names; report how far the sample moves, and its loss."""
-    names, shares, folder = method or METHODS, share or [0.05, 0.2], LeaveOutFolder(run / "leave_out")
+    names, shares, folder = method or METHODS, share or [0.05, 0.2], LeaveOutFolder(RunFolder(run).leave_out)
     if wrong := [value for value in shares if not 0 < value <= 0.9]:
         raise InputError(f"--share must be above 0 and at most 0.9, got {wrong[0]}")
     if only_table:
@@ -77,28 +73,27 @@ def main(
     portion, accelerator = Shard.parse(shard), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = build.open_trained_run(run, accelerator.device)
     tuned, methods = tuned_methods(trained, names)
-    samples = RetrainedFolder(run / "retrained").load().queries["generated"]
+    samples = RetrainedFolder(trained.folder.retrained).load().queries["generated"]
     if accelerator.is_main_process:
         claim_folder(folder.root, retraining.fingerprint(trained.settings))
     accelerator.wait_for_everyone()
     # Samples that no method was tuned on.
     others = [n for n in range(len(samples.images)) if n not in set(tuned.calibration_queries)][:num_queries]
-    rankings = ranked_sources(trained, tuned, {name: methods[name] for name in names}, samples, others, folder)
+    rankings = ranked_sources(trained, tuned, methods, samples, others, folder)
     left_out = examples_left_out(rankings, plan(names, shares, others, seeds), len(trained.data.train))
     train_missing(left_out, trained, samples, folder, portion, accelerator)
     if accelerator.is_main_process:
-        outcomes = there(folder, left_out)
+        outcomes = measured(folder, left_out)
         if len(outcomes) == len(left_out):
             folder.compact()
-        measured = sum(model.method != NOTHING for model in outcomes)
+        counts = [sum(model.method != NOTHING for model in models) for models in (outcomes, left_out)]
         table = write_table(folder.root, outcomes, names) if outcomes else "no query has every model yet"
-        print(f"{measured} of {sum(model.method != NOTHING for model in left_out)} models measured\n\n{table}")
-        print(f"table in {folder.root}")
+        print(f"{counts[0]} of {counts[1]} models measured\n\n{table}\ntable in {folder.root}")
     accelerator.end_training()
 
 
-def tuned_methods(trained: build.TrainedRun, names: Sequence[str]) -> tuple[Tuned, dict[str, Method]]:
-    """Read how methods were tuned; give these methods by name.
+def tuned_methods(trained: build.TrainedRun, names: Sequence[str]) -> tuple[Tuned, dict[str, tuple[Attributor, Any]]]:
+    """Read how methods were tuned; give these methods and their settings by name.
 
     Raises:
         InputError: One of them was not, or the pipeline was calibrated since.
@@ -107,10 +102,7 @@ def tuned_methods(trained: build.TrainedRun, names: Sequence[str]) -> tuple[Tune
     tuned = Tuned.load(folder / "tuned.json")
     tuned.require(names)
     methods = {method.name: method for method in make_methods(trained, folder, num_timesteps=tuned.timesteps)}
-    for method in methods.values():
-        if method.name in names:
-            tuned.setting(method)  # refuses a trace that was calibrated since
-    return tuned, methods
+    return tuned, {name: (methods[name].attributor, tuned.setting(methods[name])) for name in names}
 
 
 def examples_left_out(
@@ -124,7 +116,7 @@ def examples_left_out(
     return left_out
 
 
-def there(folder: LeaveOutFolder, left_out: Mapping[LeftOut, Tensor]) -> dict[LeftOut, Outcome]:
+def measured(folder: LeaveOutFolder, left_out: Mapping[LeftOut, Tensor]) -> dict[LeftOut, Outcome]:
     """Read the models that have been measured without these very examples."""
     kept = folder.load()
     return {m: kept[m] for m, examples in left_out.items() if m in kept and torch.equal(kept[m].left_out, examples)}
@@ -139,28 +131,31 @@ def train_missing(
     accelerator: Accelerator,
 ) -> None:
     """Train the models that are not there; one without nothing makes the samples of all queries."""
-    groups = [(model,) for model in left_out if model.method != NOTHING]
-    of_seed = [
-        tuple(m for m in left_out if m.method == NOTHING and m.seed == seed) for seed in {g[0].seed for g in groups}
-    ]
-    kept = there(folder, left_out)
+    groups: dict[int | LeftOut, list[LeftOut]] = {}
+    for model in left_out:
+        groups.setdefault(model.seed if model.method == NOTHING else model, []).append(model)
+    kept = measured(folder, left_out)
     for group in missing_models(
-        [*sorted(of_seed), *groups],
+        list(groups.values()),
         lambda group: all(model in kept for model in group),
         shard=shard,
         accelerator=accelerator,
         folder=folder.root,
         describe=lambda group: str(group[0]),
     ):
-        network, settings = train_without(trained, left_out[group[0]], group[0].seed, accelerator)
+        mask = torch.ones(len(trained.data.train), dtype=torch.bool)
+        mask[left_out[group[0]]] = False
+        # With the run's own seed first.
+        settings = retraining.subset_settings(trained.settings, seed=trained.settings.training.seed + group[0].seed)
+        network = retraining.train_generator(settings, retraining.subset_data(trained.data, mask), accelerator)
         for model in group:
-            folder.save(model, outcome(network, settings, trained, samples, model, left_out[model]))
+            folder.save(model, outcome(network, settings, trained, samples, model.query, left_out[model]))
 
 
 def ranked_sources(
     trained: build.TrainedRun,
     tuned: Tuned,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, tuple[Attributor, Any]],
     samples: QueryImages,
     queries: Sequence[int],
     folder: LeaveOutFolder,
@@ -174,7 +169,7 @@ def ranked_sources(
     train = trained.data.train
     distances = torch.cdist(traced.images.flatten(1), to_unit_range(train.images).flatten(1))
     for name in missing:
-        attributor, setting = methods[name].attributor, tuned.setting(methods[name])
+        attributor, setting = methods[name]
         attributor.fit(train)
         order = strongest_first(attributor.attribute(traced, only=setting).under(setting), distances)
         rankings[name] = {query: order[query] for query in queries} | rankings[name]
@@ -182,33 +177,17 @@ def ranked_sources(
     return rankings
 
 
-def train_without(
-    trained: build.TrainedRun, left_out: Tensor, seed: int, accelerator: Accelerator
-) -> tuple[Any, Settings]:
-    """Train without some examples, with the run's own seed first."""
-    mask = torch.ones(len(trained.data.train), dtype=torch.bool)
-    mask[left_out] = False
-    settings = retraining.subset_settings(trained.settings, seed=trained.settings.training.seed + seed)
-    data = retraining.subset_data(trained.data, mask)
-    return retraining.train_generator(settings, data, accelerator), settings
-
-
 def outcome(
-    network: Any,
-    settings: Settings,
-    trained: build.TrainedRun,
-    samples: QueryImages,
-    model: LeftOut,
-    left_out: Tensor,
+    network: Any, settings: Settings, trained: build.TrainedRun, samples: QueryImages, query: int, left_out: Tensor
 ) -> Outcome:
     """Make a sample again, and measure the loss on it."""
-    label, row = samples.labels[model.query], slice(model.query, model.query + 1)
-    query = QueryImages(images=samples.images[row], labels=samples.labels[row])
-    losses = retraining.query_losses(network, settings, trained.data.train, {"generated": query})
+    label, train = int(samples.labels[query]), trained.data.train
+    sample = QueryImages(images=samples.images[[query]], labels=samples.labels[[query]])
+    losses = retraining.query_losses(network, settings, train, {"generated": sample})
     return Outcome(
         left_out=left_out,
-        share_of_class=share_of_class(left_out, trained.data.train.labels, int(label)),
-        image=retraining.regenerate(network, trained, label=int(label), seed=model.query),
+        share_of_class=share_of_class(left_out, train.labels, label),
+        image=retraining.regenerate(network, trained, label=label, seed=query),
         loss=float(losses["generated"].mean()),
     )
 

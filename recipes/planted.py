@@ -55,32 +55,31 @@ def main(
     pixels = to_unit_range(trained.data.train.images)
     groups = source_groups(pixels)
     title = f"{num_queries} queries of every kind; {len(pixels)} training images, {int(groups.max()) + 1} distinct\n"
-    parts = [title]
+    parts, no_class = [title], torch.full((num_queries,), trained.pipeline.null_label)
     for level in LEVELS:
-        parts += kernel_density(trained, pixels, groups, num_queries, level)
-    parts += ideal_denoiser(trained, pixels, groups, no_class(trained, num_queries))
+        parts += kernel_density(trained, pixels, groups, no_class, level)
+    parts += ideal_denoiser(trained, pixels, groups, no_class)
     if classes := trained.data.train.num_classes:
         parts += ideal_denoiser(trained, pixels, groups, torch.arange(num_queries) % classes)
     if len(trained.data.holdout):
         parts += unsupported(trained, num_queries)
     if any(MARK in path for path in trained.data.train.paths):
         parts += marked_cluster(trained, num_queries)
-    with atomic_path(run / "planted.md") as partial:
-        partial.write_text("\n".join(parts), encoding="utf-8")
+    with atomic_path(trained.folder.planted) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")
     print("\n".join(parts))
 
 
 def kernel_density(
-    trained: build.TrainedRun, pixels: Tensor, groups: Tensor, num_queries: int, level: float
+    trained: build.TrainedRun, pixels: Tensor, groups: Tensor, labels: Tensor, level: float
 ) -> list[str]:
     """Draw images around training images, and trace them as images from outside; and by their own level alone."""
     levels = trained.pipeline.scheduler.alphas_cumprod
-    timestep = (levels - level).abs().argmin()
+    timestep, num_queries = (levels - level).abs().argmin(), len(labels)
     alpha_bar = levels[timestep]
     planted = plant(pixels, num_queries, bandwidth=float(((1 - alpha_bar) / alpha_bar).sqrt()), seed=0)
     best = [proportion(int(bayes_hits(planted, pixels, groups, k)[0].sum()), num_queries) for k in RANKS]
     noisy = noised_steps(trained.pipeline, planted.images)
-    labels = no_class(trained, num_queries)
     beliefs, others = traced(trained, Queries(images=planted.images, class_labels=labels, noisy=noisy))
     ask = network_steps(trained.pipeline.unet, trained.pipeline.provenance)
     logits = ask(alpha_bar.sqrt() * planted.images, timestep, alpha_bar, labels)
@@ -97,27 +96,19 @@ def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, la
     num_queries, is_conditional = len(labels), bool((labels != trained.pipeline.null_label).all())
     closed_form = ClosedFormPosterior(pixels, trained.data.train.labels, null_label=trained.data.train.num_classes)
     noise = torch.randn((num_queries, *pixels.shape[1:]), generator=torch.Generator().manual_seed(0))
-    images, trajectory = ideal_samples(
-        closed_form,
-        trained.pipeline.scheduler,
-        noise,
-        labels,
-        num_inference_steps=NUM_INFERENCE_STEPS,
-    )
+    scheduler, steps = trained.pipeline.scheduler, NUM_INFERENCE_STEPS
+    images, trajectory = ideal_samples(closed_form, scheduler, noise, labels, num_inference_steps=steps)
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
     # The cleanest level of the window by itself.
-    place = late_level(trajectory.alpha_bars.tolist())
-    late = (trajectory.images[place], trajectory.timesteps[place], trajectory.alpha_bars[place], labels)
-    cleanest = {
-        f"{name}, cleanest level": ask(*late).softmax(dim=1)
-        for name, ask in (
-            ("provenance network", network_steps(trained.pipeline.unet, trained.pipeline.provenance)),
-            ("closed form", closed_form_steps(closed_form)),
-        )
+    late = late_level(trajectory.alpha_bars.tolist())
+    late_query = (trajectory.images[late], trajectory.timesteps[late], trajectory.alpha_bars[late], labels)
+    asked = {
+        "provenance network": network_steps(trained.pipeline.unet, trained.pipeline.provenance),
+        "closed form": closed_form_steps(closed_form),
     }
     beliefs, others = traced(trained, queries, is_conditional=is_conditional)
-    beliefs = cleanest | beliefs
+    beliefs = {f"{name}, cleanest level": ask(*late_query).softmax(dim=1) for name, ask in asked.items()} | beliefs
     told = "asked for classes in turn" if is_conditional else "unconditional"
     return [
         f"## Samples of the closed-form denoiser, along their trajectories, {told}\n",
@@ -138,13 +129,8 @@ def unsupported(trained: build.TrainedRun, num_queries: int) -> list[str]:
     lines = []
     for name, (changed, asked) in without_support(images, labels, train.num_classes).items():
         evidence = evaluation.evidence_of(trained, changed, asked)
-        pairs = [
-            (evidence.distance, known.distance),
-            (evidence.sources, known.sources),
-            (evidence.late_entropy, known.late_entropy),
-            (-evidence.of_class, -known.of_class),
-        ]
-        cells = [interval(auroc(positives, negatives, seed=0)) for positives, negatives in pairs]
+        columns = [(e.distance, e.sources, e.late_entropy, -e.of_class) for e in (evidence, known)]
+        cells = [interval(auroc(*pair, seed=0)) for pair in zip(*columns, strict=True)]
         lines.append([name, *cells] if train.num_classes else [name, *cells[:-1], None])
     header = ["planted", "distance", "effective sources", "entropy at little noise", "posterior of the class"]
     return [
@@ -202,9 +188,8 @@ def traced(
     trained: build.TrainedRun, queries: Queries, *, is_conditional: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Ask every tracer: beliefs that sum to 1, and other scores, (query, train) each."""
-    methods = {
-        method.name: method.attributor for method in make_methods(trained, trained.folder.root, num_timesteps=())
-    }
+    made = make_methods(trained, trained.folder.root, num_timesteps=())
+    methods = {method.name: method.attributor for method in made}
 
     def scores(name: str, setting: Any) -> Tensor:
         methods[name].fit(trained.data.train)
@@ -217,11 +202,6 @@ def traced(
     if (credit := trained.pipeline.credit) is not None:
         others["calibrated weight"] = scores("calibrated trace, trajectory", credit.calibration)
     return beliefs, others
-
-
-def no_class(trained: build.TrainedRun, count: int) -> Tensor:
-    """Give the null label for every query, int64 (query,)."""
-    return torch.full((count,), trained.pipeline.null_label)
 
 
 if __name__ == "__main__":

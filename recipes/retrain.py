@@ -39,7 +39,7 @@ def main(
     share, accelerator = Shard.parse(shard), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = build.open_trained_run(run, accelerator.device)
     train = trained.data.train
-    folder = RetrainedFolder(run / ("retrained_epochs" if keep_epochs else "retrained"))
+    folder = RetrainedFolder(trained.folder.retrained_epochs if keep_epochs else trained.folder.retrained)
     masks = subset_masks(train.labels, num_subsets=num_subsets, fraction=fraction, seed=0)
     if accelerator.is_main_process:
         queries = folder.queries() or retraining.make_queries(trained, num_queries)

@@ -121,14 +121,10 @@ class CreditHead(ModelMixin, ConfigMixin):
             features: (query, width), before scaling.
             class_labels: int64 (query,), the null label where there is none.
         """
+        images, landmarks = (features * self.scale, class_labels), (self.landmarks, self.landmark_labels)
+        kernel, null_label = self.calibration.process.kernel, self.config.num_classes
         similarity = kernel_matrix(
-            features * self.scale,
-            class_labels,
-            self.landmarks,
-            self.landmark_labels,
-            self.calibration.process.kernel,
-            null_label=self.config.num_classes,
-            num_gradients=self.config.num_gradients,
+            *images, *landmarks, kernel, null_label=null_label, num_gradients=self.config.num_gradients
         )
         return credit_shares(similarity @ self.readout)
 
@@ -156,35 +152,21 @@ def kernel_matrix(
     Images are alike because they look alike, or because they ask the same of the generator's weights. The matrix is
     positive semidefinite on images with classes, as it is made of sums and products of kernels.
 
-    Args:
-        first: Scaled features, (first, feature).
-        first_labels: int64 (first,).
-        second: (second, feature).
-        second_labels: int64 (second,).
-        kernel: Its factor between classes and its share of gradients; the scale holds the rest.
-        null_label: The label that stands for no label.
-        num_gradients: The last features; products of normalised gradients are their cosines.
+    An image of `first` without a class is near every class alike, unless `second` has such images: those are a class
+    among themselves.
+
+    Features are scaled, (first, feature) and (second, feature), so the kernel's bandwidth and shares are in them
+    already. The last `num_gradients` are normalised gradients, whose products are cosines.
 
     Returns:
         (first, second).
     """
     num_distances = first.shape[1] - num_gradients
-    squares = torch.cdist(
-        first[:, :num_distances], second[:, :num_distances], compute_mode="use_mm_for_euclid_dist"
-    ).square()
-    is_same = _is_same_class(first_labels, second_labels, null_label)
-    similarity: Tensor = (-squares / 2).exp() * torch.where(is_same, 1.0, kernel.across).to(squares)
-    cosines = first[:, num_distances:] @ second[:, num_distances:].T
-    return (1 - kernel.gradient_share) * similarity + kernel.gradient_share * cosines
-
-
-def _is_same_class(first_labels: Tensor, second_labels: Tensor, null_label: int) -> Tensor:
-    """Compare classes, bool (first, second).
-
-    An image of `first` without a class is near every class alike, unless `second` has such images: those are a class
-    among themselves.
-    """
+    distances = first[:, :num_distances], second[:, :num_distances]
+    squares = torch.cdist(*distances, compute_mode="use_mm_for_euclid_dist").square()
     is_same = first_labels[:, None] == second_labels
     if not (second_labels == null_label).any():
         is_same = is_same | (first_labels == null_label)[:, None]
-    return is_same
+    similarity: Tensor = (-squares / 2).exp() * torch.where(is_same, 1.0, kernel.across).to(squares)
+    cosines = first[:, num_distances:] @ second[:, num_distances:].T
+    return (1 - kernel.gradient_share) * similarity + kernel.gradient_share * cosines

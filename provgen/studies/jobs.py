@@ -61,15 +61,9 @@ def missing_models(
     folder: Path,
     describe: Callable[[T], str] = str,
 ) -> Iterator[T]:
-    """Yield what this process has to train, and print how far it is; all processes end together.
+    """Yield what this process has to train of a shard, and print how far it is; all processes end together.
 
-    Args:
-        models: All of them.
-        is_there: Whether a model has been measured.
-        shard: The share of this call.
-        accelerator: Its processes divide the shard.
-        folder: Where models are measured into.
-        describe: Names a model.
+    `is_there` says whether a model has been measured into `folder`, and `describe` names it.
     """
     missing = [model for model in shard.share(models) if not is_there(model)]
     accelerator.wait_for_everyone()  # all have looked before the first one writes
@@ -93,19 +87,13 @@ class ResultStore:
     """
 
     def __init__(self, folder: Path, key: Sequence[str]) -> None:
-        """Name a store.
-
-        Args:
-            folder: Where its files are, and no others.
-            key: Columns that tell rows apart.
-        """
-        self.folder = folder
-        self.key = tuple(key)
+        """Name a folder of these files and no others, and the columns that tell rows apart."""
+        self.folder, self.key = folder, tuple(key)
 
     def save(self, row: Mapping[str, Any]) -> None:
         """Write one row: numbers, texts and NumPy arrays of at least one axis."""
         name = "-".join(re.sub(r"\W", "_", f"{row[column]}") for column in self.key)
-        self._write(self.folder / f"piece-{name}.parquet", _table_of(row), level=3)
+        write_parquet(self.folder / f"piece-{name}.parquet", _table_of(row), version=SCHEMA_VERSION)
 
     def rows(self) -> dict[tuple[Any, ...], dict[str, Any]]:
         """Read all rows by key, in the order of their keys; columns that a row lacks are left out.
@@ -135,7 +123,7 @@ class ResultStore:
         for first in range(0, len(table), count):
             number += 1
             path = self.folder / f"rows-{number:04d}-{uuid4().hex[:8]}.parquet"
-            self._write(path, table.slice(first, count), level=19)
+            write_parquet(path, table.slice(first, count), version=SCHEMA_VERSION, level=19)
         for piece in pieces:
             piece.unlink(missing_ok=True)
 
@@ -162,9 +150,6 @@ class ResultStore:
         """Keep the last row of every key, sorted by key."""
         last = {self._key(row): number for number, row in enumerate(table.select(list(self.key)).to_pylist())}
         return table.take([last[key] for key in sorted(last)])
-
-    def _write(self, path: Path, table: pa.Table, *, level: int) -> None:
-        write_parquet(path, table, version=SCHEMA_VERSION, level=level)
 
 
 def require_no_npz(folder: Path) -> None:

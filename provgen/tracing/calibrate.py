@@ -64,11 +64,6 @@ class AttributionScores(Generic[S]):
         return scores
 
 
-def untuned(values: Tensor) -> AttributionScores[Untuned]:
-    """Wrap scores (query, train) of a method with nothing to tune."""
-    return AttributionScores.in_a_row([values], [Untuned()])
-
-
 class Choose(Protocol):
     """Judges scores by kind of query."""
 
@@ -103,7 +98,7 @@ class LeaveOneOutVariance:
         """Keep the training images; `parts` of None is one part whose distances count."""
         self.features, self.labels = train.features.double().cpu(), train.labels
         self.null_label, self.parts = null_label, parts
-        self._fitted: dict[Kernel, FittedKernel] = {}
+        self._fitted: FittedKernel | None = None
 
     def scores(
         self,
@@ -112,12 +107,9 @@ class LeaveOneOutVariance:
         *,
         progress_bar: Progress = list,
     ) -> dict[str, AttributionScores[GaussianProcess]]:
-        """Leave every example out under every process, each kernel fitted once for all queries.
+        """Leave every example out under every process, each kernel fitted once for all queries, by kind.
 
-        Args:
-            queries: By kind.
-            settings: Processes, and the steps of each from the default.
-            progress_bar: Over processes.
+        `settings` gives the steps of each process from the default.
         """
         features = {kind: asked.features.double().cpu() for kind, asked in queries.items()}
         values: dict[str, list[Tensor]] = {kind: [] for kind in queries}
@@ -125,19 +117,19 @@ class LeaveOneOutVariance:
             fitted = self.fitted(process.kernel)
             for kind, asked in queries.items():
                 values[kind].append(fitted.credit(features[kind], asked.labels, process.ridge).float())
+        processes, distances = tuple(settings), tuple(settings.values())
         return {
-            kind: AttributionScores(
-                values=torch.stack(scores), settings=tuple(settings), distance_to_default=tuple(settings.values())
-            )
+            kind: AttributionScores(values=torch.stack(scores), settings=processes, distance_to_default=distances)
             for kind, scores in values.items()
         }
 
     def fitted(self, kernel: Kernel) -> FittedKernel:
         """Fit a kernel; only the last one stays in memory."""
-        if kernel not in self._fitted:
-            fitted = FittedKernel(self.features, self.labels, kernel, null_label=self.null_label, parts=self.parts)
-            self._fitted = {kernel: fitted}
-        return self._fitted[kernel]
+        if self._fitted is None or self._fitted.kernel != kernel:
+            self._fitted = FittedKernel(
+                self.features, self.labels, kernel, null_label=self.null_label, parts=self.parts
+            )
+        return self._fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,29 +159,18 @@ def fit_credit_head(
 ) -> CreditHead:
     """Fit the head whose process is chosen under the default weights of levels, then weights of levels under that.
 
-    Args:
-        images: Gives features under a power of alpha_bar / (1 - alpha_bar) in the weights of levels.
-        choose: What judges.
-        calibration_subsets: How many subset models that looks at.
-        progress_bar: Over processes.
+    `images` gives features under a power of alpha_bar / (1 - alpha_bar) in the weights of levels.
     """
     start = time.perf_counter()
     traced = images(INVERSE_VARIANCE)
     process = choose(traced.variance().scores(traced.queries, EVERYTHING.settings, progress_bar=progress_bar))
-    power = choose(_scores_by_power(images, process)).power
+    values: dict[str, list[Tensor]] = {kind: [] for kind in traced.queries}
+    for setting in LEVEL_POWERS:
+        traced = images(setting.power)
+        for kind, scores in traced.variance().scores(traced.queries, {process: 0}).items():
+            values[kind].append(scores.values[0])
+    power = choose({kind: AttributionScores.in_a_row(scores, LEVEL_POWERS) for kind, scores in values.items()}).power
     head = images(power).variance().fitted(process.kernel).credit_head(process.ridge, power)
     seconds = time.perf_counter() - start
     head.register_to_config(calibration_subsets=calibration_subsets, calibration_seconds=seconds)
     return head
-
-
-def _scores_by_power(
-    images: Callable[[float], TracedImages], process: GaussianProcess
-) -> dict[str, AttributionScores[LevelPower]]:
-    """Ask one process under all weights of levels, by kind of query."""
-    values: dict[str, list[Tensor]] = {}
-    for setting in LEVEL_POWERS:
-        traced = images(setting.power)
-        for kind, scores in traced.variance().scores(traced.queries, {process: 0}).items():
-            values.setdefault(kind, []).append(scores.values[0])
-    return {kind: AttributionScores.in_a_row(scores, LEVEL_POWERS) for kind, scores in values.items()}

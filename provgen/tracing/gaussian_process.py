@@ -86,10 +86,8 @@ EVERYTHING = Grid(TWO_PARTS, GRADIENT_SHARES)
 def feature_scale(kernel: Kernel, features: Tensor, parts: FeatureParts) -> Tensor:
     """Give the factors (feature,) under which a kernel is that of `kernel_matrix`; 0 for what does not count.
 
-    Args:
-        kernel: In units of the features' own spread.
-        features: Features of the training images, (train, feature).
-        parts: Parts of the features; one that is the same for all images counts for nothing.
+    The kernel is in units of the spread of the training images' features, (train, feature). A part that is the same
+    for all images counts for nothing.
     """
     *distances, _ = features.split([*parts.distances, parts.num_gradients], dim=1)
     # The mean squared distance of two draws is twice the total variance.
@@ -107,14 +105,9 @@ class FittedKernel:
     def __init__(
         self, features: Tensor, labels: Tensor, kernel: Kernel, *, null_label: int, parts: FeatureParts | None = None
     ) -> None:
-        """Diagonalise.
+        """Diagonalise the kernel of training images with features float64 (train, feature) and labels int64 (train,).
 
-        Args:
-            features: Features of the training images, float64 (train, feature).
-            labels: int64 (train,).
-            kernel: In units of the features' own spread.
-            null_label: The label that stands for no label.
-            parts: Parts of the features; None for one part whose distances count.
+        `parts` of None is one part whose distances count.
         """
         self.kernel, self.null_label = kernel, null_label
         self.parts = parts or FeatureParts((features.shape[1],))
@@ -162,15 +155,9 @@ class FittedKernel:
 
     def _similarity(self, features: Tensor, labels: Tensor) -> Tensor:
         """Give the kernel of images and landmarks, (image, landmark)."""
-        return kernel_matrix(
-            features * self.scale,
-            labels,
-            self.landmarks,
-            self.landmark_labels,
-            self.kernel,
-            null_label=self.null_label,
-            num_gradients=self.parts.num_gradients,
-        )
+        images, landmarks = (features * self.scale, labels), (self.landmarks, self.landmark_labels)
+        num_gradients = self.parts.num_gradients
+        return kernel_matrix(*images, *landmarks, self.kernel, null_label=self.null_label, num_gradients=num_gradients)
 
     def _factors(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Give factors (landmark, vector) and (vector, train) of the read-out."""

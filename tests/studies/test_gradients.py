@@ -11,11 +11,11 @@ from provgen.data.images import to_unit_range
 from provgen.data.random import seeded_generator
 from provgen.models.diffusion import make_training_scheduler
 from provgen.studies.faithfulness.attributor import Queries
-from provgen.studies.faithfulness.gradient_store import GradientStore
 from provgen.studies.faithfulness.gradients import (
     RIDGES,
     GradientDot,
     GradientFeatures,
+    GradientStore,
     LossGradients,
     RandomProjection,
     Ridge,

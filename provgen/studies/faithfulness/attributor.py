@@ -41,12 +41,9 @@ class Queries:
 
     def first(self, count: int) -> Queries:
         """Keep the first `count`."""
-        return Queries(
-            images=self.images[:count],
-            class_labels=self.class_labels[:count],
-            noisy=self.noisy.first(count),
-            trajectory=None if self.trajectory is None else self.trajectory.first(count),
-        )
+        images, labels, noisy = self.images[:count], self.class_labels[:count], self.noisy.first(count)
+        trajectory = None if self.trajectory is None else self.trajectory.first(count)
+        return Queries(images=images, class_labels=labels, noisy=noisy, trajectory=trajectory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +83,7 @@ class Attributor(Protocol):
     def attribute(self, queries: Queries, only: Any = None) -> AttributionScores[Any]:
         """Score every training example for every query, each query by itself.
 
-        Args:
-            queries: What is asked about.
-            only: The one setting that is wanted, where others would take time; they may be there all the same.
+        Where settings take time, `only` is the one that is wanted; others may be there all the same.
         """
         ...
 
@@ -122,7 +117,6 @@ class MethodLabel:
     is_reference: bool = False
     """Whether every other method is compared with it, pair by pair."""
     role: Role = Role.COMPARISON
-    """What it is to the comparison."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +124,7 @@ class Method:
     """An attribution method of the comparison."""
 
     label: MethodLabel
-    """What is remembered of it."""
     attributor: Attributor
-    """What answers."""
 
     @property
     def name(self) -> str:

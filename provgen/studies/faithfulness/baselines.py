@@ -12,7 +12,7 @@ from torch import Tensor
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.studies.faithfulness.attributor import Cache, Queries
-from provgen.tracing.calibrate import AttributionScores, Untuned, untuned
+from provgen.tracing.calibrate import AttributionScores, Untuned
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class UntunedScores:
 
     def attribute(self, queries: Queries, only: Untuned | None = None) -> AttributionScores[Untuned]:  # noqa: ARG002 - there is one
         """Wrap what `scores` gives."""
-        return untuned(self.scores(queries))
+        return AttributionScores.in_a_row([self.scores(queries)], self.settings)
 
     def scores(self, queries: Queries) -> Tensor:
         """Give scores (query, train)."""
@@ -93,30 +93,35 @@ class SameClass(UntunedScores):
         return Cache(num_bytes=self.labels.nbytes)
 
 
-class PixelCosine(UntunedScores):
+class PixelMethod:
+    """A method that needs nothing but pixels."""
+
+    def fit(self, train: ImageSet) -> None:
+        """Keep the pixels."""
+        self.pixels = to_unit_range(train.images, torch.float64).flatten(1)
+
+    def kept(self) -> Cache:
+        """Pixels."""
+        return Cache(num_bytes=self.pixels.numel())
+
+
+class PixelCosine(PixelMethod, UntunedScores):
     """Cosine of the angle between the pixels, in [-1, 1]: the cheapest baseline of Zheng et al. 2024."""
 
     def fit(self, train: ImageSet) -> None:
         """Keep the pixels in unit length."""
-        self.normalised = F.normalize(_pixels(train), dim=1)
+        super().fit(train)
+        self.pixels = F.normalize(self.pixels, dim=1)
 
     def scores(self, queries: Queries) -> Tensor:
         """Multiply vectors of unit length."""
-        return F.normalize(queries.images.flatten(1).double(), dim=1) @ self.normalised.T
-
-    def kept(self) -> Cache:
-        """Pixels."""
-        return Cache(num_bytes=self.normalised.numel())
+        return F.normalize(queries.images.flatten(1).double(), dim=1) @ self.pixels.T
 
 
-class PixelNeighbors:
+class PixelNeighbors(PixelMethod):
     """The k nearest training images in pixels, alike; k is tuned."""
 
     settings = NEIGHBORS
-
-    def fit(self, train: ImageSet) -> None:
-        """Keep the pixels."""
-        self.pixels = _pixels(train)
 
     def attribute(self, queries: Queries, only: Neighbors | None = None) -> AttributionScores[Neighbors]:  # noqa: ARG002 - all settings take no longer
         """Give 1 to the k nearest, the lowest index first at equal distance."""
@@ -125,12 +130,8 @@ class PixelNeighbors:
         settings = [setting for setting in NEIGHBORS if setting.k < len(self.pixels)]
         return AttributionScores.in_a_row([(ranks < setting.k).double() for setting in settings], settings)
 
-    def kept(self) -> Cache:
-        """Pixels."""
-        return Cache(num_bytes=self.pixels.numel())
 
-
-class PixelKernel:
+class PixelKernel(PixelMethod):
     """softmax_i(-|q - x_i|^2 / (2 s^2)) in pixels; s is tuned.
 
     It is what averaging the log-posteriors of a query that is noised again comes to, so only what knows more than
@@ -141,27 +142,16 @@ class PixelKernel:
 
     def fit(self, train: ImageSet) -> None:
         """Keep the pixels, and how far apart they are."""
-        self.pixels = _pixels(train)
+        super().fit(train)
         # The mean squared distance of two draws is twice the total variance.
         self.scale = float((2 * self.pixels.var(dim=0, correction=0).sum()).sqrt())
 
     def attribute(self, queries: Queries, only: Bandwidth | None = None) -> AttributionScores[Bandwidth]:  # noqa: ARG002 - all settings take no longer
         """Weigh by distance."""
         squares = torch.cdist(queries.images.flatten(1).double(), self.pixels).square()
-        values = [_kernel(squares, setting.share * self.scale) for setting in BANDWIDTHS]
+        bandwidths = [setting.share * self.scale for setting in BANDWIDTHS]
+        values = [(-squares / (2 * bandwidth**2)).softmax(dim=1) for bandwidth in bandwidths]
         return AttributionScores.in_a_row(values, BANDWIDTHS)
-
-    def kept(self) -> Cache:
-        """Pixels."""
-        return Cache(num_bytes=self.pixels.numel())
-
-
-def _kernel(squares: Tensor, bandwidth: float) -> Tensor:
-    return (-squares / (2 * bandwidth**2)).softmax(dim=1)
-
-
-def _pixels(train: ImageSet) -> Tensor:
-    return to_unit_range(train.images, torch.float64).flatten(1)
 
 
 IMAGES_AT_ONCE = 256

@@ -1,30 +1,39 @@
-"""What methods predict of subset models, and the table that is made of it in seconds."""
+"""What methods predict of subset models, held to those models: the table, its figure, and the report's section."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from torch import Tensor
 
 from provgen.errors import InputError
 from provgen.metrics.datamodeling import LdsComparison, NoiseCeiling, noise_ceiling, predicted_outputs
 from provgen.metrics.statistics import Estimate
-from provgen.run import atomic_path
+from provgen.report.figures import BLUE, INK, VERMILION, label_axes
+from provgen.report.format import Metric, interval, markdown_table, percent
+from provgen.report.html import Section, Table, picture_of_figure
+from provgen.run import atomic_path, read_parquet, write_parquet
 from provgen.studies.faithfulness.attributor import Cost, MethodLabel, Role
-from provgen.studies.faithfulness.retraining import KINDS, Retrained, RetrainedFolder
-from provgen.studies.faithfulness.section import plot_lds, read_lds_rows
+from provgen.studies.faithfulness.retraining import RetrainedFolder
 from provgen.studies.faithfulness.tuning import Split
 
-PREDICTIONS_VERSION, LDS_VERSION = "2", "2"
+PREDICTIONS_VERSION, LDS_VERSION = 2, 2
 """Schema versions of predictions.parquet and of the table."""
+
+Row = Mapping[str, Any]
+"""One method on one kind of query, held to the subset models; an estimate has the columns NAME, NAME low, NAME high."""
+
+TITLES = {"generated": "generated images", "holdout": "held-out images"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,92 +71,59 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         """Write a Parquet file. Correlations of ranks need no more than ranks."""
-        metadata = {"schema_version": PREDICTIONS_VERSION, "calibration_subsets": str(self.calibration_subsets)}
-        table = pa.Table.from_pylist([_flat(row) for row in self.rows], schema=_SCHEMA)
-        with atomic_path(path) as partial:
-            pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
+        metadata = {"calibration_subsets": str(self.calibration_subsets)}
+        # Ranks of ties end on a half, so twice the rank is a whole number.
+        table = _table_of(
+            [
+                {
+                    **_shared_columns(row),
+                    "num_subsets": row.ranks.shape[1],
+                    "double_ranks": (2 * row.ranks).numpy().astype(np.uint16).ravel(),
+                }
+                for row in self.rows
+            ]
+        )
+        write_parquet(path, table.replace_schema_metadata(metadata), version=PREDICTIONS_VERSION)
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
         """Read it.
 
         Raises:
-            InputError: It is not there, or of an earlier version.
+            InputError: It is not there, or of another version.
         """
-        table = pq.read_table(path) if path.is_file() else None
-        if table is None or table.schema.metadata[b"schema_version"].decode() != PREDICTIONS_VERSION:
-            raise InputError(f"{path} is missing or of an earlier version; run `provgen faithfulness` first")
-        return cls(
-            rows=[_prediction(row) for row in table.to_pylist()],
-            calibration_subsets=int(table.schema.metadata[b"calibration_subsets"]),
-        )
+        if not path.is_file():
+            raise InputError(f"{path} is missing; run `provgen faithfulness` first")
+        table = read_parquet(path, version=PREDICTIONS_VERSION)
+        subsets = int(table.schema.metadata[b"calibration_subsets"])
+        return cls(rows=[_prediction(row) for row in table.to_pylist()], calibration_subsets=subsets)
 
 
-_LABEL = {
-    "method": pa.string(),
-    "along": pa.string(),
-    "uses_provenance": pa.bool_(),
-    "is_reference": pa.bool_(),
-    "role": pa.string(),
-}
-
-_COST = {"fit_seconds": pa.float64(), "seconds_per_query": pa.float64(), "stored_bytes": pa.int64()}
-
-_SCHEMA = pa.schema({
-    **_LABEL,
-    "queries": pa.string(),
-    "setting": pa.string(),
-    **_COST,
-    "num_subsets": pa.int64(),
-    "double_ranks": pa.list_(pa.uint16()),
-})  # fmt: skip
-
-
-def _label_columns(label: MethodLabel) -> dict[str, Any]:
-    """Give the columns that both files keep of a method."""
-    fields = asdict(label)
-    return {"method": fields.pop("name"), **fields}
-
-
-def _flat(row: Prediction) -> dict[str, Any]:
-    """Ranks of ties end on a half, so twice the rank is a whole number."""
-    return {
-        **_label_columns(row.label),
-        "queries": row.queries,
-        "setting": row.setting,
-        **({} if row.cost is None else asdict(row.cost)),
-        "num_subsets": row.ranks.shape[1],
-        "double_ranks": (2 * row.ranks).numpy().astype(np.uint16).ravel(),
-    }
-
-
-def _prediction(row: Mapping[str, Any]) -> Prediction:
-    label = {name: row[name] for name in _LABEL if name != "method"}
-    costs = {name: row[name] for name in _COST}
+def _prediction(row: Row) -> Prediction:
+    label = {field.name: row[field.name] for field in fields(MethodLabel) if field.name != "name"}
     ranks = torch.tensor(row["double_ranks"], dtype=torch.float64) / 2
+    cost = {field.name: row[field.name] for field in fields(Cost)}
     return Prediction(
         label=MethodLabel(**{**label, "name": row["method"], "role": Role(row["role"])}),
         queries=row["queries"],
         setting=row["setting"],
         ranks=ranks.view(-1, row["num_subsets"]),
-        cost=None if None in costs.values() else Cost(**costs),
+        cost=None if None in cost.values() else Cost(**cost),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LdsRow:
-    """One method on one kind of query, held to the subset models."""
+def _shared_columns(prediction: Prediction) -> dict[str, Any]:
+    """Give the columns that predictions and the table have in common."""
+    label = asdict(prediction.label)
+    cost = dict.fromkeys(field.name for field in fields(Cost)) if prediction.cost is None else asdict(prediction.cost)
+    return {
+        "method": label.pop("name"), **label, "queries": prediction.queries, "setting": prediction.setting, **cost,
+    }  # fmt: skip
 
-    prediction: Prediction
-    """What the method says."""
-    lds: Estimate
-    """Linear datamodeling score."""
-    over: Mapping[str, Estimate]
-    """By how much it exceeds the references and the trace, paired."""
-    ceiling: NoiseCeiling | None
-    """None with one training seed, which does not show how noisy training is."""
-    moved: Mapping[str, Estimate | None]
-    """How far samples moved without the sources it names, by what was left out; None where that was not tried."""
+
+def _table_of(rows: Sequence[Row]) -> pa.Table:
+    """Make a table of rows, of which not every one has every column; from_pylist looks at the first row alone."""
+    return pa.table({name: [row.get(name) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)})
 
 
 def compare(
@@ -157,57 +133,35 @@ def compare(
     moved: Mapping[str, Mapping[str, Estimate]],
     resamples: int,
     first_subset: int = 0,
-) -> list[LdsRow]:
-    """Hold predictions to the subset models that no method was tuned on.
+) -> list[Row]:
+    """Hold predictions to the subset models from `first_subset` on that no method was tuned on.
 
-    Args:
-        predictions: Of the same queries and subsets.
-        folder: The subset models.
-        moved: How far samples moved when their sources were left out: by what was left out, then by method.
-        resamples: Bootstrap resamples of the intervals.
-        first_subset: Only subsets from this number on are reported.
+    `moved` is how far samples moved when their sources were left out: by what was left out, then by method.
     """
     retrained, several = folder.load(), folder.load_several_seeds()
-    num_queries = len(retrained.queries[KINDS[0]].images)
+    num_queries = len(retrained.queries["generated"].images)
     split = Split.first(retrained.subsets, num_queries, calibration=predictions.calibration_subsets)
-    rows = []
-    for kind in KINDS:
-        of_kind = {row.label.name: row for row in predictions.rows if row.queries == kind}
-        compared = _held(of_kind, retrained, split, kind, first_subset=first_subset, resamples=resamples)
+    is_reported = ~split.subsets & (retrained.subsets >= first_subset)
+    rows: list[Row] = []
+    for kind in TITLES:
+        of_kind = [row for row in predictions.rows if row.queries == kind]
+        reported = retrained.subsets[is_reported]
+        predicted = {row.label.name: row.ranks[~split.queries][:, reported] for row in of_kind}
+        measured = -retrained.losses[kind][:, ~split.queries][:, :, is_reported].mean(dim=0)
+        compared = LdsComparison(predicted, measured, seed=0, resamples=resamples)
         ceiling: NoiseCeiling | None = None
         if several is not None:
             outputs, seeds = -several.losses[kind][:, ~split.queries], len(retrained.losses[kind])
             ceiling = noise_ceiling(outputs, num_seeds=seeds, seed=0, resamples=resamples)
-        others = {name: name for name, row in of_kind.items() if row.label.is_reference}
-        others["the trace"] = trace_of([row.label for row in of_kind.values()]).name
-        rows += [
-            LdsRow(
-                prediction=row,
-                lds=compared.estimate(name),
-                over={title: compared.difference(name, other) for title, other in others.items()},
-                ceiling=ceiling,
-                moved={title: effects.get(name) for title, effects in moved.items()} if kind == "generated" else {},
-            )
-            for name, row in of_kind.items()
-        ]
+        effects = moved if kind == "generated" else {}
+        rows += [_held(row, compared, ceiling, _references(of_kind), effects) for row in of_kind]
     return rows
 
 
-def _held(
-    predictions: Mapping[str, Prediction],
-    retrained: Retrained,
-    split: Split,
-    kind: str,
-    *,
-    first_subset: int,
-    resamples: int,
-) -> LdsComparison:
-    """Compare predictions with what is measured on the reported queries and subsets."""
-    is_reported = ~split.subsets & (retrained.subsets >= first_subset)
-    measured = -retrained.losses[kind][:, ~split.queries][:, :, is_reported].mean(dim=0)
-    reported = retrained.subsets[is_reported]
-    predicted = {name: row.ranks[~split.queries][:, reported] for name, row in predictions.items()}
-    return LdsComparison(predicted, measured, seed=0, resamples=resamples)
+def _references(predictions: Sequence[Prediction]) -> dict[str, str]:
+    """Name the methods that every other is compared with, by title."""
+    labels = [row.label for row in predictions]
+    return {label.name: label.name for label in labels if label.is_reference} | {"the trace": trace_of(labels).name}
 
 
 def trace_of(labels: Sequence[MethodLabel]) -> MethodLabel:
@@ -216,90 +170,164 @@ def trace_of(labels: Sequence[MethodLabel]) -> MethodLabel:
     return min(traces, key=lambda label: (label.role != Role.CALIBRATED_TRACE, label.along != "trajectory"))
 
 
-def markdown_table(rows: Sequence[LdsRow], calibration_subsets: int) -> str:
-    """Lay out one table for each kind of query, best method first; LDS in percent with 95 % intervals."""
-    kinds = list(dict.fromkeys(row.prediction.queries for row in rows))
-    tables = [_table(kind, [row for row in rows if row.prediction.queries == kind]) for kind in kinds]
-    if any(row.prediction.label.role == Role.CALIBRATED_TRACE for row in rows):
+def _held(
+    prediction: Prediction,
+    compared: LdsComparison,
+    ceiling: NoiseCeiling | None,
+    references: Mapping[str, str],
+    moved: Mapping[str, Mapping[str, Estimate]],
+) -> Row:
+    """Give the row of a prediction; without a ceiling one training seed does not show how noisy training is."""
+    name = prediction.label.name
+    estimates = {
+        "lds": compared.estimate(name),
+        **{f"over {title}": compared.difference(name, other) for title, other in references.items()},
+        **{title: effects.get(name) for title, effects in moved.items()},
+        "noise_ceiling": None if ceiling is None else ceiling.estimate,
+    }
+    columns = [_columns(title, estimate) for title, estimate in estimates.items()]
+    return {
+        **_shared_columns(prediction),
+        "subsets": compared.shape[1],
+        **{column: value for of_estimate in columns for column, value in of_estimate.items()},
+        "seed_correlation": None if ceiling is None else ceiling.seed_correlation,
+    }
+
+
+def _columns(name: str, estimate: Estimate | None) -> Mapping[str, float | None]:
+    missing = dict.fromkeys((name, f"{name} low", f"{name} high"))
+    return missing if estimate is None else estimate.columns(name, " ")
+
+
+def write_tables(rows: Sequence[Row], folder: Path, name: str, *, calibration_subsets: int) -> str:
+    """Write `name`.parquet, .md and .png into a folder; give the table in words."""
+    write_parquet(folder / f"{name}.parquet", _table_of(rows), version=LDS_VERSION)
+    tables = [_markdown(kind, of_kind) for kind, of_kind in _by_kind(rows).items()]
+    if any(row["role"] == Role.CALIBRATED_TRACE for row in rows):
         tables.append(
             "Set-up of a calibrated trace: its features and the search over settings. "
             f"Training the {calibration_subsets} subset models it is calibrated on comes on top.\n"
         )
-    return "\n".join(tables)
+    with atomic_path(folder / f"{name}.md") as temporary:
+        temporary.write_text("\n".join(tables), encoding="utf-8")
+    with atomic_path(folder / f"{name}.png") as temporary:
+        plot_lds(rows).savefig(temporary, format="png", dpi=110)
+    return "\n".join([*tables, f"tables and figure in {folder}"])
 
 
-def _table(kind: str, rows: Sequence[LdsRow]) -> str:
-    ceiling, best = rows[0].ceiling, "unknown (one training seed)"
-    if ceiling is not None:
-        best = f"{_percent(ceiling.estimate)} % (correlation of training seeds {ceiling.seed_correlation:.2f})"
-    cells = [_cells(row) for row in sorted(rows, key=lambda row: -row.lds.value)]
-    lines = [[*cells[0]], ["---", *["---:"] * (len(cells[0]) - 2), "---"], *([*line.values()] for line in cells)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"Queries: {kind}; {rows[0].lds.n} subset models; noise ceiling {best}\n\n{text}\n"
+def _by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group rows by kind of query, those of the lowest LDS last."""
+    by_kind = {kind: [row for row in rows if row["queries"] == kind] for kind in TITLES}
+    return {kind: sorted(of_kind, key=lambda row: -row["lds"]) for kind, of_kind in by_kind.items() if of_kind}
 
 
-def _cells(row: LdsRow) -> dict[str, str]:
-    """Give a row of the table by title."""
-    name, cost = row.prediction.label.name, row.prediction.cost
-    return {
-        "method": name,
-        "LDS, %": _percent(row.lds),
-        **{f"over {other}": "-" if other == name else _percent(row.over[other]) for other in row.over},
-        **{title: "-" if effect is None else _plain(effect) for title, effect in row.moved.items()},
-        "set-up, s": "-" if cost is None else f"{cost.fit_seconds:.1f}",
-        "query, ms": "-" if cost is None else f"{1e3 * cost.seconds_per_query:.2f}",
-        "kept, MB": "-" if cost is None else f"{cost.stored_bytes / 1e6:.2f}",
-        "setting": row.prediction.setting or "-",
-    }
+def _markdown(kind: str, rows: Sequence[Row]) -> str:
+    """Lay out the table of one kind of query; LDS in percent with 95 % intervals."""
+    ceiling = "unknown (one training seed)"
+    if rows[0]["noise_ceiling"] is not None:
+        correlation = rows[0]["seed_correlation"]
+        ceiling = f"{_written(rows[0], 'noise_ceiling', percent)} % (correlation of training seeds {correlation:.2f})"
+    lines = []
+    for row in rows:
+        itself = {f"over {row['method']}": None} if row["is_reference"] else {}
+        costs = [
+            f"{cost:.{digits}f}" if cost is not None else None
+            for cost, digits in zip(_costs(row), (1, 2, 2), strict=True)
+        ]
+        lines.append([row["method"], *(_effects(row) | itself).values(), *costs, row["setting"] or None])
+    header = ["method", *_effects(rows[0]), *COSTS, "setting"]
+    table = markdown_table(header, lines, text_columns=(0, len(header) - 1))
+    return f"Queries: {kind}; {rows[0]['subsets']} subset models; noise ceiling {ceiling}\n\n{table}"
 
 
-def _percent(estimate: Estimate) -> str:
-    value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+COSTS = ("set-up, s", "query, ms", "kept, MB")
 
 
-def _plain(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+def _costs(row: Row) -> list[float | None]:
+    """Give the costs of `COSTS`."""
+    if row["stored_bytes"] is None:
+        return [None] * len(COSTS)
+    return [row["fit_seconds"], 1e3 * row["seconds_per_query"], row["stored_bytes"] / 1e6]
 
 
-def write_parquet(path: Path, rows: Sequence[LdsRow]) -> None:
-    """Write one flat row for each method and kind of query."""
-    flat = [_flat_row(row) for row in rows]
-    # Not every row has every column, and from_pylist looks at the first row alone.
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    table = pa.table({name: [row.get(name) for row in flat] for name in columns})
-    with atomic_path(path) as partial:
-        pq.write_table(table.replace_schema_metadata({"schema_version": LDS_VERSION}), partial)
+def _effects(row: Row) -> dict[str, str | None]:
+    """Write LDS, differences and how far samples moved, by title."""
+    written = {"LDS, %": _written(row, "lds", percent)}
+    for start, write in (("over ", percent), ("moved ", partial(interval, form=".2f"))):
+        names = [name for name in row if name.startswith(start) and f"{name} low" in row]
+        written |= {name: _written(row, name, write) for name in names}
+    return written
 
 
-def _flat_row(row: LdsRow) -> dict[str, Any]:
-    ceiling = None if row.ceiling is None else row.ceiling.estimate
-    estimates = {f"over {other}": estimate for other, estimate in row.over.items()} | dict(row.moved)
-    columns = [_columns(name, estimate) for name, estimate in estimates.items() if estimate is not None]
-    return {
-        **_label_columns(row.prediction.label),
-        "queries": row.prediction.queries,
-        "setting": row.prediction.setting,
-        "subsets": row.lds.n,
-        **_columns("lds", row.lds),
-        **{name: value for estimate in columns for name, value in estimate.items()},
-        **({"noise_ceiling": None} if ceiling is None else _columns("noise_ceiling", ceiling)),
-        "seed_correlation": None if row.ceiling is None else row.ceiling.seed_correlation,
-        **({} if row.prediction.cost is None else asdict(row.prediction.cost)),
-    }
+def _written(row: Row, name: str, write: Callable[[Estimate], str]) -> str | None:
+    """Write an estimate of a row; None where it has none."""
+    value, low, high = (row[column] for column in (name, f"{name} low", f"{name} high"))
+    return None if value is None else write(Estimate(value, low, high, row["subsets"]))
 
 
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high}
+def plot_lds(rows: Sequence[Row]) -> Figure:
+    """Plot the LDS of every method with its interval, one panel for each kind of query, and the noise ceiling."""
+    by_kind = _by_kind(rows)
+    height = 1.0 + 0.24 * max(map(len, by_kind.values()))
+    figure = Figure(figsize=(5.6 * len(by_kind), height), layout="constrained")
+    for axes, (kind, of_kind) in zip(figure.subplots(1, len(by_kind), squeeze=False)[0], by_kind.items(), strict=True):
+        label_axes(axes, "LDS", "", TITLES[kind])
+        _plot_kind(axes, sorted(of_kind, key=lambda row: row["lds"]))
+    return figure
 
 
-def write_tables(rows: Sequence[LdsRow], folder: Path, name: str, *, calibration_subsets: int) -> str:
-    """Write `name`.parquet, .md and .png into a folder; give the table in words."""
-    write_parquet(folder / f"{name}.parquet", rows)
-    table = markdown_table(rows, calibration_subsets)
-    with atomic_path(folder / f"{name}.md") as partial:
-        partial.write_text(table, encoding="utf-8")
-    figure = plot_lds(read_lds_rows(folder / f"{name}.parquet"))
-    with atomic_path(folder / f"{name}.png") as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    return f"{table}\ntables and figure in {folder}"
+def _plot_kind(axes: Axes, rows: Sequence[Row]) -> None:
+    for height, row in enumerate(rows):
+        colour = VERMILION if row["uses_provenance"] else BLUE
+        axes.plot([row["lds low"], row["lds high"]], [height, height], color=colour, linewidth=1.5)
+        axes.plot(row["lds"], height, "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7.5, color=INK)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    if (ceiling := rows[0]["noise_ceiling"]) is not None:
+        axes.axvline(ceiling, color=INK, linewidth=1, linestyle="--")
+        axes.axvspan(rows[0]["noise_ceiling low"], rows[0]["noise_ceiling high"], color=INK, alpha=0.07)
+        axes.annotate("noise ceiling", (ceiling, 0), rotation=90, ha="right", va="bottom", fontsize=7.5, color=INK)
+
+
+def read_lds_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a faithfulness table."""
+    rows: list[dict[str, Any]] = read_parquet(path, version=LDS_VERSION).to_pylist()
+    return rows
+
+
+EXPLANATION = (
+    "The generator was trained again on random halves of its training images. A method predicts how well each half "
+    "does on an image by the sum of its scores over the half. The linear datamodeling score (LDS) is the rank "
+    "correlation of prediction and measurement, mean over images. Every method was tuned on the same few halves and "
+    "images, and is reported on the others."
+)
+
+NOTE = (
+    "95 % intervals of a bootstrap over halves and images, paired where two methods are compared. Moved: how far a "
+    "sample moves when its sources are left out and the generator is trained again. Set-up of a calibrated trace: its "
+    "features and the search over settings; training the subset models it is calibrated on comes on top."
+)
+
+
+def faithfulness_section(rows: Sequence[Row]) -> tuple[Section, list[Metric]]:
+    """Show the LDS of all methods in the report: whose scores predict what is made of a query without some data."""
+    picture = picture_of_figure(
+        plot_lds(rows),
+        alt="Linear datamodeling score of every attribution method with its interval, and the noise ceiling",
+        caption="Red: methods that use the provenance network. Dashed: the best that any method could have, and its "
+        "interval.",
+    )
+    cells = [
+        [row["method"], row["queries"], *_effects(row).values(), *_costs(row)]
+        for of_kind in _by_kind(rows).values()
+        for row in of_kind
+    ]
+    table = Table(["method", "queries", *_effects(rows[0]), *COSTS], cells, NOTE)
+    return Section("Are the sources right?", EXPLANATION, [picture], table), [_metric(row) for row in rows]
+
+
+def _metric(row: Row) -> Metric:
+    """Name the LDS of a method, whose baseline is 0."""
+    lds = Estimate(row["lds"], row["lds low"], row["lds high"], row["subsets"])
+    name = f"lds_{row['queries']}_{row['method']}"
+    return Metric.from_estimate(name, lds, "counterfactual", baseline=0.0, ceiling=row["noise_ceiling"])

@@ -32,9 +32,7 @@ class VarianceAttributor:
 
     def __init__(self, features: Features, parts: FeatureParts | None = None, grid: Grid = PIXELS) -> None:
         """Take features, what they are made of (None for one part of distances), and the processes to try."""
-        self.features = features
-        self.parts = parts
-        self.distances = grid.settings
+        self.features, self.parts, self.distances = features, parts, grid.settings
         self.settings = tuple(self.distances)
 
     def fit(self, train: ImageSet) -> None:
@@ -58,8 +56,7 @@ class CalibratedTrace:
     """The weights of a calibrated pipeline; its one setting is what calibration chose."""
 
     def __init__(self, credit: CreditHead, features: Features) -> None:
-        self.credit = credit
-        self.features = features
+        self.credit, self.features = credit, features
         self.settings = (credit.calibration,)
 
     def fit(self, train: ImageSet) -> None:
@@ -98,7 +95,7 @@ class TraceFeatures:
 
     @property
     def parts(self) -> FeatureParts:
-        """Features of the embedding, of the pixels, and of gradients where there are any."""
+        """Widths of the embedding, of the pixels, and of gradients where there are any."""
         unet = self.pipeline.unet
         distances = self.pipeline.provenance.config.width, unet.config.in_channels * unet.config.sample_size**2
         return FeatureParts(distances, num_last_layer(unet) if self.has_gradients else 0)
@@ -109,23 +106,19 @@ class TraceFeatures:
         if isinstance(images, Queries):
             return self._features(images.along(self.along), images.class_labels)
         batches = zip(images.images.split(NETWORK_BATCH), images.labels.split(NETWORK_BATCH), strict=True)
-        return torch.cat([
-            self._features(noised_steps(self.pipeline, to_unit_range(pixels)), labels) for pixels, labels in batches
-        ])  # fmt: skip
+        noised = ((noised_steps(self.pipeline, to_unit_range(pixels)), labels) for pixels, labels in batches)
+        return torch.cat([self._features(noisy, labels) for noisy, labels in noised])
 
     def _features(self, noisy: NoisyImages, class_labels: Tensor) -> Tensor:
         """Give the features of images at some steps."""
-        pipeline, labels = self.pipeline, class_labels.to(self.pipeline.device)
-        denoiser = pipeline.unet if self.has_gradients else None
-        look = CreditFeatures(pipeline.provenance, noisy.alpha_bars, denoiser=denoiser)
-        steps = zip(noisy.images, noisy.timesteps, strict=True)
-        trace(
-            (
-                pipeline.denoiser.step_at(images.to(pipeline.device), timestep, labels, number=number)
-                for number, (images, timestep) in enumerate(steps)
-            ),
-            look,
+        pipeline, device = self.pipeline, self.pipeline.device
+        unet = pipeline.unet if self.has_gradients else None
+        look = CreditFeatures(pipeline.provenance, noisy.alpha_bars, denoiser=unet)
+        steps = (
+            pipeline.denoiser.step_at(images.to(device), timestep, class_labels.to(device), number=number)
+            for number, (images, timestep) in enumerate(zip(noisy.images, noisy.timesteps, strict=True))
         )
+        trace(steps, look)
         return look.mean(self.level_power)
 
 
@@ -134,15 +127,9 @@ def traced_images(
 ) -> TracedImages:
     """Give what traces see of training images, and of queries by kind, under some weights of noise levels."""
     features = TraceFeatures(pipeline=pipeline, along="trajectory", level_power=level_power)
-    return TracedImages(
-        train=LabelledFeatures(features=features(train), labels=train.labels),
-        queries={
-            kind: LabelledFeatures(features=features(asked), labels=asked.class_labels)
-            for kind, asked in queries.items()
-        },
-        parts=features.parts,
-        null_label=train.num_classes,
-    )
+    asked = {kind: LabelledFeatures(features=features(q), labels=q.class_labels) for kind, q in queries.items()}
+    labelled = LabelledFeatures(features=features(train), labels=train.labels)
+    return TracedImages(train=labelled, queries=asked, parts=features.parts, null_label=train.num_classes)
 
 
 def noised_steps(pipeline: ProvenancePipeline, images: Tensor) -> NoisyImages:

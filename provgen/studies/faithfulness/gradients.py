@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
+from provgen.run import atomic_path
 from provgen.studies.faithfulness.attributor import Cache, Queries
 from provgen.studies.faithfulness.baselines import UntunedScores
-from provgen.studies.faithfulness.gradient_store import GradientStore
 from provgen.tracing.calibrate import AttributionScores
 
 Target = Literal["noise", "zero"]
@@ -63,15 +68,7 @@ class LossGradients:
     def __init__(
         self, unet: UNet2DModel, scheduler: DDPMScheduler, *, target: Target, num_timesteps: int, seed: int
     ) -> None:
-        """Take a trained denoiser.
-
-        Args:
-            unet: In evaluation mode.
-            scheduler: The forward process.
-            target: What its output is compared with.
-            num_timesteps: K, a divisor of the number of training timesteps.
-            seed: Of the noise.
-        """
+        """Take a denoiser in evaluation mode; `num_timesteps` K divides the training timesteps, `seed` is of noise."""
         steps = scheduler.config.num_train_timesteps
         assert steps % num_timesteps == 0
         self.unet, self.scheduler, self.target, self.seed = unet, scheduler, target, seed
@@ -133,6 +130,68 @@ class LossGradients:
         return noise
 
 
+class GradientStore:
+    """float32 rows of features, of which the first `done` are there.
+
+    A folder with `features.npy` and `state.json`; the state also says what the features are of, so that a store of
+    another network or of other settings is started again and never mixed with this one.
+    """
+
+    def __init__(self, folder: Path, *, shape: tuple[int, int], fingerprint: Mapping[str, str | int]) -> None:
+        """Open the store of features (train, feature), or start a new one; `fingerprint` is all that they depend on."""
+        self.folder, self.shape = folder, shape
+        self.fingerprint = {"schema_version": 1, "shape": list(shape), **fingerprint}
+        self.done, self.seconds_before = self._read_state()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.done:
+            # First, or a kill before the first batch would leave the state of other features beside empty rows.
+            self._write_state(0, 0.0)
+        path, mode = folder / "features.npy", "r+" if self.done else "w+"
+        self._rows: NDArray[np.float32] = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
+
+    def fill(self, make_rows: Callable[[int, int], Tensor], *, batch_size: int) -> None:
+        """Make what is missing: `make_rows(start, stop)` gives the features (stop - start, feature)."""
+        begun = time.perf_counter()
+        for start in range(self.done, self.shape[0], batch_size):
+            stop = min(start + batch_size, self.shape[0])
+            self._rows[start:stop] = make_rows(start, stop).cpu().numpy()
+            self._rows.flush()  # type: ignore[attr-defined]  # a memory map
+            self._write_state(stop, self.seconds_before + time.perf_counter() - begun)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Read features into memory, (stop - start, feature) or up to the last one."""
+        return torch.from_numpy(np.array(self._rows[start:stop]))
+
+    def products(self, features: Tensor, *, rows_at_once: int = 256) -> Tensor:
+        """Give inner products in float64 of features (query, feature) with all rows: (query, train)."""
+        starts = range(0, self.shape[0], rows_at_once)
+        return torch.cat([features.double() @ self.rows(n, n + rows_at_once).double().T for n in starts], dim=1)
+
+    def gram(self, *, rows_at_once: int = 256) -> Tensor:
+        """Give the inner products of all rows with one another, float64 (train, train)."""
+        starts = range(0, self.shape[0], rows_at_once)
+        return torch.cat([self.products(self.rows(n, n + rows_at_once)) for n in starts])
+
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def _read_state(self) -> tuple[int, float]:
+        """Read how many rows are there, and the seconds that were spent on them."""
+        try:
+            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return 0, 0.0
+        is_ours = state.get("fingerprint") == self.fingerprint and (self.folder / "features.npy").is_file()
+        return (int(state["done"]), float(state["seconds"])) if is_ours else (0, 0.0)
+
+    def _write_state(self, done: int, seconds: float) -> None:
+        with atomic_path(self.folder / "state.json") as partial:
+            state = {"fingerprint": self.fingerprint, "done": done, "seconds": seconds}
+            partial.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        self.done = done
+
+
 class GradientFeatures:
     """Projected loss gradients of training images, kept on disk, and of queries.
 
@@ -140,19 +199,13 @@ class GradientFeatures:
     """
 
     def __init__(self, gradients: LossGradients, folder: Path, *, proj_dim: int | None) -> None:
-        """Choose the features.
-
-        Args:
-            gradients: Of the generator that is explained.
-            folder: Of the store.
-            proj_dim: Columns of the random projection; None keeps the whole gradient, exact and large.
-        """
+        """Keep features in `folder`; a random projection to `proj_dim` of None keeps gradients exact and large."""
         self.gradients, self.folder = gradients, folder
-        self.width = gradients.size if proj_dim is None else proj_dim
+        self.width = proj_dim or gradients.size
         self.projection = None
         if proj_dim is not None:
-            device = gradients.device
-            self.projection = RandomProjection(gradients.size, proj_dim, seed=PROJECTION_SEED, device=device)
+            size, device = gradients.size, gradients.device
+            self.projection = RandomProjection(size, proj_dim, seed=PROJECTION_SEED, device=device)
 
     def fit(self, train: ImageSet) -> None:
         """Make, or finish, the features of the training images."""
@@ -187,8 +240,8 @@ class GradientFeatures:
         return fingerprint | {"images": images.hexdigest(), "projection_seed": PROJECTION_SEED}
 
 
-class GradientDot(UntunedScores):
-    """Inner products of gradients (TracIn with one checkpoint, Pruthi et al. 2020, arXiv 2002.08484)."""
+class GradientMethod:
+    """A method on gradients that are kept."""
 
     def __init__(self, features: GradientFeatures) -> None:
         self.features = features
@@ -197,13 +250,17 @@ class GradientDot(UntunedScores):
         """Make the features."""
         self.features.fit(train)
 
-    def scores(self, queries: Queries) -> Tensor:
-        """Multiply."""
-        return self.features.products(queries)
-
     def kept(self) -> Cache:
         """Gradients."""
         return self.features.kept()
+
+
+class GradientDot(GradientMethod, UntunedScores):
+    """Inner products of gradients (TracIn with one checkpoint, Pruthi et al. 2020, arXiv 2002.08484)."""
+
+    def scores(self, queries: Queries) -> Tensor:
+        """Multiply."""
+        return self.features.products(queries)
 
 
 @dataclass(frozen=True)
@@ -220,7 +277,7 @@ class Ridge:
 RIDGES = tuple(map(Ridge, (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)))
 
 
-class Trak:
+class Trak(GradientMethod):
     """tau(q, i) = phi_q (Phi^T Phi + lambda I)^-1 phi_i (Park et al. 2023, arXiv 2303.14186), lambda tuned.
 
     TRAK or D-TRAK by the gradients it is given. The dual form phi_q Phi^T (Phi Phi^T + lambda I)^-1 is the same
@@ -229,12 +286,9 @@ class Trak:
 
     settings = RIDGES
 
-    def __init__(self, features: GradientFeatures) -> None:
-        self.features = features
-
     def fit(self, train: ImageSet) -> None:
         """Make the features, and diagonalise their kernel matrix once for every lambda."""
-        self.features.fit(train)
+        super().fit(train)
         self.values, self.vectors = torch.linalg.eigh(self.features.store.gram())
 
     def attribute(self, queries: Queries, only: Ridge | None = None) -> AttributionScores[Ridge]:  # noqa: ARG002 - all settings take no longer
@@ -248,10 +302,6 @@ class Trak:
         """Give (query, train) from products with eigenvectors (query, eigenvector) and inverse eigenvalues."""
         scores: Tensor = (turned * inverse) @ self.vectors.T
         return scores
-
-    def kept(self) -> Cache:
-        """Gradients."""
-        return self.features.kept()
 
 
 class DasWithoutResidual(Trak):

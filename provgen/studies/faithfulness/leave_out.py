@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from provgen.metrics.statistics import Estimate, mean_estimate, mean_over_seeds
+from provgen.report.format import interval, markdown_table
 from provgen.run import atomic_path, read_parquet, write_parquet
 from provgen.studies.jobs import ResultStore
 
@@ -37,12 +37,7 @@ def paired_effect(effects: Mapping[str, Tensor], method: str, other: str | None)
 
     The percentile bootstrap of few values is too narrow: it lacks both the factor n / (n - 1) of the variance and the
     heavier tails of t (Hesterberg 2015, What Teachers Should Know About the Bootstrap). So the interval of fewer than
-    `FEW` queries is Student's t.
-
-    Args:
-        effects: By method, (seed, query): the distance a sample moved, or the change of its loss.
-        method: Whose sources were left out.
-        other: What to compare with, query by query; None for the effect itself.
+    `FEW` queries is Student's t. Effects are (seed, query) by method; differences are taken query by query.
     """
     per_query = effects[method].double().mean(dim=0)
     if other is not None:
@@ -53,7 +48,7 @@ def paired_effect(effects: Mapping[str, Tensor], method: str, other: str | None)
 def distance_moved(before: Tensor, after: Tensor) -> Tensor:
     """Give the Euclidean distance of pixels in [-1, 1], (query,), of images uint8 (query, channel, height, width)."""
     distance: Tensor = (before.double() - after.double()).flatten(1).norm(dim=1) * (2 / 255)
-    return torch.as_tensor(distance)
+    return distance
 
 
 NOTHING = "nothing"
@@ -149,56 +144,50 @@ LOSS = "denoising loss on the sample above that with all images, x 1000"
 OF_CLASS = "share of the sample's class that was left out"
 
 
+Effect = Callable[[Sequence[Outcome], Sequence[Outcome]], Tensor]
+"""What leaving out does, (query,), from the outcomes of one seed before and after."""
+
+
+def _moved(before: Sequence[Outcome], after: Sequence[Outcome]) -> Tensor:
+    return distance_moved(*(torch.stack([outcome.image for outcome in outcomes]) for outcomes in (before, after)))
+
+
+def _loss_change(before: Sequence[Outcome], after: Sequence[Outcome]) -> Tensor:
+    return torch.tensor([1e3 * (new.loss - old.loss) for old, new in zip(before, after, strict=True)])
+
+
+def _class_left_out(before: Sequence[Outcome], after: Sequence[Outcome]) -> Tensor:  # noqa: ARG001 - one of EFFECTS
+    return torch.tensor([outcome.share_of_class for outcome in after])
+
+
+EFFECTS: dict[str, Effect] = {MOVED: _moved, LOSS: _loss_change, OF_CLASS: _class_left_out}
+
+
 def leave_out_effects(outcomes: Mapping[LeftOut, Outcome], methods: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Collect effects (seed, query) by title and method, of the queries that have every seed of every method.
 
-    Args:
-        outcomes: Those of one share, and those with nothing left out.
-        methods: Those that are compared.
+    Outcomes are those of one share, and those with nothing left out.
     """
     share = max(model.share for model in outcomes)
-    seeds = sorted({model.seed for model in outcomes})
-
-    def models(method: str, query: int) -> list[LeftOut]:
-        left_out = 0.0 if method == NOTHING else share
-        return [LeftOut(seed=seed, share=left_out, query=query, method=method) for seed in seeds]
-
-    def is_whole(query: int) -> bool:
-        return all(model in outcomes for method in (NOTHING, *methods) for model in models(method, query))
-
-    queries = [query for query in sorted({model.query for model in outcomes}) if is_whole(query)]
-    if not queries:
-        return {}
-    by_method = {
-        method: [[outcomes[model] for model in models(method, query)] for query in queries]
-        for method in (NOTHING, *methods)
+    seeds, queries = (sorted({getattr(model, name) for model in outcomes}) for name in ("seed", "query"))
+    models = {
+        (method, seed, query): LeftOut(seed, 0.0 if method == NOTHING else share, query, method)
+        for method, seed, query in product((NOTHING, *methods), seeds, queries)
     }
+    missing = {query for (_, _, query), model in models.items() if model not in outcomes}
+    if not set(queries) - missing:
+        return {}
+
+    def measured(method: str, seed: int) -> list[Outcome]:
+        return [outcomes[models[method, seed, query]] for query in queries if query not in missing]
+
     return {
-        title: {method: effect(by_method[NOTHING], by_method[method]) for method in methods}
+        title: {
+            method: torch.stack([effect(measured(NOTHING, seed), measured(method, seed)) for seed in seeds])
+            for method in methods
+        }
         for title, effect in EFFECTS.items()
     }
-
-
-Outcomes = Sequence[Sequence[Outcome]]
-"""Of one method: a row for each query, with an outcome for each seed."""
-
-
-def _moved(before: Outcomes, after: Outcomes) -> Tensor:
-    images = [torch.stack([torch.stack([o.image for o in row]) for row in rows]) for rows in (before, after)]
-    return torch.stack([distance_moved(b, a) for b, a in zip(*(i.unbind(dim=1) for i in images), strict=True)])
-
-
-def _loss_change(before: Outcomes, after: Outcomes) -> Tensor:
-    pairs = [zip(*rows, strict=True) for rows in zip(before, after, strict=True)]
-    return torch.tensor([[1e3 * (after_.loss - before_.loss) for before_, after_ in pair] for pair in pairs]).T
-
-
-def _class_left_out(before: Outcomes, after: Outcomes) -> Tensor:  # noqa: ARG001 - one of EFFECTS
-    return torch.tensor([[outcome.share_of_class for outcome in row] for row in after]).T
-
-
-EFFECTS = {MOVED: _moved, LOSS: _loss_change, OF_CLASS: _class_left_out}
-"""What leaving out does, (seed, query) from the outcomes before and after."""
 
 
 def share_of_class(left_out: Tensor, train_labels: Tensor, label: int) -> float:
@@ -207,36 +196,21 @@ def share_of_class(left_out: Tensor, train_labels: Tensor, label: int) -> float:
     return float(of_class[left_out].sum() / of_class.sum().clamp_min(1))
 
 
-def effects_by_share(
-    outcomes: Mapping[LeftOut, Outcome], methods: Sequence[str]
-) -> dict[float, dict[str, dict[str, Tensor]]]:
-    """Collect effects by share, title and method, over the queries of which every method has every seed."""
-    effects = {}
+def write_table(root: Path, outcomes: Mapping[LeftOut, Outcome], methods: Sequence[str]) -> str:
+    """Write effects.parquet and table.md of the models that are there; give the table of every share and effect."""
+    rows, tables = [], []
     for share in sorted({model.share for model in outcomes} - {0.0}):
         compared = {model: outcome for model, outcome in outcomes.items() if model.share in (0, share)}
-        effects[share] = leave_out_effects(compared, methods)
-    return effects
-
-
-def write_table(root: Path, outcomes: Mapping[LeftOut, Outcome], methods: Sequence[str]) -> str:
-    """Write effects.parquet and table.md of the models that are there; give the table."""
-    effects = effects_by_share(outcomes, methods)
-    rows = [row for share, by_title in effects.items() for row in effect_rows(share, by_title)]
+        for title, by_method in leave_out_effects(compared, methods).items():
+            tables.append(f"{share:.0%} of the training images left out: {title}\n\n{effect_table(by_method)}")
+            estimates = {method: paired_effect(by_method, method, None) for method in methods}
+            rows += [{"share": share, "effect": title, "method": m, **asdict(e)} for m, e in estimates.items()]
     if rows:
         write_parquet(root / "effects.parquet", pa.Table.from_pylist(rows), version=1)
-    table = leave_out_table(effects)
-    with atomic_path(root / "table.md") as partial:
-        partial.write_text(table, encoding="utf-8")
+    table = "\n".join(tables)
+    with atomic_path(root / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
     return table
-
-
-def leave_out_table(effects: Mapping[float, Mapping[str, Mapping[str, Tensor]]]) -> str:
-    """Lay out a table for every share and effect."""
-    return "\n".join(
-        f"{share:.0%} of the training images left out: {title}\n\n{effect_table(by_method)}"
-        for share, by_title in effects.items()
-        for title, by_method in by_title.items()
-    )
 
 
 REFERENCES = ("random", "pixel kernel")
@@ -246,26 +220,13 @@ REFERENCES = ("random", "pixel kernel")
 def effect_table(effects: Mapping[str, Tensor]) -> str:
     """Lay out a line for each method, the largest effect first, with paired differences and 95 % intervals."""
     references = [name for name in REFERENCES if name in effects]
-    lines = [["method", "queries", "mean", *(f"over {name}" for name in references)]]
-    lines.append(["---", *["---:"] * (len(references) + 2)])
     means = {method: paired_effect(effects, method, None) for method in effects}
+    lines = []
     for method in sorted(means, key=lambda name: -means[name].value):
-        differences = ["-" if method == name else _text(paired_effect(effects, method, name)) for name in references]
-        lines.append([method, str(means[method].n), _text(means[method]), *differences])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _text(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
-
-
-def effect_rows(share: float, effects: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:
-    """Give a flat row for each title and method of what leaving out a share of the images did."""
-    return [
-        {"share": share, "effect": title, "method": method, **asdict(paired_effect(by_method, method, None))}
-        for title, by_method in effects.items()
-        for method in by_method
-    ]
+        others = [None if method == name else paired_effect(effects, method, name) for name in references]
+        cells = [estimate and interval(estimate, ".2f") for estimate in (means[method], *others)]
+        lines.append([method, means[method].n, *cells])
+    return markdown_table(["method", "queries", "mean", *(f"over {name}" for name in references)], lines)
 
 
 def read_moved(path: Path) -> dict[str, dict[str, Estimate]]:

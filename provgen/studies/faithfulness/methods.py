@@ -16,26 +16,11 @@ from provgen.build import TrainedRun
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_uint8, to_unit_range
 from provgen.errors import InputError
-from provgen.generators.closed_form import ClosedFormPosterior
+from provgen.generators.closed_form import image_posterior
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS, make_training_scheduler
 from provgen.pipeline import ProvenancePipeline
-from provgen.studies.faithfulness.attributor import (
-    ALONG,
-    Attributor,
-    Cost,
-    Method,
-    MethodLabel,
-    Queries,
-    Role,
-)
-from provgen.studies.faithfulness.baselines import (
-    EmbeddingCosine,
-    PixelCosine,
-    PixelKernel,
-    PixelNeighbors,
-    RandomScores,
-    SameClass,
-)
+from provgen.studies.faithfulness import baselines, gradients, posteriors
+from provgen.studies.faithfulness.attributor import ALONG, Attributor, Cost, Method, MethodLabel, Queries, Role
 from provgen.studies.faithfulness.credit import (
     NUM_INFERENCE_STEPS,
     CalibratedTrace,
@@ -43,21 +28,6 @@ from provgen.studies.faithfulness.credit import (
     VarianceAttributor,
     noised_steps,
     pixel_features,
-)
-from provgen.studies.faithfulness.gradients import (
-    DasWithoutResidual,
-    GradientDot,
-    GradientFeatures,
-    LossGradients,
-    Target,
-    Trak,
-)
-from provgen.studies.faithfulness.posteriors import (
-    PatchPosterior,
-    PosteriorAttributor,
-    StepPosterior,
-    closed_form_steps,
-    network_steps,
 )
 from provgen.studies.faithfulness.retraining import QueryImages
 from provgen.tracing.calibrate import AttributionScores
@@ -77,12 +47,9 @@ SAME_IMAGE = 3
 
 
 def make_methods(trained: TrainedRun, folder: Path, *, num_timesteps: Sequence[int]) -> list[Method]:
-    """Make every method that can explain a run.
+    """Make every method that can explain the run of a denoiser, with gradients kept in `folder`.
 
-    Args:
-        trained: The run; its generator is a denoiser.
-        folder: Where gradients are kept.
-        num_timesteps: Noise levels that gradients are averaged over, each a method of its own.
+    Each of `num_timesteps` that gradients are averaged over gives methods of its own.
 
     Raises:
         InputError: A number that does not divide the noise levels.
@@ -102,11 +69,11 @@ def _method(name: str, attributor: Attributor, **label: Any) -> Method:
 
 
 def _pixel_methods() -> Iterator[Method]:
-    yield _method("random", RandomScores(seed=0), is_reference=True, role=Role.CHANCE)
-    yield _method("same class", SameClass(), role=Role.CHANCE)
-    yield _method("pixel cosine", PixelCosine())
-    yield _method("pixel neighbours", PixelNeighbors())
-    yield _method("pixel kernel", PixelKernel(), is_reference=True)
+    yield _method("random", baselines.RandomScores(seed=0), is_reference=True, role=Role.CHANCE)
+    yield _method("same class", baselines.SameClass(), role=Role.CHANCE)
+    yield _method("pixel cosine", baselines.PixelCosine())
+    yield _method("pixel neighbours", baselines.PixelNeighbors())
+    yield _method("pixel kernel", baselines.PixelKernel(), is_reference=True)
 
 
 def _posterior_methods(trained: TrainedRun) -> Iterator[Method]:
@@ -115,26 +82,25 @@ def _posterior_methods(trained: TrainedRun) -> Iterator[Method]:
     pixels = trained.data.train.images.numel()
     weights = sum(parameter.nbytes for parameter in provenance.parameters())
     network = {"uses_provenance": True, "role": Role.TRACE}
-    posteriors: dict[str, tuple[Callable[[ImageSet], StepPosterior], int, dict[str, Any]]] = {
+    made: dict[str, tuple[Callable[[ImageSet], posteriors.StepPosterior], int, dict[str, Any]]] = {
         "closed form": (_closed_form, pixels, {}),
-        "provenance network": (lambda _: network_steps(unet, provenance), weights, network),
+        "provenance network": (lambda _: posteriors.network_steps(unet, provenance), weights, network),
     }
     for size in sorted({min(trained.settings.data.image_size, size) for size in PATCH_SIZES}):
-        posteriors[f"patches of {size}"] = (partial(_patch_posterior, patch_size=size), pixels, {})
-    for name, (make_posterior, num_bytes, label) in posteriors.items():
+        made[f"patches of {size}"] = (partial(_patch_posterior, patch_size=size), pixels, {})
+    for name, (make_posterior, num_bytes, label) in made.items():
         for along in ALONG:
-            attributor = PosteriorAttributor(make_posterior, along=along, num_bytes=num_bytes)
+            attributor = posteriors.PosteriorAttributor(make_posterior, along=along, num_bytes=num_bytes)
             yield _method(f"{name}, {along}", attributor, along=along, **label)
 
 
-def _closed_form(train: ImageSet) -> StepPosterior:
-    pixels = to_unit_range(train.images)
-    return closed_form_steps(ClosedFormPosterior(pixels, train.labels, null_label=train.num_classes))
+def _closed_form(train: ImageSet) -> posteriors.StepPosterior:
+    return posteriors.closed_form_steps(image_posterior(train, dtype=torch.float32, device=torch.device("cpu")))
 
 
-def _patch_posterior(train: ImageSet, *, patch_size: int) -> PatchPosterior:
+def _patch_posterior(train: ImageSet, *, patch_size: int) -> posteriors.StepPosterior:
     pixels = to_unit_range(train.images)
-    return PatchPosterior(pixels, train.labels, null_label=train.num_classes, patch_size=patch_size)
+    return posteriors.PatchPosterior(pixels, train.labels, null_label=train.num_classes, patch_size=patch_size)
 
 
 def _variance_methods(pipeline: ProvenancePipeline) -> Iterator[Method]:
@@ -150,37 +116,31 @@ def _variance_methods(pipeline: ProvenancePipeline) -> Iterator[Method]:
                 uses_provenance=grid is EVERYTHING,
             )
         if (credit := pipeline.credit) is not None:
-            features = TraceFeatures(
-                pipeline=pipeline,
-                along=along,
-                has_gradients=credit.wants_gradients,
-                level_power=credit.calibration.level_power,
-            )
-            yield _method(
-                f"calibrated trace, {along}",
-                CalibratedTrace(credit, features),
-                along=along,
-                uses_provenance=True,
-                role=Role.CALIBRATED_TRACE,
-            )
+            power, wanted = credit.calibration.level_power, credit.wants_gradients
+            features = TraceFeatures(pipeline=pipeline, along=along, has_gradients=wanted, level_power=power)
+            label = {"along": along, "uses_provenance": True, "role": Role.CALIBRATED_TRACE}
+            yield _method(f"calibrated trace, {along}", CalibratedTrace(credit, features), **label)
 
 
 def _gradient_methods(trained: TrainedRun, folder: Path, num_timesteps: Sequence[int]) -> Iterator[Method]:
-    yield _method("embedding cosine", EmbeddingCosine(trained.pipeline.denoiser.encode, trained.pipeline.device))
+    encode, device = trained.pipeline.denoiser.encode, trained.pipeline.device
+    yield _method("embedding cosine", baselines.EmbeddingCosine(encode, device))
     for steps in num_timesteps:
         features = _gradient_features(trained, folder / f"trak-{steps}", "noise", steps)
-        yield _method(f"gradient dot, {steps} timesteps", GradientDot(features))
-        yield _method(f"TRAK, {steps} timesteps", Trak(features))
-        yield _method(f"TRAK squared, {steps} timesteps", DasWithoutResidual(features))
+        yield _method(f"gradient dot, {steps} timesteps", gradients.GradientDot(features))
+        yield _method(f"TRAK, {steps} timesteps", gradients.Trak(features))
+        yield _method(f"TRAK squared, {steps} timesteps", gradients.DasWithoutResidual(features))
         features = _gradient_features(trained, folder / f"d-trak-{steps}", "zero", steps)
-        yield _method(f"D-TRAK, {steps} timesteps", Trak(features))
-        yield _method(f"DAS without residual, {steps} timesteps", DasWithoutResidual(features))
+        yield _method(f"D-TRAK, {steps} timesteps", gradients.Trak(features))
+        yield _method(f"DAS without residual, {steps} timesteps", gradients.DasWithoutResidual(features))
 
 
-def _gradient_features(trained: TrainedRun, folder: Path, target: Target, steps: int) -> GradientFeatures:
-    scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
-    gradients = LossGradients(trained.pipeline.unet, scheduler, target=target, num_timesteps=steps, seed=0)
-    return GradientFeatures(gradients, folder, proj_dim=PROJ_DIM if gradients.size > PROJ_DIM else None)
+def _gradient_features(
+    trained: TrainedRun, folder: Path, target: gradients.Target, steps: int
+) -> gradients.GradientFeatures:
+    unet, scheduler = trained.pipeline.unet, make_training_scheduler(trained.settings.generator.beta_schedule)
+    made = gradients.LossGradients(unet, scheduler, target=target, num_timesteps=steps, seed=0)
+    return gradients.GradientFeatures(made, folder, proj_dim=PROJ_DIM if made.size > PROJ_DIM else None)
 
 
 @torch.no_grad()
@@ -194,35 +154,30 @@ def trace_queries(trained: TrainedRun, queries: Mapping[str, QueryImages]) -> di
 
 
 def _traced(pipeline: ProvenancePipeline, queries: QueryImages, *, is_generated: bool) -> Queries:
-    images, trajectory = to_unit_range(queries.images), None
-    if is_generated:
-        again, trajectory = sampled_steps(pipeline, queries.labels)
-        if (to_uint8(again.cpu()).int() - queries.images.int()).abs().max() > SAME_IMAGE:
-            raise InputError(
-                "the run does not generate the queries that its subset models were asked about; was it trained "
-                "further? remove its folder of subset models and run `provgen retrain` again"
-            )
-    return Queries(
-        images=images,
-        class_labels=queries.labels,
-        noisy=noised_steps(pipeline, images),
-        trajectory=trajectory,
-    )
+    images = to_unit_range(queries.images)
+    noisy = noised_steps(pipeline, images)
+    trajectory = _sampled_steps(pipeline, queries) if is_generated else None
+    return Queries(images=images, class_labels=queries.labels, noisy=noisy, trajectory=trajectory)
 
 
-def sampled_steps(pipeline: ProvenancePipeline, labels: Tensor) -> tuple[Tensor, NoisyImages]:
-    """Give the samples of `evaluation.sample` for labels (query,), and the steps on the way to them."""
+def _sampled_steps(pipeline: ProvenancePipeline, queries: QueryImages) -> NoisyImages:
+    """Make the samples of `evaluation.sample` again, and give the steps on the way to them."""
     recorder = Recorder()
     steps = pipeline.denoiser.sample(
-        labels.to(pipeline.device),
+        queries.labels.to(pipeline.device),
         null_label=pipeline.null_label,
-        generator=[torch.Generator().manual_seed(number) for number in range(len(labels))],
+        generator=[torch.Generator().manual_seed(number) for number in range(len(queries.labels))],
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=1.0,
     )
     images = trace(steps, recorder).images
     assert images is not None, "sampling ends in images"
-    return images, recorder.noisy_images()
+    if (to_uint8(images.cpu()).int() - queries.images.int()).abs().max() > SAME_IMAGE:
+        raise InputError(
+            "the run does not generate the queries that its subset models were asked about; was it trained "
+            "further? remove its folder of subset models and run `provgen retrain` again"
+        )
+    return recorder.noisy_images()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +198,9 @@ def tuned_scores(
     queries: Mapping[str, Queries],
     choose: Callable[[str, AttributionScores[Any]], Any],
 ) -> TunedScores:
-    """Fit a method, ask it under all settings, and choose one for each kind of query; with a stopwatch.
+    """Fit a method, ask it under all settings, and choose one for each kind of query; the first kind is timed.
 
-    Args:
-        method: Not fitted yet.
-        train: The training set.
-        queries: By kind; the first kind is timed.
-        choose: Gives a setting, for the scores of a kind.
+    `choose` gives a setting for the scores of a kind.
     """
     start = time.perf_counter()
     method.fit(train)

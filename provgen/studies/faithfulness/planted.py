@@ -37,14 +37,7 @@ class PlantedQueries:
 
 
 def plant(train_images: Tensor, count: int, *, bandwidth: float, seed: int) -> PlantedQueries:
-    """Draw from the kernel density estimate with a Gaussian kernel, and keep the parents.
-
-    Args:
-        train_images: Floating (train, channel, height, width).
-        count: Number of queries.
-        bandwidth: Standard deviation s of the noise.
-        seed: Seed of parents and noise.
-    """
+    """Draw from the kernel density of images, floating (train, channel, height, width), and keep the parents."""
     generator = torch.Generator().manual_seed(seed)
     parents = torch.randint(len(train_images), (count,), generator=generator)
     noise = torch.randn((count, *train_images.shape[1:]), generator=generator, dtype=train_images.dtype)
@@ -73,13 +66,9 @@ def bayes_hits(planted: PlantedQueries, train_images: Tensor, groups: Tensor, k:
 
 
 def precision_at(scores: Tensor, parents: Tensor, groups: Tensor, k: int) -> Estimate:
-    """Give the share of queries whose parent, or a copy of it, is among the first k sources.
+    """Give the share of queries whose parent (query,), or a copy of it, is among the first k by scores (query, train).
 
-    Args:
-        scores: (query, train).
-        parents: int64 (query,).
-        groups: Groups of `source_groups`, int64 (train,); every group counts as one of the k, with its best example.
-        k: Number of sources that are looked at.
+    Every one of the `source_groups`, int64 (train,), counts as one of the k, with its best example.
     """
     best = torch.full((len(scores), int(groups.max()) + 1), -torch.inf, dtype=scores.dtype)
     best.scatter_reduce_(1, groups.expand(len(scores), -1), scores, reduce="amax")
@@ -91,11 +80,7 @@ def precision_at(scores: Tensor, parents: Tensor, groups: Tensor, k: int) -> Est
 def reliability(posterior: Tensor, parents: Tensor, groups: Tensor, edges: Tensor) -> list[tuple[Estimate, Estimate]]:
     """Compare what a tracer believes of its first source with how often that is the parent.
 
-    Args:
-        posterior: (query, train), beliefs that sum to 1 at most.
-        parents: int64 (query,).
-        groups: Groups of `source_groups`, int64 (train,).
-        edges: Ascending (bin + 1,) over [0, 1]; a belief on an edge falls into the bin above.
+    Beliefs (query, train) sum to 1 at most. One on an edge, ascending (bin + 1,) over [0, 1], falls into the bin above.
 
     Returns:
         For every bin that has queries: mean belief, and share that is right.
@@ -129,12 +114,7 @@ def ideal_samples(
     It ends on training images, or on a mean of several that lie so close together that the last step cannot tell
     them apart (e.g. Gu et al. 2023, arXiv 2310.02664).
 
-    Args:
-        closed_form: Posterior over the training images.
-        scheduler: Scheduler of a denoiser that predicts the noise.
-        noise: Images that sampling starts from, (query, channel, height, width).
-        class_labels: int64 (query,); the null label allows all training images.
-        num_inference_steps: Number of DDIM steps.
+    Sampling starts from noise (query, channel, height, width) with labels (query,); the null label allows all images.
 
     Returns:
         Images in [-1, 1], (query, channel, height, width), and what each was at every step worth tracing.
@@ -150,19 +130,14 @@ def ideal_samples(
         predicted_noise = (images - alpha_bar.sqrt() * denoised) / (1 - alpha_bar).sqrt()
         images = scheduler.step(predicted_noise, timestep, images).prev_sample
     timesteps = scheduler.timesteps[-len(traced) :]
-    return images, NoisyImages(
-        images=torch.stack(traced), timesteps=timesteps, alpha_bars=scheduler.alphas_cumprod[timesteps]
-    )
+    alpha_bars = scheduler.alphas_cumprod[timesteps]
+    return images, NoisyImages(images=torch.stack(traced), timesteps=timesteps, alpha_bars=alpha_bars)
 
 
 def precision_table(scores: Mapping[str, Tensor], parents: Tensor, groups: Tensor, best: Sequence[Estimate]) -> str:
-    """Lay out how often the parent is the first source, or one of the first five, for every tracer.
+    """Lay out how often the parent is the first source, or one of the first five; arguments as of `precision_at`.
 
-    Args:
-        scores: Scores by tracer, (query, train) each.
-        parents: int64 (query,).
-        groups: Groups of `source_groups`, int64 (train,).
-        best: How often the ideal tracer's first source is the parent, and how often one of its first five.
+    Scores are by tracer; `best` has the two numbers of the ideal one.
     """
     rows = [
         [name, *(percent(precision_at(scores_of_tracer, parents, groups, k)) for k in RANKS)]
@@ -173,7 +148,7 @@ def precision_table(scores: Mapping[str, Tensor], parents: Tensor, groups: Tenso
 
 
 def reliability_table(beliefs: Mapping[str, Tensor], parents: Tensor, groups: Tensor) -> str:
-    """Lay out how often first sources are the parent, by how sure of them a tracer is; arguments as above."""
+    """Lay out how often first sources are the parent, by how sure of them a tracer is."""
     rows = [
         [name, right.n, f"{100 * belief.value:.1f}", percent(right)]
         for name, posterior in beliefs.items()

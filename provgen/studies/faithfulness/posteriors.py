@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 from typing import Literal, Protocol
 
@@ -34,19 +34,10 @@ class PatchPosterior:
     """
 
     def __init__(self, train_images: Tensor, train_labels: Tensor, *, null_label: int, patch_size: int) -> None:
-        """Keep the training set.
-
-        Args:
-            train_images: Floating (train, channel, height, width), in [-1, 1].
-            train_labels: int64 (train,).
-            null_label: The label that stands for no label.
-            patch_size: Height and width of a patch, at most that of an image.
-        """
+        """Keep images in [-1, 1], floating (train, channel, height, width), with labels, int64 (train,)."""
         assert patch_size <= train_images.shape[-1]
-        self.images = train_images
-        self.labels = train_labels
-        self.null_label = null_label
-        self.patch_size = patch_size
+        self.images, self.labels = train_images, train_labels
+        self.null_label, self.patch_size = null_label, patch_size
 
     def __call__(self, noisy: Tensor, timestep: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:  # noqa: ARG002
         """Give log-probabilities (query, train); see `StepPosterior`."""
@@ -93,10 +84,8 @@ def network_steps(unet: UNet2DModel, provenance: ProvenanceNetwork) -> StepPoste
     @torch.no_grad()
     def logits(noisy: Tensor, timestep: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         noisy, labels = noisy.to(unet.device), class_labels.to(unet.device)
-        feature_maps = encoder_feature_maps(unet, noisy, timestep, labels)
-        index_logits: Tensor = provenance.index_logits(
-            feature_maps, alpha_bar.to(unet.device).expand(len(noisy)), labels
-        )
+        feature_maps, alpha_bars = encoder_feature_maps(unet, noisy, timestep, labels), alpha_bar.expand(len(noisy))
+        index_logits: Tensor = provenance.index_logits(feature_maps, alpha_bars.to(unet.device), labels)
         return index_logits.cpu()
 
     return logits
@@ -119,9 +108,8 @@ class Average:
 
     def __str__(self) -> str:
         condition = "conditional" if self.is_conditional else "unconditional"
-        return (
-            f"{condition}, {self.averaged}, {self.low:g} < alpha_bar < {self.high:g}, temperature {self.temperature:g}"
-        )
+        window = f"{self.low:g} < alpha_bar < {self.high:g}"
+        return f"{condition}, {self.averaged}, {window}, temperature {self.temperature:g}"
 
     def inside(self, alpha_bar: Tensor) -> Tensor:
         """Say which levels (step,) are in the window, bool (step,)."""
@@ -129,20 +117,12 @@ class Average:
 
     def steps_from(self, other: Average) -> int:
         """Count the steps on the grid of what is tried."""
-        return (
-            (self.is_conditional != other.is_conditional)
-            + (self.averaged != other.averaged)
-            + abs(LOWEST.index(self.low) - LOWEST.index(other.low))
-            + abs(HIGHEST.index(self.high) - HIGHEST.index(other.high))
-            + abs(TEMPERATURES.index(self.temperature) - TEMPERATURES.index(other.temperature))
-        )
+        axes = ((False, True), AVERAGED, LOWEST, HIGHEST, TEMPERATURES)
+        places = zip(axes, astuple(self), astuple(other), strict=True)
+        return sum(abs(axis.index(value) - axis.index(default)) for axis, value, default in places)
 
     def __call__(self, log_probs: Tensor, alpha_bar: Tensor) -> Tensor:
-        """Average log-posteriors (step, query, train) at levels (step,).
-
-        Returns:
-            Scores (query, train) that sum to 1 for each query.
-        """
+        """Average log-posteriors (step, query, train) at levels (step,): (query, train), each query's sum is 1."""
         chosen = log_probs[self.inside(alpha_bar)] / self.temperature
         if self.averaged == "probabilities":
             return chosen.softmax(dim=2).mean(dim=0)
@@ -170,16 +150,8 @@ class PosteriorAttributor:
     settings = AVERAGES
 
     def __init__(self, make_posterior: Callable[[ImageSet], StepPosterior], *, along: Along, num_bytes: int) -> None:
-        """Keep what to ask.
-
-        Args:
-            make_posterior: Gives the posterior over a training set.
-            along: Where images are looked at.
-            num_bytes: What the posterior needs beside the generator.
-        """
-        self.make_posterior = make_posterior
-        self.along = along
-        self.num_bytes = num_bytes
+        """Take what gives the posterior over a training set, and the bytes that it needs beside the generator."""
+        self.make_posterior, self.along, self.num_bytes = make_posterior, along, num_bytes
 
     def fit(self, train: ImageSet) -> None:
         """Make the posterior."""
@@ -194,8 +166,7 @@ class PosteriorAttributor:
         null = torch.full_like(queries.class_labels, self.null_label)
         values: dict[Average, Tensor] = {}
         for is_conditional, labels in ((True, queries.class_labels), (False, null)):
-            averages = [average for average in wanted if average.is_conditional == is_conditional]
-            if averages:
+            if averages := [average for average in wanted if average.is_conditional == is_conditional]:
                 log_probs = self._log_probs(noisy, levels, labels)
                 values |= {average: average(log_probs, noisy.alpha_bars[levels]) for average in averages}
         return AttributionScores(

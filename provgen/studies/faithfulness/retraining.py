@@ -65,12 +65,9 @@ class RetrainedFolder:
         self._store = ResultStore(root / "losses", ("subset", "seed"))
 
     def start(self, masks: Tensor, queries: Mapping[str, QueryImages], fingerprint: Mapping[str, Any]) -> None:
-        """Start the folder, or go on with it.
+        """Start the folder, or go on with it: with more or fewer subsets, and the queries that are there already.
 
-        Args:
-            masks: bool (subset, train); a folder may be started again with more or fewer subsets.
-            queries: Images by kind; those that are there already stay.
-            fingerprint: Settings that the models depend on.
+        Masks are bool (subset, train), and `fingerprint` is all that models depend on.
 
         Raises:
             InputError: There are models of something else in it.
@@ -131,19 +128,11 @@ class RetrainedFolder:
         subsets, seeds = _rectangle(rows, least_seeds=least_seeds)
         if len(subsets) < 2:
             return None
-        queries = self.queries()
+        queries, numbers = self.queries(), torch.tensor(subsets)
         assert queries is not None  # they are written before the first model
-        numbers = torch.tensor(subsets)
-        losses = {
-            kind: torch.from_numpy(np.array([[rows[n, seed][kind] for n in subsets] for seed in seeds]))
-            for kind in KINDS
-        }
-        return Retrained(
-            subsets=numbers,
-            masks=self.masks()[numbers],
-            losses={kind: by_subset.transpose(1, 2).contiguous() for kind, by_subset in losses.items()},
-            queries=queries,
-        )
+        arrays = {kind: np.array([[rows[n, seed][kind] for n in subsets] for seed in seeds]) for kind in KINDS}
+        losses = {kind: torch.from_numpy(array).transpose(1, 2).contiguous() for kind, array in arrays.items()}
+        return Retrained(subsets=numbers, masks=self.masks()[numbers], losses=losses, queries=queries)
 
     def _write(self, name: str, **arrays: Any) -> None:
         with atomic_path(self.root / name) as partial, partial.open("wb") as file:
@@ -166,12 +155,7 @@ def subset_settings(settings: Settings, *, seed: int, share_of_steps: float = 1.
     """Give the settings of a model that is trained on a part of the images.
 
     Where the provenance network has no gradient into the generator (`provenance.gradient=stop`), the generator is
-    bit for bit the one trained alone, so it is trained alone.
-
-    Args:
-        settings: Of the run that is explained.
-        seed: Of the model's training.
-        share_of_steps: Its steps, as a share of the run's.
+    bit for bit the one trained alone, so it is trained alone. Its steps are a share of those of the run.
     """
     steps = max(1, round(share_of_steps * settings.training.max_steps))
     training = replace(settings.training, seed=seed, max_steps=steps)
@@ -229,27 +213,22 @@ def query_losses(
     Returns:
         Mean over the levels by kind, float64 (query,).
     """
-    draws = LEVELS * DRAWS_PER_LEVEL
-    losses = {
-        kind: evaluation.losses_by_draw(network, settings, as_image_set(images, train), draws=draws)
-        for kind, images in queries.items()
-    }
-    levels = {kind: by_draw.unflatten(1, (LEVELS, DRAWS_PER_LEVEL)).mean(dim=2) for kind, by_draw in losses.items()}
-    return {kind: by_level.double().mean(dim=1).cpu() for kind, by_level in levels.items()}
+    losses = {}
+    for kind, images in queries.items():
+        image_set = _as_image_set(images, train)
+        by_draw = evaluation.losses_by_draw(network, settings, image_set, draws=LEVELS * DRAWS_PER_LEVEL)
+        by_level = by_draw.unflatten(1, (LEVELS, DRAWS_PER_LEVEL)).mean(dim=2)
+        losses[kind] = by_level.double().mean(dim=1).cpu()
+    return losses
 
 
-def as_image_set(queries: QueryImages, train: ImageSet) -> ImageSet:
+def _as_image_set(queries: QueryImages, train: ImageSet) -> ImageSet:
     """Give queries the classes of the training images."""
     count = len(queries.images)
-    return ImageSet(
-        images=queries.images,
-        labels=queries.labels,
-        class_names=train.class_names,
-        paths=tuple(f"query/{number:05d}" for number in range(count)),
-        sha256=("",) * count,
-        contributors=(None,) * count,
-        licenses=(None,) * count,
-    )
+    paths, unknown = tuple(f"query/{number:05d}" for number in range(count)), (None,) * count
+    return replace(
+        train, **vars(queries), paths=paths, sha256=("",) * count, contributors=unknown, licenses=unknown,
+    )  # fmt: skip
 
 
 def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:

@@ -36,13 +36,8 @@ class Split:
     def first(cls, subsets: Tensor, num_queries: int, *, calibration: int, left: int = 2) -> Split:
         """Take the first `calibration` subsets, random halves as any, and a quarter of the queries, drawn once.
 
-        Subset models may be added later: what was calibrated on stays the same.
-
-        Args:
-            subsets: Numbers of the subsets whose models there are, int64 (subset,).
-            num_queries: All queries.
-            calibration: At least 2.
-            left: How many subsets must be left to report.
+        Subset models may be added later: what was calibrated on stays the same. `subsets` are the numbers of those
+        whose models there are, int64 (subset,), and `left` says how many must be left to report.
 
         Raises:
             InputError: There are too few.
@@ -64,13 +59,12 @@ def tune(scores: Mapping[str, AttributionScores[S]], masks: Tensor, outputs: Map
     a standard error of the difference (the one-standard-error rule of Breiman et al. 1984, Classification and
     Regression Trees): the calibration part is small, and the best of many is so by luck.
 
-    Args:
-        scores: Scores of all queries, by kind.
-        masks: bool (subset, train), of all subsets.
-        outputs: (query, subset), minus the losses, by kind.
-        split: What may be looked at.
+    Masks are bool (subset, train) of all subsets, and outputs (query, subset) minus the losses, by kind.
     """
-    predicted = {kind: _predictions(scores[kind], masks, split) for kind in scores}
+    predicted = {
+        kind: [predicted_outputs(values, masks[split.subsets]) for values in of_kind.values[:, split.queries]]
+        for kind, of_kind in scores.items()
+    }
     measured = {kind: outputs[kind][split.queries][:, split.subsets] for kind in scores}
     of_any = next(iter(scores.values()))
     means = [
@@ -87,19 +81,12 @@ def _standard_errors(
     predicted: Mapping[str, Sequence[Tensor]], measured: Mapping[str, Tensor], best: int
 ) -> list[float]:
     """Give the standard error of by how much the best setting is better than each."""
-    # The same seed draws the same subsets for all kinds.
-    draws = [
-        LdsComparison(
-            {str(n): values for n, values in enumerate(predicted[kind])}, measured[kind], seed=0, resamples=RESAMPLES
-        ).draws
-        for kind in measured
-    ]
+    draws = []
+    for kind, outputs in measured.items():
+        by_setting = {str(n): values for n, values in enumerate(predicted[kind])}
+        # The same seed draws the same subsets for all kinds.
+        draws.append(LdsComparison(by_setting, outputs, seed=0, resamples=RESAMPLES).draws)
     return [float(np.mean([of_kind[str(best)] - of_kind[n] for of_kind in draws], axis=0).std()) for n in draws[0]]
-
-
-def _predictions(scores: AttributionScores[S], masks: Tensor, split: Split) -> list[Tensor]:
-    """Give what every setting predicts of the calibration part, (query, subset)."""
-    return [predicted_outputs(values, masks[split.subsets]) for values in scores.values[:, split.queries]]
 
 
 def fields_of(setting: Any) -> dict[str, Any]:
@@ -198,13 +185,8 @@ def standardised(scores: Tensor) -> Tensor:
 def fit_ensemble(scores: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -> Ensemble:
     """Fit the weights of methods that predict the outputs of subset models best, by non-negative least squares.
 
-    Args:
-        scores: (query, train) by method.
-        masks: bool (subset, train).
-        outputs: (query, subset), larger where the subset model does better; every query counts the same.
-
-    Returns:
-        Equal weights where nothing predicts anything.
+    Scores are (query, train) by method, masks bool (subset, train), and outputs (query, subset), larger where the
+    subset model does better. Every query counts the same. Weights are equal where nothing predicts anything.
     """
     predicted = [_centred(standardised(values) @ masks.double().T) for values in scores.values()]
     columns = torch.stack([values.flatten() for values in predicted], dim=1)
@@ -213,8 +195,7 @@ def fit_ensemble(scores: Mapping[str, Tensor], masks: Tensor, outputs: Tensor) -
     count = columns.shape[1]
     scale = float((RIDGE * columns.square().sum() / count).sqrt())
     left = np.vstack([columns.numpy(), scale * np.eye(count)])
-    right = np.concatenate([target.numpy(), np.zeros(count)])
-    solution, _ = nnls(left, right)
+    solution, _ = nnls(left, np.concatenate([target.numpy(), np.zeros(count)]))
     total = solution.sum()
     weights = solution / total if total > 0 else np.full(count, 1 / count)
     return Ensemble(dict(zip(scores, map(float, weights), strict=True)))
