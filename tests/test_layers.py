@@ -98,7 +98,8 @@ def test_imports_point_one_way(repository):
         source = path.relative_to(package).parts[0].removesuffix(".py")
         name = str(path.relative_to(repository))
         if source == "__init__":
-            assert not imports_of(path, at_import_time=True), "`import provgen` imports nothing"
+            at_once = [module for _, module in imports_of(path, at_import_time=True)]
+            assert not [module for module in at_once if module.startswith("provgen")], "names load when asked for"
             continue
         assert source in LAYERS, f"{name} is in no layer"
         seen.add(source)
