@@ -47,10 +47,7 @@ class Batch:
 def fixed_batches(
     images: ImageSet, indices: Tensor, timesteps: list[int], *, noise_shape: tuple[int, ...], seed: int
 ) -> list[Batch]:
-    """Make one batch per timestep for evaluation: the images `indices`, int64 (batch,), with the same noise each time.
-
-    `noise_shape` is that of one row of noise.
-    """
+    """Make one batch per timestep: the images `indices`, int64 (batch,), with one noise, (batch, *noise_shape)."""
     generator = seeded_generator(seed, Stream.FIXED_BATCH)
     noise = randn_tensor((len(indices), *noise_shape), generator=generator, dtype=torch.get_default_dtype())
     labels = images.labels[indices]
@@ -69,10 +66,9 @@ def fixed_batches(
 
 @dataclass
 class BatchStream:
-    """The endless sequence of global batches.
+    """The endless sequence of global batches; each pass over the data is a fresh permutation, a batch may span two.
 
-    Each pass over the data is a fresh permutation; a batch may span two passes. All randomness is drawn on
-    the CPU, so the same batch comes out on every device.
+    All randomness is drawn on the CPU, so the same batch comes out on every device.
     """
 
     train: ImageSet
@@ -108,8 +104,7 @@ class BatchStream:
 
     def indices(self, step: int) -> Tensor:
         """Example indices of the global batch of `step`, int64 (batch,)."""
-        start, stop = step * self.batch_size, (step + 1) * self.batch_size
-        size = len(self.train)
+        start, stop, size = step * self.batch_size, (step + 1) * self.batch_size, len(self.train)
         passes = range(start // size, (stop - 1) // size + 1)
         return torch.cat([self._pass(n)[max(0, start - n * size) : stop - n * size] for n in passes])
 

@@ -11,10 +11,7 @@ from provgen.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images in the order of their index.
-
-    An image without a label carries the null label, `num_classes`; in a set without classes that is 0.
-    """
+    """Images in the order of their index; one without a label carries the null label, `num_classes` (0 if none)."""
 
     images: Tensor
     """Pixels, uint8 (train, channel, height, width); 1 or 3 channels."""
@@ -32,8 +29,7 @@ class ImageSet:
     """Licence of the image, where known."""
 
     def __post_init__(self) -> None:
-        lengths = {len(value) for name, value in vars(self).items() if name != "class_names"}
-        assert len(lengths) == 1
+        assert len({len(value) for name, value in vars(self).items() if name != "class_names"}) == 1
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,7 +52,6 @@ class ImageSet:
 
     def select(self, indices: Tensor) -> ImageSet:
         """Keep the images `indices` (int64, (selected,)), in that order."""
-        chosen = indices.tolist()
         words = ("paths", "sha256", "contributors", "licenses")
-        kept = {name: tuple(getattr(self, name)[index] for index in chosen) for name in words}
+        kept = {name: tuple(getattr(self, name)[index] for index in indices.tolist()) for name in words}
         return replace(self, images=self.images[indices], labels=self.labels[indices], **kept)

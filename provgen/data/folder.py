@@ -91,10 +91,9 @@ _PROGRESS_FROM_IMAGES = 500
 
 
 def load_image_folder(root: Path, image_size: int) -> ImageSet:
-    """Load every image below `root`, in the order of the relative POSIX paths.
+    """Load every image below `root`, in the order of the relative POSIX paths; the set is grey if every image is.
 
-    Subfolders are classes, in the order of their names; a label in metadata.csv overrides the subfolder. The
-    set is grey if every image is.
+    Subfolders are classes, in the order of their names; a label in metadata.csv overrides the subfolder.
 
     Raises:
         InputError: No folder, no images, a layout that leaves classes in doubt, or a damaged file.
@@ -104,11 +103,13 @@ def load_image_folder(root: Path, image_size: int) -> ImageSet:
     entries = [metadata.get(path, ImageMetadata()) for path in paths]
     # None for an image that lies in the root: it has no class.
     folders = [PurePosixPath(path).parent.name or None for path in paths]
-    class_names, labels = _to_labels([entry.label or name for entry, name in zip(entries, folders, strict=True)])
+    classes = [entry.label or name for entry, name in zip(entries, folders, strict=True)]
+    class_names = tuple(sorted({name for name in classes if name is not None}))
+    label_of: dict[str | None, int] = {name: label for label, name in enumerate(class_names)}
     images, digests = _read_all(root, paths, image_size)
     return ImageSet(
         images=images,
-        labels=labels,
+        labels=torch.tensor([label_of.get(name, len(class_names)) for name in classes]),
         class_names=class_names,
         paths=tuple(paths),
         sha256=digests,
@@ -121,8 +122,7 @@ def _list_images(root: Path) -> list[str]:
     """List relative POSIX paths, sorted; all lie in `root`, or all in its class folders."""
     if not root.is_dir():
         raise InputError(f"no folder at {root}; set data.path to a folder of images")
-    at_root = _images_in(root)
-    by_class = {folder: _images_in(folder) for folder in _folders_in(root)}
+    at_root, by_class = _images_in(root), {folder: _images_in(folder) for folder in _folders_in(root)}
     with_images = [folder.name for folder, images in by_class.items() if images]
     if at_root and with_images:
         raise InputError(
@@ -171,12 +171,6 @@ def _relative(path: Path, root: Path) -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"file name {relative!r} in {root} is not valid UTF-8; rename the file") from error
     return relative
-
-
-def _to_labels(classes: list[str | None]) -> tuple[tuple[str, ...], Tensor]:
-    class_names = tuple(sorted({name for name in classes if name is not None}))
-    label_of: dict[str | None, int] = {name: label for label, name in enumerate(class_names)}
-    return class_names, torch.tensor([label_of.get(name, len(class_names)) for name in classes])
 
 
 def _read_all(root: Path, paths: list[str], image_size: int) -> tuple[Tensor, tuple[str, ...]]:

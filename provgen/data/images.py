@@ -100,11 +100,7 @@ def read_image(path: Path, *, image_size: int, channels: int) -> Tensor:
 
 @contextmanager
 def naming_image(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong with the image at `path` into one line that names it.
-
-    Raises:
-        InputError: Always in place of the error inside.
-    """
+    """Turn whatever goes wrong with the image at `path` into an `InputError` that names it."""
     try:
         yield
     except FileNotFoundError as error:
@@ -117,9 +113,7 @@ def naming_image(path: Path) -> Iterator[None]:
 
 
 def save_png(image: Tensor, path: Path, text: dict[str, str]) -> None:
-    """Write one uint8 image (channel, height, width) of 1 or 3 channels as a PNG; it appears only when complete.
-
-    `text` goes into its metadata, any Unicode.
+    """Write one uint8 image (channel, height, width) of 1 or 3 channels as a PNG with `text` as metadata, or nothing.
 
     Raises:
         InputError: The file cannot be written.
@@ -146,5 +140,4 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")

@@ -94,7 +94,8 @@ class Manifest:
             about = json.loads((table.schema.metadata or {})[b"provgen"])
             version = about.pop("schema_version")
             if version == 1:
-                table = _all_reachable(table)
+                reachable = pc.if_else(pc.equal(table["split"], "train"), True, pa.scalar(None, pa.bool_()))  # noqa: FBT003
+                table = table.append_column(_SCHEMA.field("reachable"), reachable)
             if version in (1, SCHEMA_VERSION):
                 return cls._checked(table, **about)
         except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -126,12 +127,8 @@ class Manifest:
         Raises:
             InputError: The file cannot be written.
         """
-        about = {
-            "schema_version": SCHEMA_VERSION,
-            "image_size": self.image_size,
-            "channels": self.channels,
-            "class_names": self.class_names,
-        }
+        about = {"schema_version": SCHEMA_VERSION}
+        about |= {name: getattr(self, name) for name in ("image_size", "channels", "class_names")}
         with atomic_path(path) as temporary:
             pq.write_table(self.table.replace_schema_metadata({"provgen": json.dumps(about)}), temporary)
 
@@ -153,9 +150,8 @@ class Manifest:
         """Mark the example indices `covered` (int64, (covered,)) as reachable, and all others as not."""
         reachable = torch.zeros(self.num_train, dtype=torch.bool)
         reachable[covered.cpu()] = True
-        values = reachable.tolist() + [None] * (len(self.table) - self.num_train)
+        column = pa.array(reachable.tolist() + [None] * (len(self.table) - self.num_train), pa.bool_())
         position = _SCHEMA.get_field_index("reachable")
-        column = pa.array(values, pa.bool_())
         return replace(self, table=self.table.set_column(position, _SCHEMA.field(position), column))
 
     @cached_property
@@ -173,8 +169,7 @@ class Manifest:
     def align(self, images: ImageSet) -> tuple[ImageSet, ImageSet]:
         """Find this manifest's images again in freshly loaded ones: `(train, holdout)` in the old order.
 
-        Files may have been renamed, and others added. Labels and classes are the manifest's, paths and
-        credits are the fresh ones.
+        Files may have been renamed or added. Labels and classes are the manifest's, paths and credits the fresh ones.
 
         Raises:
             InputError: Another image size, images that are missing or changed, or labels that differ.
@@ -186,9 +181,12 @@ class Manifest:
             )
         ordered = images.select(self._find(images))
         self._require_same_classes(ordered)
+        pixels = ordered.images
+        # Other files in the folder count: one colour image makes a whole set colour.
+        assert pixels.shape[1] <= self.channels or torch.equal(pixels[:, :1].expand_as(pixels), pixels)
         aligned = replace(
             ordered,
-            images=_with_channels(ordered.images, self.channels),
+            images=pixels[:, : self.channels].expand(-1, self.channels, -1, -1),
             labels=torch.tensor(self.table["label"].to_pylist(), dtype=torch.int64),
             class_names=self.class_names,
         )
@@ -196,7 +194,8 @@ class Manifest:
         return aligned.select(train), aligned.select(holdout)
 
     def _find(self, images: ImageSet) -> Tensor:
-        wanted = list(zip(*(self.table[name].to_pylist() for name in _IDENTITY), strict=True))
+        columns = (self.table[name].to_pylist() for name in ("sha256", "path", "class_name"))
+        wanted = list(zip(*columns, strict=True))
         given = list(zip(images.sha256, images.paths, _class_of_each(images), strict=True))
         positions = _match(wanted, given)
         missing = [path for (_, path, _), position in zip(wanted, positions, strict=True) if position is None]
@@ -217,15 +216,12 @@ class Manifest:
             )
 
 
-_IDENTITY = ("sha256", "path", "class_name")
 _Identity = tuple[str, str, str | None]
+"""Digest, path and class name of an image."""
 
 
 def _match(wanted: list[_Identity], given: list[_Identity]) -> list[int | None]:
-    """Find for each wanted image a given one with the same bytes; each is used once.
-
-    The same path comes first, then the same class (a file that was renamed), then any.
-    """
+    """Find for each wanted image an unused one of the same bytes: of its path, else its class (renamed), else any."""
     matched: list[int | None] = [None] * len(wanted)
     free = set(range(len(given)))
     for columns in ((0, 1), (0, 2), (0,)):
@@ -257,19 +253,6 @@ def _table(images: ImageSet, split: str) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-def _all_reachable(table: pa.Table) -> pa.Table:
-    """Add the column that version 1 did not have."""
-    values = [True if split == "train" else None for split in table["split"].to_pylist()]
-    return table.append_column(_SCHEMA.field("reachable"), pa.array(values, pa.bool_()))
-
-
 def _class_of_each(images: ImageSet) -> list[str | None]:
     names = [*images.class_names, None]
     return [names[label] for label in images.labels.tolist()]
-
-
-def _with_channels(images: Tensor, channels: int) -> Tensor:
-    """Undo what other files in the folder did: one colour image makes a whole set colour."""
-    if images.shape[1] > channels:
-        assert torch.equal(images[:, :1].expand_as(images), images)
-    return images[:, :channels].expand(-1, channels, -1, -1)

@@ -22,13 +22,10 @@ _UNSIGNED_BYTE = 8  # idx type code
 
 
 def read_idx_folder(folder: Path, preferred: str) -> tuple[Tensor, Tensor]:
-    """Read the training part of an MNIST-like data set.
+    """Read training images uint8 (train, 1, height, width) and labels int64 (train,) of an MNIST-like data set.
 
     The files train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz, lie at most two levels below `folder`;
     if several subfolders hold such files, the one named `preferred` is taken.
-
-    Returns:
-        Images uint8 (train, 1, height, width) and labels int64 (train,).
 
     Raises:
         InputError: Files that are missing, ambiguous, damaged or of different lengths.
@@ -41,10 +38,7 @@ def read_idx_folder(folder: Path, preferred: str) -> tuple[Tensor, Tensor]:
 
 
 def read_cifar10_folder(folder: Path) -> tuple[Tensor, Tensor]:
-    """Read the five training batches of CIFAR-10 (python version) from anywhere in `folder`.
-
-    Returns:
-        Images uint8 (train, 3, 32, 32) and labels int64 (train,).
+    """Read images uint8 (train, 3, 32, 32) and labels int64 (train,) of CIFAR-10 (python version) below `folder`.
 
     Raises:
         InputError: Files that are missing, damaged, or name anything but numpy arrays.

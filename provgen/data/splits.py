@@ -14,8 +14,7 @@ from provgen.errors import InputError
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Hold out the rounded share `fraction` of every class, the null label counting as one, but never all of it.
 
-    Returns:
-        Train and holdout indices, each int64 and ascending; together they are all of `labels`, int64 (example,).
+    Gives train and holdout indices, each int64 and ascending; together they are all of `labels`, int64 (example,).
     """
     is_holdout = torch.zeros(len(labels), dtype=torch.bool)
     for members in _shuffled_classes(labels, seed):
@@ -25,24 +24,20 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Choose `count` examples (or all, if there are fewer) in the proportions of the classes.
+    """Choose `count` examples (or all, if fewer) in the proportions of `labels`, int64 (example,); ascending int64.
 
-    What rounding leaves goes to the largest remainders. `labels` is int64 (example,).
-
-    Returns:
-        Indices int64 (min(count, example),), ascending.
+    What rounding leaves goes to the largest remainders.
     """
     classes = _shuffled_classes(labels, seed)
-    quotas = _largest_remainder([len(members) for members in classes], min(count, len(labels)))
+    quotas = _largest_remainder(list(map(len, classes)), min(count, len(labels)))
     chosen = [members[:quota] for members, quota in zip(classes, quotas, strict=True)]
     return torch.cat([*chosen, torch.empty(0, dtype=torch.int64)]).sort().values
 
 
 def subset_masks(labels: Tensor, *, num_subsets: int, fraction: float, seed: int) -> Tensor:
-    """Draw subsets, each a `fraction` of the examples and of every class; the first of more are the same.
+    """Draw subsets, bool (subset, example), each a `fraction` of every class of `labels`, int64 (example,).
 
-    Returns:
-        bool (subset, example) for `labels`, int64 (example,).
+    The first of more subsets are the same.
     """
     masks = torch.zeros(num_subsets, len(labels), dtype=torch.bool)
     seeds = torch.randint(2**62, (num_subsets,), generator=torch.Generator().manual_seed(seed))
@@ -68,13 +63,10 @@ def _largest_remainder(sizes: list[int], count: int) -> list[int]:
 
 
 def stratified_coverage(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Draw examples in the proportions of the classes, but at least one of every class.
+    """Draw ascending example indices, int64 (count,), in the proportions of the classes, but at least one of each.
 
     A class too small for its share gets one example; the other classes share the rest. As in the other rules of
     coverage, `labels` is int64 (train,), and the null label counts as a class.
-
-    Returns:
-        Example indices int64 (count,), ascending.
 
     Raises:
         InputError: `count` is fewer than one of every class present, or more than all.

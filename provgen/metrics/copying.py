@@ -91,16 +91,12 @@ def closer_to_train(neighbors: Neighbors, generated: Tensor, holdout: Tensor) ->
 
 NUM_CELLS = 3
 """Cells that the space is divided into, as in dgm-eval and FLD."""
-
 MAX_FEATURES = 64
 """Principal components that cells are found in."""
-
 FEWEST_GENERATED = 20
 """Generated images that a cell needs to be counted."""
-
 RESAMPLES = 500
 """Bootstrap resamples of C_T."""
-
 Sides = tuple[NDArray[np.float64], ...]
 """Distances of generated and of held-out images to the nearest training image, each (query,)."""
 

@@ -16,10 +16,8 @@ from provgen.metrics.statistics import Estimate, mean_estimate, proportion
 
 GROUPS = 10
 """Groups of images that are left out in turn, for intervals."""
-
 CHUNK = 1024
 """Rows of the first set that are compared with the second at a time."""
-
 ROUNDING = 1e-12
 """Relative error of squared distances: what is nearer than this to the border of a ball is on the border."""
 

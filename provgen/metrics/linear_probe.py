@@ -17,7 +17,6 @@ from provgen.metrics.statistics import Estimate, proportion, to_numpy
 
 MAX_DIMENSIONS = 256
 """Wider features are projected onto this many principal components."""
-
 INVERSE_REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for C, the inverse strength of the L2 penalty."""
 

@@ -18,19 +18,12 @@ from provgen.metrics.copying import (
     distance_ratio,
     share_memorized,
 )
-from provgen.metrics.distances import (
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    vendi_score,
-    with_interval,
-)
+from provgen.metrics.distances import frechet_distance, kernel_distance, precision_recall, vendi_score, with_interval
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.metrics.statistics import Estimate
 
 FEWEST = 20
 """Images of each kind that a comparison needs, as intervals leave out tenths; held-out ones are halved."""
-
 MAX_SPREAD = 2000
 """Images of each kind for measures whose time grows with their square."""
 

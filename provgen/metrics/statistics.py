@@ -16,7 +16,6 @@ from provgen.errors import InputError
 
 CONFIDENCE = 0.95
 """Probability that an interval is meant to cover the truth with."""
-
 RESAMPLES_OF_MEAN = 2000
 RESAMPLES = 1000
 """Bootstrap resamples of everything that is slower than a mean."""

@@ -19,27 +19,20 @@ KINDS: tuple[Kind, ...] = ("copy", "near copy", "unsupported", "blend of few", "
 
 TAIL = 0.01
 """Share of held-out images that may lie beyond a threshold."""
-
 FEWEST_HELD_OUT = 40
 """Held-out images from which on limits are read; half of them are judged by these."""
-
 FEW = 4.0
 """Effective number of sources up to which an image is a blend of few."""
-
 NEIGHBORS = 50
 """Neighbours that the calibrated distance looks at, as published."""
-
 GRID = 4
 """An image is cut into GRID x GRID parts, or a few more where its size is no multiple."""
-
 SAME = 0.1
 """Root mean squared difference, on a range of 2, by which a part may be farther than the nearest one and still be
 explained as well."""
-
 COMMON = 0.05
 """Share of the training images (but at least two) that may explain a part; one that more explain, such as an empty
 corner, says nothing."""
-
 MAX_BYTES = 256 * 2**20
 """Size of the (query, train, part) array that is held at once."""
 

@@ -27,7 +27,6 @@ class DenoiserSize:
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Noise levels of the forward process. Not a setting: the schedules' betas are made for this number."""
-
 DENOISER_SIZES = {
     "tiny": DenoiserSize(channels=(8, 16), layers=1, groups=4),
     "small": DenoiserSize(channels=(16, 32), layers=1, groups=4),

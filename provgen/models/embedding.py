@@ -47,7 +47,6 @@ def _pool(stage: Tensor) -> Tensor:
 
 GROUPS = 4
 """Groups of group normalisation; all channel counts in use are multiples of it."""
-
 LEVEL_CHANNELS = 32
 """Channels of the noise-level embedding."""
 

@@ -28,7 +28,6 @@ from provgen.models.prototypes import Prototypes, principal_coordinates, sharpen
 RANK = 3
 """Rank of slots times class maps in the class-conditional head, in halves of the width. A larger rank comes nearer to
 the closed form, until the head is larger than the class-independent one."""
-
 CELL_ANCHORS, CLASS_ANCHORS = 8, 4
 """Anchors of cells and of classes, in square roots of the number of examples."""
 

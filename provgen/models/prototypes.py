@@ -11,7 +11,6 @@ from torch import Tensor, nn
 CLEAR_CALL = 40.0
 """Nats between an example and its nearest neighbour at which the learned cap of the inverse temperature starts:
 beyond it a sharper posterior says nothing more, and the cleanest images would dominate the loss."""
-
 NEIGHBOR_SAMPLE = 2000
 """Training examples among which the typical nearest-neighbour distance is measured."""
 

@@ -151,11 +151,7 @@ class TracedImages:
 
 
 def fit_credit_head(
-    images: Callable[[float], TracedImages],
-    choose: Choose,
-    *,
-    calibration_subsets: int,
-    progress_bar: Progress = list,
+    images: Callable[[float], TracedImages], choose: Choose, *, calibration_subsets: int, progress_bar: Progress = list
 ) -> CreditHead:
     """Fit the head whose process is chosen under the default weights of levels, then weights of levels under that.
 

@@ -13,25 +13,18 @@ from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kern
 
 BANDWIDTHS = (0.7, 1.0, 1.5)
 """Bandwidths of the kernel, in root mean squared distances between two training images."""
-
 ACROSS = (1.0, 0.5, 0.0)
 """Factors of the kernel between two classes."""
-
 ONE_PART = ((1.0,),)
 """Weights in squared distances of features that have one part."""
-
 TWO_PARTS = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))
 """Weights in squared distances of an embedding and pixels."""
-
 GRADIENT_SHARES = (0.0, 0.25, 0.5)
 """Shares of cosines of gradients in the kernel."""
-
 RIDGES = (1.0, 3.0, 10.0)
 """Values of lambda, in units of the mean kernel of an image with itself."""
-
 MAX_LANDMARKS = 2048
 """Training images that others are compared with; with no more training images than that the process is exact."""
-
 SMALLEST_VARIANCE = 1e-10
 """Eigenvalues of the landmarks' kernel matrix, relative to the largest, below which all is rounding."""
 
@@ -75,10 +68,8 @@ class Grid:
 
 PIXELS = Grid()
 """Processes on features of one part, without gradients."""
-
 PIXELS_AND_GRADIENTS = Grid(((0.0, 1.0),), GRADIENT_SHARES)
 """Processes on what is known without a provenance network."""
-
 EVERYTHING = Grid(TWO_PARTS, GRADIENT_SHARES)
 """Processes that calibration tries."""
 
