@@ -38,22 +38,15 @@ def mismatched(class_labels: Tensor) -> tuple[Tensor, Tensor]:
     to be had without looking at the sample. A sample that is alone in its class has no partner and is left out.
     """
     classes = [(class_labels == label).nonzero().flatten() for label in class_labels.unique()]
-    groups = [members for members in classes if len(members) > 1]
-    if not groups:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    groups = [members for members in classes if len(members) > 1] or [torch.empty(0, dtype=torch.int64)]
     return torch.cat(groups), torch.cat([members.roll(-1) for members in groups])
 
 
 def beam_recall(searched: Tensor, exhaustive: Tensor, k: int) -> Estimate:
     """Measure recall@k: the share of the k best examples of all that are among the k best the search found.
 
-    Examples at the lowest finite value are ruled out (`exhaustive`) or were not looked at (`searched`), and never
-    count. A query with fewer than k possible examples is asked for those it has.
-
-    Args:
-        searched: Index logits of the search, (query, train).
-        exhaustive: Index logits of all examples, (query, train); at least one per query is possible.
-        k: How many of the best count, at least 1; more than train means all.
+    Both are index logits (query, train). Examples at the lowest finite value are ruled out (`exhaustive`) or were not
+    looked at (`searched`), and never count. A query with fewer than k possible examples is asked for those it has.
     """
     wanted = _best(exhaustive, k)
     recalled = wanted & _best(searched, k)
@@ -63,5 +56,5 @@ def beam_recall(searched: Tensor, exhaustive: Tensor, k: int) -> Estimate:
 def _best(logits: Tensor, k: int) -> Tensor:
     """Mark the k largest of every row that are above the lowest finite value, bool (query, train)."""
     values, index = logits.topk(min(k, logits.shape[1]), dim=1)
-    marks = torch.zeros_like(logits, dtype=torch.bool)
-    return marks.scatter(1, index, values > torch.finfo(logits.dtype).min)
+    is_possible = values > torch.finfo(logits.dtype).min
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, is_possible)

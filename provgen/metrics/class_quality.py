@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.metrics.statistics import Estimate, mean_estimate, proportion
+from provgen.metrics.statistics import Estimate, as_row, mean_estimate, proportion
 
 RETRIEVED = 5
 """Examples that the top-5 metrics look at; all of them in a smaller training set."""
@@ -22,8 +22,7 @@ class ClassQuality:
 
     The closed form is a reference: a network may retrieve more of the class than it does. Only the accuracies on
     noisy training images have it as their bound, in expectation, because its class posterior is Bayes' own there.
-    The bound that always holds is 1. Ties are broken at random: a query whose answer depends on them counts with
-    the probability of a hit.
+    Ties are broken at random: a query whose answer depends on them counts with the probability of a hit.
 
     A query that is itself a training image may retrieve itself, which makes its class certain; the index accuracy
     of arXiv 2510.03361 counts that too. On held-out queries the same numbers say whether sources share meaning.
@@ -56,13 +55,7 @@ class ClassQuality:
 
     def as_row(self) -> dict[str, Any]:
         """Give the metrics as a flat JSON-able dict; estimates become NAME, NAME_low and NAME_high."""
-        row: dict[str, Any] = {"n": self.consistency_top1.n}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                row |= value.columns(name)
-            else:
-                row[name] = value
-        return row
+        return as_row(self, n=self.consistency_top1.n)
 
 
 def class_quality(
@@ -76,16 +69,9 @@ def class_quality(
 ) -> ClassQuality:
     """Measure class metrics on queries that were shown without their class.
 
-    The label `num_classes` stands for no class: such queries are not counted, such examples are of no class.
-
-    Args:
-        log_probs: Index log-probabilities of the network, (query, train).
-        closed_form: Closed-form logits of the same queries, (query, train); not probabilities, whose order is lost
-            where they underflow.
-        train_labels: int64 (train,).
-        query_labels: int64 (query,).
-        class_logits: Logits of the class head, (query, class); None without one.
-        num_classes: Number of classes.
+    The network gives index log-probabilities (query, train), its class head `class_logits` (query, class), if it has
+    one. `closed_form` are logits (query, train): probabilities lose their order where they underflow. The label
+    `num_classes` stands for no class: such queries are not counted, such examples are of no class.
 
     Raises:
         InputError: No query has a class.
@@ -124,17 +110,14 @@ def _measure(
 
 def _retrieval(scores: Tensor, is_same: Tensor) -> dict[str, Tensor]:
     """Look at the first sources of each query; `is_same` says which examples have its class, (query, train)."""
-    five = min(RETRIEVED, scores.shape[1])
-    top1, _ = _hits(scores, is_same, 1)
-    top5, share = _hits(scores, is_same, five)
-    return {"consistency_top1": top1, "consistency_top5": top5, "share_top5": share}
+    top5, share = _hits(scores, is_same, min(RETRIEVED, scores.shape[1]))
+    return {"consistency_top1": _hits(scores, is_same, 1)[0], "consistency_top5": top5, "share_top5": share}
 
 
 def _hits(scores: Tensor, is_hit: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Look for hits among the k best of each row; both arguments (query, candidate).
+    """Give the probability of a hit among the k best of each row (query, candidate), and the expected share of hits.
 
-    Returns:
-        Probability of at least one hit and expected share of hits, (query,), with ties broken at random.
+    Ties are broken at random.
     """
     lowest = scores.topk(k, dim=1).values[:, -1:]
     above, tied = scores > lowest, scores == lowest

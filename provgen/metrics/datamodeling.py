@@ -24,23 +24,14 @@ Matrix = NDArray[np.float64]
 
 
 def predicted_outputs(scores: Tensor, masks: Tensor) -> Tensor:
-    """Sum the scores of every subset's examples: float64 (query, subset).
-
-    Args:
-        scores: (query, train); larger is more responsible.
-        masks: bool (subset, train), which examples each subset model was trained on.
-    """
+    """Sum scores (query, train) over the examples of subsets, bool (subset, train): float64 (query, subset)."""
     return scores.double() @ masks.double().T
 
 
 def datamodeling_scores(predicted: Tensor, outputs: Tensor) -> Tensor:
-    """Give Spearman's correlation over the subsets for each query, float64 (query,).
+    """Give Spearman's correlation of minus losses with predictions, both (query, subset), float64 (query,).
 
     A query for which either is the same for all subsets has 0: nothing is predicted.
-
-    Args:
-        predicted: (query, subset).
-        outputs: (query, subset), larger where the subset model does better: minus its loss.
     """
     return torch.from_numpy(_spearman(to_numpy(predicted), to_numpy(outputs)))
 
@@ -53,14 +44,7 @@ class LdsComparison:
     """
 
     def __init__(self, predicted: Mapping[str, Tensor], outputs: Tensor, *, seed: int, resamples: int) -> None:
-        """Resample.
-
-        Args:
-            predicted: Predictions by method, (query, subset) each.
-            outputs: Measured outputs (query, subset).
-            seed: Seed of the bootstrap.
-            resamples: Number of bootstrap resamples.
-        """
+        """Resample the predictions by method and the measured outputs, (query, subset) each."""
         self.shape = tuple(outputs.shape)
         # All methods at once, (method, query, subset): a call for each would take most of the time.
         values, measured = np.stack([to_numpy(p) for p in predicted.values()]), to_numpy(outputs)
@@ -104,11 +88,8 @@ def noise_ceiling(outputs: Tensor, *, num_seeds: int, seed: int, resamples: int)
     reliability (Spearman 1910 and Brown 1910, British Journal of Psychology 3). r is the mean over queries, and the
     square root is concave: where queries differ in r, this is an upper bound of the mean of their ceilings.
 
-    Args:
-        outputs: (seed, query, subset), at least two seeds; a part of the subsets will do.
-        num_seeds: S, the seeds whose mean methods are held to.
-        seed: Seed of the bootstrap over subsets and queries.
-        resamples: Number of bootstrap resamples.
+    `outputs` are (seed, query, subset) of at least two seeds and a part of the subsets; `num_seeds` is S. The bootstrap
+    draws subsets and queries.
     """
     values, random = to_numpy(outputs), np.random.default_rng(seed)
     r = _seed_correlation(values)

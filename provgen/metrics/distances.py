@@ -83,13 +83,9 @@ def effective_number(similarities: Tensor) -> float:
 
 
 def with_interval(measure: Callable[..., float], *sets: Tensor) -> Estimate:
-    """Measure sets of images, and give the 95 % interval of a jackknife over random groups of each set.
+    """Measure sets of images (query, feature), with the 95 % interval of a jackknife over random groups of each set.
 
     Resampling with replacement would add copies, which is what these measures find.
-
-    Args:
-        measure: Gives a number for the sets.
-        sets: (query, feature) each.
 
     Raises:
         InputError: A set has fewer images than there are groups.
@@ -120,14 +116,10 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5) -> PrecisionRecall:
-    """Compare two sets of images. Balls are open, and hold copies of their centre even where they have no radius.
+    """Compare generated and real images, (query, feature) each, by balls that reach to the k-th nearest other.
 
-    Shares have Clopper-Pearson intervals, the density has a bootstrap interval over generated images.
-
-    Args:
-        generated: (query, feature).
-        reference: Real images, (query, feature).
-        k: Neighbours that a ball reaches to.
+    Balls are open, and hold copies of their centre even where they have no radius. Shares have Clopper-Pearson
+    intervals, the density has a bootstrap interval over generated images.
 
     Raises:
         InputError: A set has no more than k images.
@@ -136,7 +128,10 @@ def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5) -> Pre
         raise InputError(
             f"balls of {k} neighbours need more than {k} images, got {len(generated)} and {len(reference)}"
         )
-    radii, reference_radii = (_squared_radii(rows, k) for rows in (generated, reference))
+    radii, reference_radii = (
+        nearest_others(rows, torch.arange(len(rows), device=rows.device), k).distances[:, -1].square()
+        for rows in (generated, reference)
+    )
     ball_counts, covered, recalled = [], [], []
     for rows, radii_of_rows in zip(generated.split(CHUNK), radii.split(CHUNK), strict=True):
         distances, rounding = _squared_distances(rows.double(), reference.double())
@@ -152,11 +147,6 @@ def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5) -> Pre
         density=mean_estimate(balls / k, seed=0),
         coverage=proportion(int(torch.stack(covered).any(dim=0).sum()), len(reference)),
     )
-
-
-def _squared_radii(rows: Tensor, k: int) -> Tensor:
-    """Give the squared distance of every row to its k-th nearest other, (row,)."""
-    return nearest_others(rows, torch.arange(len(rows), device=rows.device), k).distances[:, -1].square()
 
 
 def _squared_distances(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provgen.metrics.statistics import Estimate, mean_estimate
+from provgen.metrics.statistics import Estimate, as_row, mean_estimate
 
 LEVELS = (0.02, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Noise levels alpha_bar that are looked at; the nearest timestep of the schedule is taken."""
@@ -19,9 +19,8 @@ LEVELS = (0.02, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 class IndexQuality:
     """Index metrics at one noise level, each beside its closed-form ceiling.
 
-    The parent of x_t is not drawn but averaged over the closed-form posterior: `top1` is the probability that
-    the network's first choice is the parent. That has the expectation of the plain hit rate, less variance, and
-    never exceeds its ceiling by chance.
+    The parent of x_t is not drawn but averaged over the closed-form posterior: `top1` is the probability that the
+    network's first choice is the parent, with less variance than the hit rate, and never above its ceiling by chance.
     """
 
     alpha_bar: float
@@ -43,22 +42,14 @@ class IndexQuality:
 
     def as_row(self) -> dict[str, Any]:
         """Give the metrics as a flat JSON-able dict; estimates become NAME, NAME_low and NAME_high."""
-        row: dict[str, Any] = {"n": len(self.query_gaps)}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-            elif not isinstance(value, Tensor):
-                row[name] = value
-        return row
+        return as_row(self, n=len(self.query_gaps))
 
 
 def index_hits(log_probs: Tensor, posterior: Tensor, mixing: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Measure each query: the columns that `index_quality` summarises, (query, 6).
 
-    Args:
-        log_probs: Index log-probabilities of the network, float64 (query, train).
-        posterior: Closed form of the same queries, (query, train).
-        mixing: Label mixing of the targets the network was trained towards; None for none.
+    Of the same queries are the network's index log-probabilities, float64, and the closed form, both (query, train).
+    `mixing` is that of the targets the network was trained towards.
     """
     target = posterior if mixing is None else mixing(posterior)
     five = min(5, posterior.shape[1])

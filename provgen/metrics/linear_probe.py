@@ -42,12 +42,8 @@ def linear_probe(
     both are fitted on the training part. C is the best on a fifth of each training class that is held out for the
     choice (the smallest of equals); then all of the training part is fitted. The test part decides nothing.
 
-    Args:
-        train_features: Floating (train, feature), such as the last encoder stage flattened.
-        train_labels: int64 (train,); images without a class are left out before.
-        test_features: (query, feature).
-        test_labels: int64 (query,).
-        seed: Seed of the held-out fifth and of the randomised principal components.
+    Features are floating (train, feature) and (query, feature), labels int64 without null labels. `seed` is that of
+    the held-out fifth and of the randomised principal components.
 
     Raises:
         InputError: There are not two classes of two training images each, or no test images.
@@ -62,10 +58,9 @@ def linear_probe(
     train, test = _projected(to_numpy(train_features), to_numpy(test_features), seed)
     chosen = _choose(train, labels, seed)
     right = _fit(train, labels, chosen).predict(test) == answers
-    _, counts = np.unique(answers, return_counts=True)
     return ProbeResult(
         accuracy=proportion(int(right.sum()), len(right)),
-        baseline=float(counts.max() / len(answers)),
+        baseline=float(np.unique(answers, return_counts=True)[1].max() / len(answers)),
         inverse_regularisation=chosen,
     )
 
@@ -74,31 +69,23 @@ def _projected(
     train: NDArray[np.float64], test: NDArray[np.float64], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Standardise (train, feature) and (query, feature), and project what is wide."""
-    transform = make_pipeline(StandardScaler())
-    if train.shape[1] > MAX_DIMENSIONS:
-        dimensions = min(MAX_DIMENSIONS, len(train))
-        transform = make_pipeline(StandardScaler(), PCA(dimensions, svd_solver="randomized", random_state=seed))
+    pca = PCA(min(MAX_DIMENSIONS, len(train)), svd_solver="randomized", random_state=seed)
+    transform = make_pipeline(StandardScaler(), pca if train.shape[1] > MAX_DIMENSIONS else "passthrough")
     return transform.fit_transform(train), transform.transform(test)
 
 
 def _choose(train: NDArray[np.float64], labels: NDArray[np.int64], seed: int) -> float:
     """Choose C by the accuracy on the held-out fifth."""
-    held_out = _every_fifth(labels, seed)
+    # A random fifth of each class, to within one image; never both of a class of two.
+    order = np.random.default_rng(seed).permutation(len(labels))
+    held_out = np.zeros(len(labels), dtype=bool)
+    # Never empty: the fourth of the fewest images that are allowed is marked.
+    held_out[order[np.argsort(labels[order], kind="stable")][3::5]] = True
     scores = [
         _fit(train[~held_out], labels[~held_out], c).score(train[held_out], labels[held_out])
         for c in INVERSE_REGULARISATIONS
     ]
     return INVERSE_REGULARISATIONS[int(np.argmax(scores))]
-
-
-def _every_fifth(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
-    """Mark a random fifth of each class, to within one image; never both of a class of two."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    marked = np.zeros(len(labels), dtype=bool)
-    # Never empty: the fourth of the fewest images that are allowed is marked.
-    marked[by_class[3::5]] = True
-    return marked
 
 
 def _fit(train: NDArray[np.float64], labels: NDArray[np.int64], c: float) -> LogisticRegression:

@@ -26,18 +26,12 @@ class Neighbors(NamedTuple):
 
 
 def nearest(queries: Tensor, train: Tensor, k: int) -> Neighbors:
-    """Find the `k` nearest training rows of each query row.
+    """Find the `k` nearest training rows (train, feature) of each query row (query, feature), of any dtype.
 
     Candidates come from one matrix product per pair of chunks, their distances from the differences
     themselves: the product loses near-copies, whose distance is a small difference of large squares.
-
-    Args:
-        queries: (query, feature), any dtype that float64 holds.
-        train: (train, feature), on the same device.
-        k: Neighbours per query, 1 ... `len(train)`.
     """
-    assert 1 <= k <= len(train)
-    assert queries.shape[1:] == train.shape[1:]
+    assert 1 <= k <= len(train) and queries.shape[1:] == train.shape[1:]  # noqa: PT018
     chunks = [_nearest(rows, train, k) for rows in queries.split(CHUNK)]
     return Neighbors(torch.cat([chunk.distances for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks]))
 
@@ -55,13 +49,7 @@ def distinct_rows(train: Tensor) -> Tensor:
 
 
 def nearest_others(rows: Tensor, wanted: Tensor, k: int) -> Neighbors:
-    """Find the `k` nearest rows of some of the rows themselves, not counting the row itself.
-
-    Args:
-        rows: (train, feature), more than `k` of them.
-        wanted: int64 (query,), the rows whose neighbours are looked for.
-        k: Neighbours of each.
-    """
+    """Find the `k` nearest rows of `wanted` ones, int64 (query,), among `rows` (train, feature), but not itself."""
     found = nearest(rows[wanted], rows, k + 1)
     is_self = found.indices == wanted[:, None]
     # Among many duplicates of itself a row need not be there: then the last is one too many.

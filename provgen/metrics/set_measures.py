@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.metrics.copying import (
-    Placed,
-    SpaceCells,
-    authenticity,
-    closer_to_train,
-    data_copying,
-    distance_ratio,
-    share_memorized,
-)
+from provgen.metrics import copying
 from provgen.metrics.distances import frechet_distance, kernel_distance, precision_recall, vendi_score, with_interval
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.metrics.statistics import Estimate
@@ -44,12 +36,7 @@ def set_measures(generated: Tensor, holdout: Tensor, train: Tensor) -> dict[str,
     """Measure three sets of images in the same way.
 
     One half of the held-out images is the reference of all three columns, the other half the second column. Sets are
-    cut to the same size, as some measures depend on it.
-
-    Args:
-        generated: Features of generated images, (query, feature).
-        holdout: Of held-out images, (query, feature).
-        train: Of the training images, (train, feature).
+    cut to the same size, as some measures depend on it. All are features, (query, feature) and (train, feature).
 
     Raises:
         InputError: A set has too few images.
@@ -86,17 +73,17 @@ class _Measures:
     def __init__(self, reference: Tensor, train: Tensor) -> None:
         self.reference = reference
         self.distinct = distinct_rows(train)
-        self.cells = SpaceCells(train, seed=0)
+        self.cells = copying.SpaceCells(train, seed=0)
         self.placed = self._place(reference, nearest(reference, self.distinct, 1).distances)
 
     def __call__(self, images: Tensor) -> Mapping[str, Estimate]:
         neighbors = nearest(images, self.distinct, 2)
         few, few_of_reference = images[:MAX_SPREAD], self.reference[:MAX_SPREAD]
         return {
-            "share_memorized": share_memorized(distance_ratio(neighbors)),
+            "share_memorized": copying.share_memorized(copying.distance_ratio(neighbors)),
             "data_copying": self._copying(images, neighbors.distances),
-            "authenticity": authenticity(neighbors, self.distinct),
-            "closer_to_train": closer_to_train(neighbors, images, self.reference),
+            "authenticity": copying.authenticity(neighbors, self.distinct),
+            "closer_to_train": copying.closer_to_train(neighbors, images, self.reference),
             **precision_recall(few, few_of_reference)._asdict(),
             "frechet_distance": with_interval(frechet_distance, images, self.reference),
             "kernel_distance": with_interval(kernel_distance, few, few_of_reference),
@@ -105,13 +92,12 @@ class _Measures:
 
     def _copying(self, images: Tensor, distances: Tensor) -> Estimate:
         """Give C_T in units of its deviation where sets are alike, as that depends on the cells."""
-        copying = data_copying(self._place(images, distances), self.placed, seed=0)
-        c = copying.statistic
-        value, low, high = (end / copying.null_deviation for end in (c.value, c.low, c.high))
-        return Estimate(value, low, high, c.n)
+        test = copying.data_copying(self._place(images, distances), self.placed, seed=0)
+        c, deviation = test.statistic, test.null_deviation
+        return Estimate(c.value / deviation, c.low / deviation, c.high / deviation, c.n)
 
-    def _place(self, images: Tensor, distances: Tensor) -> Placed:
-        return Placed(distances[:, 0], self.cells(images))
+    def _place(self, images: Tensor, distances: Tensor) -> copying.Placed:
+        return copying.Placed(distances[:, 0], self.cells(images))
 
 
 def _drawn(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

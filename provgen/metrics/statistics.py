@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan, sqrt
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +43,19 @@ class Estimate:
         return {name: self.value, f"{name}{separator}low": self.low, f"{name}{separator}high": self.high}
 
 
-def proportion(successes: int, n: int) -> Estimate:
-    """Give `successes / n` with its Clopper-Pearson interval.
+def as_row(metrics: object, *, n: int) -> dict[str, Any]:
+    """Flatten a dataclass of metrics of `n` queries to JSON: estimates as `Estimate.columns`, without tensors."""
+    row: dict[str, Any] = {"n": n}
+    for name, value in vars(metrics).items():
+        if isinstance(value, Estimate):
+            row |= value.columns(name)
+        elif not isinstance(value, Tensor):
+            row[name] = value
+    return row
 
-    The interval is exact: it covers the truth at least as often as `CONFIDENCE` says, at 0 and at n too.
+
+def proportion(successes: int, n: int) -> Estimate:
+    """Give `successes / n` with its Clopper-Pearson interval, which covers the truth as often as `CONFIDENCE` or more.
 
     Raises:
         InputError: `n` is 0.
@@ -59,11 +69,7 @@ def proportion(successes: int, n: int) -> Estimate:
 
 
 def mean_estimate(values: Tensor, *, seed: int) -> Estimate:
-    """Give the mean of independent `values` with its bootstrap percentile interval.
-
-    Args:
-        values: (observation,), any dtype; a NaN among them makes the estimate NaN.
-        seed: Seed of the resampling; the same seed gives the same interval.
+    """Give the mean of independent `values` (observation,), NaN if any is, with its bootstrap percentile interval.
 
     Raises:
         InputError: `values` is empty.
@@ -86,11 +92,7 @@ def ratio_estimate(above: Tensor, below: Tensor, *, seed: int) -> Estimate:
 def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """Give the probability that a positive scores above a negative, ties counting half; bootstrap interval of both.
 
-    Args:
-        positives: Scores (observation,).
-        negatives: Scores (observation,).
-        seed: Seed of the bootstrap.
-        resamples: Number of bootstrap resamples.
+    Scores are (observation,).
 
     Raises:
         InputError: Either is empty.
@@ -109,12 +111,7 @@ def stratified_auroc(
 ) -> Estimate | None:
     """Give the probability that a positive scores above a negative of its own stratum; None without such a pair.
 
-    Args:
-        scores: (observation,).
-        is_positive: bool (observation,).
-        strata: int64 (observation,).
-        seed: Seed of the bootstrap over strata.
-        resamples: Number of bootstrap resamples.
+    All are (observation,). The bootstrap draws strata.
     """
     values, pairs = [], []
     for stratum in strata.unique():

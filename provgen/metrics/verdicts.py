@@ -115,16 +115,9 @@ def gather_evidence(
     top: Tensor,
     agreement: Tensor,
 ) -> Evidence:
-    """Compare images with the training images.
+    """Compare images (query, channel, height, width) in [-1, 1] with the training images (train, ...).
 
-    Args:
-        images: In [-1, 1], (query, channel, height, width).
-        train: (train, channel, height, width).
-        entropy: Entropy of the traced posteriors in nats, (query,).
-        late_entropy: Entropy at the cleanest traced level in nats, (query,).
-        of_class: Posterior of the class asked for, (query,); 1 where no class was.
-        top: Posterior of the most probable source, (query,).
-        agreement: Share of sources that another tracer names as well, (query,).
+    `entropy` is that of the traced posteriors in nats, (query,); what follows it is as in `Evidence`.
     """
     distinct = distinct_rows(train.flatten(1))
     neighbors = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
@@ -142,18 +135,11 @@ def gather_evidence(
 
 
 def patch_share(images: Tensor, train: Tensor) -> Tensor:
-    """Give the largest share of an image's telling parts that one training image explains.
+    """Give the largest share of an image's telling parts that one training image explains, float64 (query,).
 
     A training image explains a part if the same part of no other is nearer by more than `SAME`. Copies have 1, also
     where some parts are changed but little else is near; an image put together from several has less. An image without
-    any telling part has NaN.
-
-    Args:
-        images: In [-1, 1], (query, channel, height, width).
-        train: Without exact duplicates, (train, channel, height, width).
-
-    Returns:
-        float64 (query,) in (0, 1], or NaN.
+    any telling part has NaN. Both are (..., channel, height, width) in [-1, 1], `train` without exact duplicates.
     """
     train_parts = _parts(train)
     size = max(1, MAX_BYTES // (4 * len(train) * train_parts.shape[1]))
