@@ -31,7 +31,8 @@ def nearest(queries: Tensor, train: Tensor, k: int) -> Neighbors:
     Candidates come from one matrix product per pair of chunks, their distances from the differences
     themselves: the product loses near-copies, whose distance is a small difference of large squares.
     """
-    assert 1 <= k <= len(train) and queries.shape[1:] == train.shape[1:]  # noqa: PT018
+    assert 1 <= k <= len(train)
+    assert queries.shape[1:] == train.shape[1:]
     chunks = [_nearest(rows, train, k) for rows in queries.split(CHUNK)]
     return Neighbors(torch.cat([chunk.distances for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks]))
 

@@ -86,17 +86,11 @@ class CreditHead(ModelMixin, ConfigMixin):
         calibration_subsets: int = 0,  # noqa: ARG002
         calibration_seconds: float = 0.0,  # noqa: ARG002
     ) -> None:
-        """Make an empty head.
+        """Make an empty head, which compares queries with `num_landmarks` of the training examples.
 
-        Args:
-            num_examples: Training examples.
-            num_landmarks: Training examples that queries are compared with.
-            width: Features of an image, those of gradients included.
-            num_classes: Classes without the null label.
-            num_gradients: The last features, of which products count instead of distances: normalised gradients.
-            calibration: `dataclasses.asdict` of a `Calibration`.
-            calibration_subsets: Subset models it was calibrated on.
-            calibration_seconds: Seconds that features and the search over settings took.
+        An image has `width` features. The last `num_gradients` are normalised gradients, whose products count instead
+        of distances. `num_classes` is without the null label. `calibration` is `dataclasses.asdict` of a `Calibration`
+        on `calibration_subsets` subset models; `calibration_seconds` are those of features and search.
         """
         super().__init__()
         self.calibration = Calibration.read(calibration)
@@ -115,11 +109,9 @@ class CreditHead(ModelMixin, ConfigMixin):
         return bool(self.config.num_gradients)
 
     def forward(self, features: Tensor, class_labels: Tensor) -> Tensor:
-        """Give shares of credit (query, train) that sum to 1.
+        """Give shares of credit (query, train), which sum to 1, for features (query, width) before scaling.
 
-        Args:
-            features: (query, width), before scaling.
-            class_labels: int64 (query,), the null label where there is none.
+        `class_labels` is int64 (query,), the null label where there is none.
         """
         images, landmarks = (features * self.scale, class_labels), (self.landmarks, self.landmark_labels)
         kernel, null_label = self.calibration.process.kernel, self.config.num_classes
@@ -147,19 +139,14 @@ def kernel_matrix(
     null_label: int,
     num_gradients: int = 0,
 ) -> Tensor:
-    """Give exp(-d^2 / 2) of most features, smaller between two classes, and products of the last ones.
+    """Give exp(-d^2 / 2) of most features, smaller between two classes, and products of the last ones, (first, second).
 
     Images are alike because they look alike, or because they ask the same of the generator's weights. The matrix is
-    positive semidefinite on images with classes, as it is made of sums and products of kernels.
-
-    An image of `first` without a class is near every class alike, unless `second` has such images: those are a class
-    among themselves.
+    positive semidefinite on images with classes. An image of `first` without a class is near every class alike, unless
+    `second` has such images: those are a class among themselves.
 
     Features are scaled, (first, feature) and (second, feature), so the kernel's bandwidth and shares are in them
     already. The last `num_gradients` are normalised gradients, whose products are cosines.
-
-    Returns:
-        (first, second).
     """
     num_distances = first.shape[1] - num_gradients
     distances = first[:, :num_distances], second[:, :num_distances]

@@ -36,13 +36,10 @@ DENOISER_SIZES = {
 
 
 def make_denoiser(size: str, *, image_size: int, image_channels: int, num_classes: int) -> UNet2DModel:
-    """Make a UNet that predicts the noise; class `num_classes` is the null label.
+    """Make a UNet that predicts the noise; class `num_classes` is the null label, `image_size` as in `encoder_shapes`.
 
     Convolutions only: at these sizes the receptive field covers the image, and attention would make one
     process and several differ by more than rounding.
-
-    Raises:
-        InputError: `image_size` cannot be halved once per down block.
     """
     encoder_shapes(size, image_size, image_channels)  # refuses an impossible image size
     shape = DENOISER_SIZES[size]
@@ -93,10 +90,9 @@ def encoder_shapes(size: str, image_size: int, image_channels: int) -> list[tupl
 
 @contextmanager
 def record_feature_maps(denoiser: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the noisy image and the encoder feature maps of one forward pass, in the order of `encoder_shapes`.
+    """Collect the noisy image and the encoder feature maps of the forward pass inside, as `encoder_shapes` orders them.
 
-    The pass inside the block fills the list with (batch, channel, height, width) tensors. `denoiser` is a UNet2DModel,
-    wrapped by Accelerate or not.
+    They are (batch, channel, height, width). `denoiser` is a UNet2DModel, wrapped by Accelerate or not.
     """
     unet = extract_model_from_parallel(denoiser)
     assert isinstance(unet, UNet2DModel)
@@ -119,16 +115,9 @@ def record_feature_maps(denoiser: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def encoder_feature_maps(unet: UNet2DModel, images: Tensor, timestep: Tensor, class_labels: Tensor) -> list[Tensor]:
-    """Run the encoder without the decoder, which is more than half of a forward pass.
+    """Give what `record_feature_maps` collects, without the decoder, which is more than half of a forward pass.
 
-    Args:
-        unet: The denoiser.
-        images: Noisy images, (batch, channel, height, width).
-        timestep: int64 scalar, or (batch,).
-        class_labels: int64 (batch,).
-
-    Returns:
-        What `record_feature_maps` collects in a whole forward pass.
+    Images are noisy, (batch, channel, height, width), `timestep` an int64 scalar or (batch,), labels int64 (batch,).
     """
 
     def stop(_module: nn.Module, _inputs: object) -> None:

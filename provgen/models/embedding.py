@@ -65,8 +65,7 @@ class OwnEncoder(nn.Module):
         """
         super().__init__()
         assert 0 <= shared < len(shapes)
-        self.shapes = shapes
-        self.shared = shared
+        self.shapes, self.shared = shapes, shared
         pairs = list(pairwise(shapes))[shared:]
         has_level = reads_level and len(pairs) > (shared == 0)
         level_channels = LEVEL_CHANNELS if has_level else None
@@ -82,8 +81,7 @@ class OwnEncoder(nn.Module):
     def forward(self, feature_maps: list[Tensor], alpha_bar: Tensor) -> list[Tensor]:
         """Give all feature maps but the image, for noise levels `alpha_bar` (batch,).
 
-        `feature_maps` are the image and the generator's, (batch, channel, height, width) each; those after the shared
-        ones are ignored.
+        Of `feature_maps`, the image and the generator's, those after the shared ones are ignored.
         """
         made = feature_maps[: self.shared + 1]
         level = None

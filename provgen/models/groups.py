@@ -39,12 +39,9 @@ def class_cells(labels: Tensor) -> Tensor:
 
 
 def place_anchors(coordinates: Tensor, cells: Tensor, num_cells: int, per_cell: int) -> tuple[Tensor, Tensor]:
-    """Sum every cell, empty ones included, up by `per_cell` points.
+    """Sum every cell up by points (cell x per_cell, width), and the logarithm of the number of examples near each.
 
-    The examples have `coordinates` (train, width) and lie in `cells`, int64 (train,).
-
-    Returns:
-        Points (cell x per_cell, width), and the logarithm of the number of examples near each.
+    The examples have `coordinates` (train, width) and lie in `cells`, int64 (train,); some cells may be empty.
     """
     points = coordinates.new_zeros(num_cells, per_cell, coordinates.shape[1])
     weights = coordinates.new_full((num_cells, per_cell), LOG_NOBODY)
@@ -58,17 +55,13 @@ def place_anchors(coordinates: Tensor, cells: Tensor, num_cells: int, per_cell: 
 
 
 def log_class_shares(cells: Tensor, labels: Tensor, num_cells: int, num_classes: int) -> Tensor:
-    """Give the log share of every class among the examples of every cell.
+    """Give the log share of every class among the examples of every cell, float32 (class + 1, cell), -inf for none.
 
     The row of the null label, `num_classes`, is 0 where there are examples: it rules out none of them.
-
-    Returns:
-        float32 (class + 1, cell), -inf for none.
     """
     counts = torch.zeros(num_classes + 1, num_cells)
     counts.index_put_((labels, cells), torch.ones(len(labels)), accumulate=True)
-    sizes = counts.sum(0)
-    counts[num_classes] = sizes
+    counts[num_classes] = sizes = counts.sum(0)
     return (counts / sizes.clamp_min(1)).log()
 
 
@@ -87,9 +80,8 @@ def _kmeans(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class AnchorMixture(nn.Module):
     """Log probabilities of groups of examples.
 
-    The probability of a group is the sum of the closed form over its members. Here the sum runs over a few anchors
-    with weights: a linear layer on the embedding cannot say it, and all examples would cost what the groups are to
-    save.
+    That of a group is the sum of the closed form over its members. Here the sum runs over a few anchors with weights: a
+    linear layer on the embedding cannot say it, and all examples would cost what the groups are to save.
     """
 
     def __init__(self, num_groups: int, *, num_examples: int, width: int, share: float) -> None:
@@ -126,13 +118,10 @@ def group_means(points: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def assign_slots(points: Tensor, groups: Tensor, num_slots: int) -> Tensor:
-    """Give every example a slot of its own within its group, alike examples of different groups the same one.
+    """Give every example a slot of its own in its group, int64 (train,), alike ones of different groups the same one.
 
     Groups are matched one by one, largest first, to the running means of the slots, which are at least as many as the
     examples of the largest group. `points` are measured from the mean of their group, (train, width).
-
-    Returns:
-        Slot of each example, int64 (train,).
     """
     slots = torch.zeros_like(groups)
     means = points.new_zeros(num_slots, points.shape[1])
@@ -147,12 +136,9 @@ def assign_slots(points: Tensor, groups: Tensor, num_slots: int) -> Tensor:
 
 
 def match(points: Tensor, slots: Tensor, axis: int = 0) -> Tensor:
-    """Give each of points (point, width) one of at least as many slots (slot, width), the squared distances small.
+    """Give each of points (point, width) one of at least as many slots (slot, width), int64 (point,), a near one.
 
-    Too many for an exact match are split along the column `axis`.
-
-    Returns:
-        int64 (point,).
+    The sum of squared distances is the least; too many for an exact match are first split along the column `axis`.
     """
     if len(slots) <= MATCH_AT_ONCE:
         return torch.from_numpy(linear_sum_assignment(torch.cdist(points, slots).square().numpy())[1])
@@ -168,19 +154,12 @@ def match(points: Tensor, slots: Tensor, axis: int = 0) -> Tensor:
 
 
 def factorise(points: Tensor, cells: Tensor, shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
-    """Write points as products of shared slots and group maps, as nearly as `rank` allows (truncated SVD).
+    """Write points (train, width) as products of shared slots (slot, rank) and maps (group, rank, width).
 
-    Args:
-        points: Points (train, width).
-        cells: Group x slots + slot of each example, int64 (train,).
-        shape: Numbers of groups and slots.
-        rank: Columns of the slots.
-
-    Returns:
-        Slots (slot, rank) and maps (group, rank, width); `slots @ maps[group]` is near the points of the group.
+    `slots @ maps[group]` is as near to the points of the group as `rank` allows (truncated SVD). `cells` are
+    group x slots + slot of each example, int64 (train,), `shape` the numbers of groups and slots.
     """
-    groups, num_slots = shape
-    width = points.shape[1]
+    (groups, num_slots), width = shape, points.shape[1]
     table = points.new_zeros(groups * num_slots, width)
     table[cells] = points
     beside = table.view(groups, num_slots, width).transpose(0, 1).reshape(num_slots, groups * width)

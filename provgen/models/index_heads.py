@@ -52,10 +52,7 @@ class ClassIndependentHead(nn.Module):
         return logits
 
     def start(self, images: Tensor, labels: Tensor, *, at_images: bool = True) -> None:  # noqa: ARG002 - as all heads
-        """Start the prototypes at the principal coordinates of the training images.
-
-        The embedding then only has to learn the same coordinates of x_t.
-        """
+        """Start the prototypes at principal coordinates, so that the embedding need only learn the same ones of x_t."""
         if not at_images:
             return
         coordinates = principal_coordinates(images, self.prototypes.points.shape[1])
@@ -81,9 +78,8 @@ class ClassConditionalHead(nn.Module):
         has_unlabelled: bool = False,
         has_class_branch: bool = False,
     ) -> None:
-        """Build the head.
+        """Build the head with M = `num_slots`, the most examples of a class or of those without one.
 
-        `num_slots` is M, the examples of the largest class, or of those without a class if they are more.
         `has_unlabelled` says whether some examples carry the null label, `has_class_branch` whether the head predicts
         the class itself; if not, it is called with `class_logits`.
         """
@@ -115,10 +111,7 @@ class ClassConditionalHead(nn.Module):
         class_labels: Tensor,  # noqa: ARG002 - the call that all heads share
         class_logits: Tensor | None,
     ) -> Tensor:
-        """Give index logits (batch, train), normalised if every class has examples.
-
-        A head that predicts the class itself does not read `class_logits`.
-        """
+        """Give index logits (batch, train), normalised if every class has examples."""
         embedding = self.embedding(feature_maps)
         views = torch.einsum("bw,crw->bcr", embedding, self.maps)
         products = F.linear(views, self.slots).to(alpha_bar.dtype).flatten(1)
@@ -186,11 +179,7 @@ class TwoStageHead(nn.Module):
         num_classes: int,
         cells: Literal["kmeans", "classes"] = "kmeans",
     ) -> None:
-        """Build the head.
-
-        A cell is a k-means cluster of principal coordinates or, with `cells` = "classes", a class: then `num_cells` is
-        the number of different labels.
-        """
+        """Build the head; cells are k-means clusters of principal coordinates or the `num_cells` classes present."""
         super().__init__()
         self.cells = cells
         self.embedding = silent_embedding(shapes, width)
@@ -228,10 +217,8 @@ class TwoStageHead(nn.Module):
         labels = labels.cpu()
         classes, num_cells = self.log_class_shares.shape
         coordinates = principal_coordinates(images, self.prototypes.points.shape[1])
-        if self.cells == "kmeans":
-            cells = cell_rules.kmeans_cells(coordinates, num_cells)
-        else:
-            cells = cell_rules.class_cells(labels)
+        is_kmeans = self.cells == "kmeans"
+        cells = cell_rules.kmeans_cells(coordinates, num_cells) if is_kmeans else cell_rules.class_cells(labels)
         self.example_cells.copy_(cells)
         self.log_class_shares.copy_(cell_rules.log_class_shares(cells, labels, num_cells, classes - 1))
         if not at_images:
@@ -244,8 +231,7 @@ class TwoStageHead(nn.Module):
         """Choose cells for every row: bool (batch, cell)."""
         scores = log_cells + self.log_class_shares.to(log_cells)[class_labels]
         best = scores.topk(min(beam, scores.shape[1]), dim=1)
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        return chosen.scatter(1, best.indices, best.values > -math.inf)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best.indices, best.values > -math.inf)
 
     def _search(self, embedding: Tensor, alpha_bar: Tensor, log_cells: Tensor, chosen: Tensor) -> Tensor:
         lowest = torch.finfo(alpha_bar.dtype).min

@@ -60,10 +60,9 @@ def sharpen(similarity: Tensor, bias: Tensor, alpha_bar: Tensor, log_cap: Tensor
 
 
 def principal_coordinates(images: Tensor, width: int) -> Tensor:
-    """Give the `width` largest principal coordinates of images (train, channel, height, width).
+    """Give principal coordinates of images (train, channel, height, width), float64 (train, width) on the CPU.
 
-    Returns:
-        float64 (train, width) on the CPU; columns beyond the rank of the images are zero.
+    Columns beyond the rank of the images are zero.
     """
     from sklearn.decomposition import PCA  # here: loading a pipeline does without
 
@@ -75,15 +74,10 @@ def principal_coordinates(images: Tensor, width: int) -> Tensor:
 
 def starting_log_cap(coordinates: Tensor) -> Tensor:
     """Give the logarithm of the cap at which typical nearest neighbours of (train, width) are CLEAR_CALL apart."""
-    distance = _typical_squared_distance(coordinates)
+    sample = coordinates[:: -(-len(coordinates) // NEIGHBOR_SAMPLE)]
+    nearest = torch.cdist(sample, sample).fill_diagonal_(math.inf).min(dim=1).values
+    # Exact duplicates must not make the cap infinite.
+    distance = nearest.square().median().clamp_min(1e-6 * sample.square().sum(1).mean())
     if distance == 0:  # the images are all the same, and any cap will do
         return torch.tensor(math.log(CLEAR_CALL))
     return (2 * CLEAR_CALL / distance).log()
-
-
-def _typical_squared_distance(points: Tensor) -> Tensor:
-    """Median squared distance to the nearest other point, among evenly spaced ones of (train, feature)."""
-    sample = points[:: -(-len(points) // NEIGHBOR_SAMPLE)]
-    nearest = torch.cdist(sample, sample).fill_diagonal_(math.inf).min(dim=1).values
-    # Exact duplicates must not make the cap infinite.
-    return nearest.square().median().clamp_min(1e-6 * sample.square().sum(1).mean())

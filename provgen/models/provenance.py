@@ -95,13 +95,10 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
     def forward(
         self, feature_maps: list[Tensor], alpha_bar: Tensor, class_labels: Tensor, class_logits: Tensor | None = None
     ) -> ProvenanceOutput:
-        """Predict sources and class from one forward pass of the generator.
+        """Predict sources and class from the image and the generator's feature maps, (batch, channel, height, width).
 
-        Args:
-            feature_maps: The image and the generator's encoder feature maps, each (batch, channel, height, width).
-            alpha_bar: Cumulative alpha of each row's noise level, (batch,).
-            class_labels: Labels the generator was given, int64 (batch,); `num_classes` is the null label.
-            class_logits: Those of a generator that is a classifier, (batch, class); the network then has no class head.
+        `alpha_bar` (batch,) are noise levels, `class_labels`, int64 (batch,), what the generator was given.
+        `class_logits` (batch, class) are those of a generator that is a classifier; the network has no class head then.
         """
         # float32 under autocast too: a softmax over thousands of examples needs the digits.
         with torch.autocast(alpha_bar.device.type, enabled=False):
@@ -136,8 +133,8 @@ class ProvenanceNetwork(ModelMixin, ConfigMixin):
 
     def ruled_out(self, class_labels: Tensor) -> Tensor:
         """Say which examples a class label excludes, bool (batch, train); the null label excludes none."""
-        is_null = class_labels.eq(self.config.num_classes)
-        return ~is_null[:, None] & (class_labels[:, None] != self.example_labels[None, :])
+        has_class = class_labels.ne(self.config.num_classes)
+        return has_class[:, None] & (class_labels[:, None] != self.example_labels[None, :])
 
     def _read(self, feature_maps: list[Tensor], alpha_bar: Tensor) -> list[Tensor]:
         shared = [stage.to(self.dtype) for stage in feature_maps[: self.config.shared_stages + 1]]

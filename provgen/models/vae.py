@@ -84,11 +84,7 @@ class ImageVae(AutoencoderKL):
 
 
 def make_vae(size: str, *, image_size: int, image_channels: int) -> ImageVae:
-    """Make an autoencoder with the channels of the denoiser of the same size; convolutions only, like it.
-
-    Raises:
-        InputError: `image_size` cannot be halved once per down block.
-    """
+    """Make an autoencoder of the denoiser's channels, convolutions only; `image_size` as in `encoder_shapes`."""
     encoder_shapes(size, image_size, image_channels)  # refuses an impossible image size
     shape = DENOISER_SIZES[size]
     blocks = len(shape.channels)

@@ -48,11 +48,7 @@ class Attribution:
 
 
 def check_top_k(top_k: int, num_examples: int) -> None:
-    """Refuse a `top_k` that cannot be given.
-
-    Raises:
-        InputError: `top_k` is below 1 or above `num_examples`, those that can be named.
-    """
+    """Refuse a `top_k` outside of 1 to `num_examples`, those that can be named, with an `InputError`."""
     if not 1 <= top_k <= num_examples:
         raise InputError(
             f"top_k must be between 1 and {num_examples}, the number of training images that can be named, got {top_k}"

@@ -69,7 +69,6 @@ class Choose(Protocol):
 
     def __call__(self, scores: Mapping[str, AttributionScores[S]]) -> S:
         """Give the best setting."""
-        ...
 
 
 Progress = Callable[[Iterable[GaussianProcess]], Iterable[GaussianProcess]]
@@ -107,10 +106,7 @@ class LeaveOneOutVariance:
         *,
         progress_bar: Progress = list,
     ) -> dict[str, AttributionScores[GaussianProcess]]:
-        """Leave every example out under every process, each kernel fitted once for all queries, by kind.
-
-        `settings` gives the steps of each process from the default.
-        """
+        """Leave every example out under every process, for queries by kind; `settings` gives steps from the default."""
         features = {kind: asked.features.double().cpu() for kind, asked in queries.items()}
         values: dict[str, list[Tensor]] = {kind: [] for kind in queries}
         for process in progress_bar(settings):

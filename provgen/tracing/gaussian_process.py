@@ -77,8 +77,7 @@ EVERYTHING = Grid(TWO_PARTS, GRADIENT_SHARES)
 def feature_scale(kernel: Kernel, features: Tensor, parts: FeatureParts) -> Tensor:
     """Give the factors (feature,) under which a kernel is that of `kernel_matrix`; 0 for what does not count.
 
-    The kernel is in units of the spread of the training images' features, (train, feature). A part that is the same
-    for all images counts for nothing.
+    Units are the spread of the training images' features (train, feature); a part without spread counts for nothing.
     """
     *distances, _ = features.split([*parts.distances, parts.num_gradients], dim=1)
     # The mean squared distance of two draws is twice the total variance.
@@ -96,10 +95,7 @@ class FittedKernel:
     def __init__(
         self, features: Tensor, labels: Tensor, kernel: Kernel, *, null_label: int, parts: FeatureParts | None = None
     ) -> None:
-        """Diagonalise the kernel of training images with features float64 (train, feature) and labels int64 (train,).
-
-        `parts` of None is one part whose distances count.
-        """
+        """Diagonalise the kernel of features float64 (train, feature); without `parts` they are one part."""
         self.kernel, self.null_label = kernel, null_label
         self.parts = parts or FeatureParts((features.shape[1],))
         self.scale = feature_scale(kernel, features, self.parts)

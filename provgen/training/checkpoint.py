@@ -21,14 +21,17 @@ KEPT = 2
 
 
 def save_checkpoint(trainer: CoTrainer, folder: Path, step: int, fingerprint: str) -> None:
-    """Write `folder/step-NNNNNN` and drop all but the newest checkpoints.
-
-    Call it on the main process only; the weights are the same on all.
+    """Write `folder/step-NNNNNN`, on the main process only, and drop all but the newest checkpoints.
 
     Raises:
         InputError: The file system refused; older checkpoints are intact.
     """
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": _optimizer_tensors(trainer)}
+    moments = {
+        f"{name}/{kind}": value
+        for name, parameter in _named_parameters(trainer).items()
+        for kind, value in trainer.optimizer.state[parameter].items()
+    }
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": moments}
     for name, network in trainer.networks.items():
         parts[name] = dict(network.state_dict())
         parts[f"{name}_ema"] = trainer.averaged(name)
@@ -45,10 +48,7 @@ def save_checkpoint(trainer: CoTrainer, folder: Path, step: int, fingerprint: st
 
 
 def resume_latest(trainer: CoTrainer, folder: Path, fingerprint: str) -> int:
-    """Load the newest checkpoint, if there is one, into every process's trainer.
-
-    Returns:
-        Optimiser steps already done; 0 without a checkpoint.
+    """Load the newest checkpoint into every process's trainer, and give the steps done; 0 without a checkpoint.
 
     Raises:
         InputError: The checkpoint belongs to another training set or other networks, or is damaged.
@@ -84,7 +84,13 @@ def _load(trainer: CoTrainer, path: Path, step: int) -> None:
         average.optimization_step = step
         for (key, _), shadow in zip(network.named_parameters(), average.shadow_params, strict=True):
             shadow.copy_(averaged[key])
-    _load_optimizer(trainer, load_file(path / "optimizer.safetensors"))
+    moments = load_file(path / "optimizer.safetensors")
+    for name, parameter in _named_parameters(trainer).items():
+        # A parameter that no loss reaches has no state: the encoder of a classifier that shares nothing, say.
+        if f"{name}/step" in moments:
+            trainer.optimizer.state[parameter] = {
+                kind: moments[f"{name}/{kind}"].to(parameter.device) for kind in ("step", "exp_avg", "exp_avg_sq")
+            }
 
 
 def _named_parameters(trainer: CoTrainer) -> dict[str, torch.nn.Parameter]:
@@ -93,20 +99,3 @@ def _named_parameters(trainer: CoTrainer) -> dict[str, torch.nn.Parameter]:
         for name, network in trainer.networks.items()
         for key, parameter in network.named_parameters()
     }
-
-
-def _optimizer_tensors(trainer: CoTrainer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{kind}": value
-        for name, parameter in _named_parameters(trainer).items()
-        for kind, value in trainer.optimizer.state[parameter].items()
-    }
-
-
-def _load_optimizer(trainer: CoTrainer, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in _named_parameters(trainer).items():
-        # A parameter that no loss reaches has no state: the encoder of a classifier that shares nothing, say.
-        if f"{name}/step" in tensors:
-            trainer.optimizer.state[parameter] = {
-                kind: tensors[f"{name}/{kind}"].to(parameter.device) for kind in ("step", "exp_avg", "exp_avg_sq")
-            }

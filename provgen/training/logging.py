@@ -29,8 +29,7 @@ class JsonLinesTracker(GeneralTracker):
     def __init__(self, path: Path, *, start_step: int) -> None:
         """Open `path` for appending; lines of later steps than `start_step`, left by a kill, are dropped."""
         super().__init__()
-        self.path = path
-        self.start_step = start_step
+        self.path, self.start_step = path, start_step
 
     @property
     def tracker(self) -> Path:
@@ -137,7 +136,7 @@ def _quality_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def check_finite(losses: Mapping[str, float], step: int, checkpoints: Path) -> None:
-    """Stop a run whose loss is lost, before anything of it is saved.
+    """Stop a run before anything of it is saved.
 
     Raises:
         InputError: A loss, or a gradient norm, is NaN or infinite.

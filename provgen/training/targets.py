@@ -19,7 +19,6 @@ class Mixing(Protocol):
 
     def __call__(self, probs: Tensor) -> Tensor:
         """Mix probabilities (query, train); rows keep their sum."""
-        ...
 
 
 class ClassMixing:
@@ -66,19 +65,11 @@ class NeighborMixing:
 
 
 def nearest_neighbors(points: Tensor, labels: Tensor, k: int, *, covered: Tensor | None = None) -> Tensor:
-    """Find the `k` nearest other (covered) examples of the same label, so that a label never rules a target out.
+    """Find the `k` nearest other examples of the same label, int64 (train, k), so that it never rules a target out.
 
     A label with k or fewer others repeats them in turn; an example without any other stands for itself. Exact copies
-    of an image are neighbours like any other. Distances are Euclidean, and the search is exact.
-
-    Args:
-        points: Images or features, (train, feature), on the CPU.
-        labels: int64 (train,); the null label counts as one.
-        k: Number of neighbours.
-        covered: Examples that may be neighbours, bool (train,); None for all.
-
-    Returns:
-        int64 (train, k), nearest first.
+    of an image are neighbours like any other. Distances of points (train, feature) are Euclidean, and the search is
+    exact. The null label counts as one; if `covered`, bool (train,), is given, only such examples are neighbours.
     """
     neighbors = torch.arange(len(points))[:, None].repeat(1, k)
     for label in labels.unique():
@@ -104,15 +95,11 @@ class Targets(Protocol):
     """A target distribution for every row of a batch."""
 
     def __call__(self, indices: Tensor, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
-        """Give target probabilities (batch, train).
+        """Give target probabilities (batch, train) of the examples `indices`, int64 (batch,).
 
-        Args:
-            indices: Example index of each row, int64 (batch,).
-            queries: What the closed form is asked: noisy images, latents or images, (batch, ...).
-            alpha_bar: Noise level of each row, (batch,).
-            class_labels: Labels the generator was given, int64 (batch,).
+        `queries` are what the closed form is asked: noisy images, latents or images, (batch, ...). `alpha_bar` (batch,)
+        are noise levels, `class_labels`, int64 (batch,), what the generator was given.
         """
-        ...
 
 
 class SoftTarget(Protocol):
@@ -120,7 +107,6 @@ class SoftTarget(Protocol):
 
     def probs(self, queries: Tensor, alpha_bar: Tensor, class_labels: Tensor) -> Tensor:
         """Give probabilities (batch, train)."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,7 @@ class CoTrainer:
 
         With `is_shared` False, every process trains networks of its own.
         """
-        self.accelerator = accelerator
-        self.generator = generator
+        self.accelerator, self.generator = accelerator, generator
         self.networks: dict[str, Any] = {generator.name: generator.network}
         if provenance is not None:
             self.networks["provenance"] = provenance
@@ -70,16 +69,13 @@ class CoTrainer:
         self.averages = {
             name: EMAModel(net.parameters(), decay=ema_decay, foreach=True) for name, net in self.networks.items()
         }
-        self.objective = objective
-        self.label_dropout = label_dropout
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
+        self.objective, self.label_dropout = objective, label_dropout
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Do the 0-based optimiser step `step` on this process's share of the batch; the warm-up depends on `step`.
+        """Do the 0-based optimiser step `step`, which the warm-up depends on, on this process's share of the batch.
 
-        Returns:
-            Losses over this process's rows and gradient norms before clipping, by name.
+        Gives losses over this process's rows and gradient norms before clipping, by name.
         """
         total, losses = self._losses(batch)
         self.optimizer.zero_grad()
@@ -151,11 +147,8 @@ def class_loss(class_logits: Tensor, clean_labels: Tensor, is_null: Tensor, labe
     expected number of unconditional rows, never by the actual one: a mean over no rows is NaN, and a branch that
     differs between processes deadlocks them.
 
-    Args:
-        class_logits: (batch, class).
-        clean_labels: Labels before dropout, int64 (batch,); rows without a class carry the null label and do not count.
-        is_null: Rows whose label was dropped, bool (batch,).
-        label_dropout: Probability of `is_null`.
+    Logits are (batch, class). `clean_labels`, int64 (batch,), are those before dropout; the null label does not count.
+    `is_null`, bool (batch,), marks rows whose label was dropped, with the probability `label_dropout`.
     """
     num_classes = class_logits.shape[1]
     counts = is_null & (clean_labels < num_classes)
