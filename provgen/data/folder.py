@@ -175,16 +175,12 @@ def _relative(path: Path, root: Path) -> str:
 
 def _read_all(root: Path, paths: list[str], image_size: int) -> tuple[Tensor, tuple[str, ...]]:
     shown = len(paths) >= _PROGRESS_FROM_IMAGES and sys.stderr.isatty()
-    bar = track(paths, "reading images", console=Console(stderr=True), transient=True, disable=not shown)
-    read = [_read(root / path, image_size) for path in bar]
-    channels = max(len(image) for image, _ in read)
-    images = torch.stack([image.expand(channels, -1, -1) for image, _ in read])
-    return images, tuple(digest for _, digest in read)
-
-
-def _read(path: Path, image_size: int) -> tuple[Tensor, str]:
-    with naming_image(path):
-        data = path.read_bytes()
-        image = decode(data)
-        pixels = from_pil(image, image_size=image_size, channels=1 if is_grey(image) else 3)
-    return pixels, hashlib.sha256(data).hexdigest()
+    images, digests = [], []
+    for path in track(paths, "reading images", console=Console(stderr=True), transient=True, disable=not shown):
+        with naming_image(root / path):
+            data = (root / path).read_bytes()
+            image = decode(data)
+            images.append(from_pil(image, image_size=image_size, channels=1 if is_grey(image) else 3))
+        digests.append(hashlib.sha256(data).hexdigest())
+    channels = max(map(len, images))
+    return torch.stack([image.expand(channels, -1, -1) for image in images]), tuple(digests)

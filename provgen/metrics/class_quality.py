@@ -84,7 +84,7 @@ def class_quality(
     labels, log_probs, closed_form = query_labels[has_class], log_probs[has_class], closed_form[has_class]
     network = _measure(log_probs, log_probs.exp(), labels, train_labels, num_classes)
     if class_logits is not None:
-        network["class_accuracy"] = _hits(class_logits[has_class], _one_hot(labels, num_classes), 1)[0]
+        network["class_accuracy"] = _hits(class_logits[has_class], F.one_hot(labels, num_classes).bool(), 1)[0]
     reference = _measure(closed_form, closed_form.softmax(dim=1), labels, train_labels, num_classes)
     reference["class_accuracy"] = reference["knn_accuracy"]
     guess = _retrieval(torch.zeros_like(log_probs), labels[:, None] == train_labels)
@@ -104,7 +104,7 @@ def _measure(
     members = F.one_hot(train_labels, num_classes + 1)[:, :num_classes]
     mass = probs @ members.to(probs.dtype)
     measured = _retrieval(scores, labels[:, None] == train_labels)
-    measured["knn_accuracy"] = _hits(mass, _one_hot(labels, num_classes), 1)[0]
+    measured["knn_accuracy"] = _hits(mass, F.one_hot(labels, num_classes).bool(), 1)[0]
     return measured
 
 
@@ -129,10 +129,6 @@ def _hits(scores: Tensor, is_hit: Tensor, k: int) -> tuple[Tensor, Tensor]:
         factor = (num_tied - tied_hits - drawn).clamp_min(0) / (num_tied - drawn)
         miss = torch.where(drawn < open_ranks, miss * factor, miss)
     return 1 - miss, (sure_hits + open_ranks * tied_hits / num_tied) / k
-
-
-def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    return F.one_hot(labels, num_classes).bool()
 
 
 def _estimate(values: Tensor) -> Estimate:

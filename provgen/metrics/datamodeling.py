@@ -49,10 +49,14 @@ class LdsComparison:
         # All methods at once, (method, query, subset): a call for each would take most of the time.
         values, measured = np.stack([to_numpy(p) for p in predicted.values()]), to_numpy(outputs)
         random = np.random.default_rng(seed)
-        draws = np.stack([self._draw(values, measured, random) for _ in range(resamples)], axis=1)
+        draws = []
+        for _ in range(resamples):
+            queries, subsets = (random.integers(size, size=size) for size in self.shape)
+            drawn = values[:, queries][:, :, subsets], measured[queries][:, subsets]
+            draws.append(_spearman(*drawn).mean(axis=1))
         scores = _spearman(values, measured).mean(axis=1)
         self.values = {name: float(score) for name, score in zip(predicted, scores, strict=True)}
-        self.draws = dict(zip(predicted, draws, strict=True))
+        self.draws = dict(zip(predicted, np.stack(draws, axis=1), strict=True))
 
     def estimate(self, method: str) -> Estimate:
         """Give the mean LDS of a method over the queries."""
@@ -62,13 +66,6 @@ class LdsComparison:
         """Give by how much the LDS of a method is larger than that of another, paired."""
         interval = percentile_interval(self.draws[method] - self.draws[other])
         return Estimate(self.values[method] - self.values[other], *interval, self.shape[1])
-
-    def _draw(self, predicted: Matrix, outputs: Matrix, random: np.random.Generator) -> Matrix:
-        """Give the mean LDS of every method in one resample, (method,)."""
-        queries, subsets = (random.integers(size, size=size) for size in self.shape)
-        drawn = predicted[:, queries][:, :, subsets], outputs[queries][:, subsets]
-        scores: Matrix = _spearman(*drawn).mean(axis=1)
-        return scores
 
 
 @dataclass(frozen=True)

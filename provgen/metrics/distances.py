@@ -32,16 +32,13 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         rows.double().sub(mean) / (len(rows) - 1) ** 0.5 for rows, mean in zip((first, second), means, strict=True)
     ]
     # The trace of (C1 C2)^(1/2), with C = R^T R, is the sum of the singular values of R1 R2^T, the roots of the
-    # eigenvalues of its product with itself; also where a set spans less than all features.
-    common = _triangle(roots[0]) @ _triangle(roots[1]).T
+    # eigenvalues of its product with itself; also where a set spans less than all features. R of a QR decomposition has
+    # no more rows than features.
+    triangles = [torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root for root in roots]
+    common = triangles[0] @ triangles[1].T
     trace = torch.linalg.eigvalsh(common @ common.T).clamp_min(0).sqrt().sum()
     spread = sum(root.square().sum() for root in roots)
     return float((means[0] - means[1]).square().sum() + spread - 2 * trace)
-
-
-def _triangle(rows: Tensor) -> Tensor:
-    """Give R with R^T R = rows^T rows and no more rows than features."""
-    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
 
 
 def kernel_distance(first: Tensor, second: Tensor) -> float:

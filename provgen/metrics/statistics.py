@@ -160,5 +160,4 @@ def _resampled_means(sample: NDArray[np.float64], random: np.random.Generator, r
     """Draw bootstrap means of `sample` (observation,): (resample,)."""
     rows = max(1, _DRAWS_AT_ONCE // len(sample))
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    means = [sample[random.integers(len(sample), size=(size, len(sample)))].mean(axis=1) for size in sizes]
-    return np.concatenate(means)
+    return np.concatenate([sample[random.integers(len(sample), size=(n, len(sample)))].mean(axis=1) for n in sizes])

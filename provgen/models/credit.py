@@ -40,10 +40,8 @@ class GaussianProcess:
     def __str__(self) -> str:
         kernel = self.kernel
         pixels = "" if len(kernel.shares) == 1 else f", pixels {kernel.shares[1]:g}"
-        gradients = f", gradients {kernel.gradient_share:g}" if kernel.gradient_share else ""
-        return (
-            f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{pixels}{gradients}, lambda={self.ridge:g}"
-        )
+        parts = pixels + (f", gradients {kernel.gradient_share:g}" if kernel.gradient_share else "")
+        return f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{parts}, lambda={self.ridge:g}"
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ class Calibration:
 class CreditHead(ModelMixin, ConfigMixin):
     """Squared read-outs of kernels at landmarks: `(k(query, landmarks) @ readout)^2`, as shares.
 
-    `tracing/gaussian_process.py` fits it in closed form on features of the training images. Everything it needs of
-    them is in the read-out, so a trace costs two small products.
+    `tracing/gaussian_process.py` fits it in closed form on features of the training images.
     """
 
     @register_to_config

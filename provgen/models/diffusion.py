@@ -144,9 +144,8 @@ def record_features(unet: UNet2DModel) -> Iterator[list[Tensor]]:
 def last_layer_gradients(unet: UNet2DModel, features: Tensor, output: Tensor) -> Tensor:
     """Give the gradients of each output's mean square with respect to the last layer, (batch, parameter).
 
-    Those of D-TRAK (Zheng et al. 2024, arXiv 2311.00500) at one level. A linear layer's gradient is the product of
-    what goes in, `features`, and the slope of the loss at what comes out, `output` itself here. Both are
-    (batch, channel, height, width).
+    Those of D-TRAK (Zheng et al. 2024, arXiv 2311.00500) at one level. A linear layer's gradient is the product of what
+    goes in, `features`, and the slope of the loss at `output`, both (batch, channel, height, width).
     """
     last = unet.conv_out
     slopes = 2 * output / output[0].numel()

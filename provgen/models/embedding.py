@@ -59,10 +59,7 @@ class OwnEncoder(nn.Module):
     """
 
     def __init__(self, shapes: list[tuple[int, int]], *, shared: int, reads_level: bool = True) -> None:
-        """Build the blocks from `(channels, height)` of the image and of every stage.
-
-        `shared` counts the feature maps taken from the generator; `reads_level` gives the blocks the noise level.
-        """
+        """Build blocks after the `shared` stages of the generator, which know the noise level if `reads_level`."""
         super().__init__()
         assert 0 <= shared < len(shapes)
         self.shapes, self.shared = shapes, shared

@@ -1,14 +1,11 @@
 """Index heads: from encoder feature maps to logits over training examples.
 
-Every head is called as `head(feature_maps, alpha_bar, class_labels, class_logits)`, with feature maps (batch, channel,
-height, width), alpha_bar in (0, 1], (batch,), labels int64 (batch,) and class logits (batch, class). It gives index
-logits (batch, train).
+Every head is built from the `(channels, height)` of the feature maps read, the number of examples, the width of the
+embedding, and the number of classes without the null label. `head.start(images, labels, at_images=...)` starts it, with
+images (train, channel, height, width) in [-1, 1] and labels int64 (train,). Unless `at_images`, weights stay random.
 
-Every head is started by `head.start(images, labels, at_images=...)`, with images (train, channel, height, width) in
-[-1, 1] and labels int64 (train,). Unless `at_images`, all weights stay random.
-
-Every head is built from the `(channels, height)` of the feature maps read, the number of examples N, the width of the
-embedding, and the number of classes without the null label.
+`head(feature_maps, alpha_bar, class_labels, class_logits)` gives index logits (batch, train) for feature maps (batch,
+channel, height, width), alpha_bar in (0, 1], (batch,), labels int64 (batch,) and class logits (batch, class).
 """
 
 from __future__ import annotations
@@ -62,9 +59,8 @@ class ClassIndependentHead(nn.Module):
 class ClassConditionalHead(nn.Module):
     """A class, then one of M slots that all classes share: p(i) = p(y_i) p(slot_i | y_i) (arXiv 2510.03361).
 
-    The slots are points as in the class-independent head; every class has a map of its own from the embedding to
-    their space. So the head grows with the largest class and not with the training set, a scalar per example
-    apart. Examples without a class, if there are any, are one class more.
+    The slots are points as in the class-independent head; every class has a map of its own from the embedding to their
+    space. So the head grows with the largest class, a scalar per example apart. Examples without a class are one more.
     """
 
     def __init__(

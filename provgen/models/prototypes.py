@@ -38,8 +38,7 @@ class Prototypes(nn.Module):
         """
         points: Tensor = self.points if members is None else self.points.index_select(0, members)
         bias: Tensor = self.bias if members is None else self.bias.index_select(0, members)
-        similarity = F.linear(embedding, points).to(alpha_bar.dtype)
-        return sharpen(similarity, bias, alpha_bar, self.log_cap)
+        return sharpen(F.linear(embedding, points).to(alpha_bar.dtype), bias, alpha_bar, self.log_cap)
 
     @torch.no_grad()
     def start(self, points: Tensor, log_cap: Tensor) -> None:

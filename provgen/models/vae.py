@@ -54,9 +54,8 @@ class ImageVae(AutoencoderKL):
     def forward(self, images: Tensor, noise: Tensor, *, with_feature_maps: bool = True) -> VaeOutput:
         """Encode images (batch, channel, height, width) in [-1, 1], draw a latent, decode, and encode what was decoded.
 
-        The feature maps see the reconstruction without its history: what is learned on them trains the encoder and
-        never teaches the decoder to hide a message in the image. `noise` is standard normal,
-        (batch, *latent_shape(vae)).
+        The feature maps see the reconstruction without its history: what is learned on them never teaches the decoder
+        to hide a message in the image. `noise` is standard normal, (batch, *latent_shape(vae)).
         """
         latent = self.encode(images).latent_dist
         latents = latent.mean + latent.std * noise

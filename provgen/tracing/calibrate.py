@@ -89,8 +89,7 @@ class LeaveOneOutVariance:
     """How much less would be known of a query without example i.
 
     A network does the worse on an image, the less its training set says of it: the loss follows the variance of a
-    Gaussian process at the query, which every example that is left out enlarges. Examples that stand for one another
-    share the credit, and the sign of an influence does not matter, only its square.
+    Gaussian process at the query, which every example that is left out enlarges. Like examples share the credit.
     """
 
     def __init__(self, train: LabelledFeatures, *, null_label: int, parts: FeatureParts | None = None) -> None:
@@ -122,9 +121,8 @@ class LeaveOneOutVariance:
     def fitted(self, kernel: Kernel) -> FittedKernel:
         """Fit a kernel; only the last one stays in memory."""
         if self._fitted is None or self._fitted.kernel != kernel:
-            self._fitted = FittedKernel(
-                self.features, self.labels, kernel, null_label=self.null_label, parts=self.parts
-            )
+            train = self.features, self.labels
+            self._fitted = FittedKernel(*train, kernel, null_label=self.null_label, parts=self.parts)
         return self._fitted
 
 

@@ -101,8 +101,7 @@ class CoTrainer:
         """Give what is minimised, and the losses it is made of by name."""
         generator = self.generator.with_network(self.prepared[self.generator.name])
         output = generator.forward(batch, with_feature_maps=self.objective is not None)
-        total = output.loss.mean()
-        losses = {name: rows.mean() for name, rows in output.parts.items()}
+        total, losses = output.loss.mean(), {name: rows.mean() for name, rows in output.parts.items()}
         if self.objective is None:
             return total, losses
         added = self._provenance_losses(batch, output, self.objective)
