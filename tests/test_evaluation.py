@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from provgen import build, evaluation
-from provgen.generators.losses import denoiser_divergence
+from provgen.generators.losses import denoiser_divergence, generator_losses
 from provgen.metrics.index_quality import LEVELS, mean_kl_gap
 from provgen.run import RunFolder
 from provgen.tracing.trace import WINDOW
