@@ -25,13 +25,14 @@ MEMORIZED = 1 / 3
 def distance_ratio(neighbors: Neighbors) -> Tensor:
     """Divide each query's distance to its nearest training image by that to the second nearest.
 
+    Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023 (arXiv 2310.02664).
+
     Args:
         neighbors: At least two neighbours of each query among distinct training images (`distinct_rows`).
 
     Returns:
         float64 (query,) in [0, 1]; 0 is an exact copy.
     """
-    # Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023, arXiv 2310.02664.
     return neighbors.distances[:, 0] / neighbors.distances[:, 1]
 
 
@@ -80,7 +81,7 @@ def closer_to_train(neighbors: Neighbors, generated: Tensor, holdout: Tensor) ->
     training and M held-out images; a copier has 1. Ties count half, rounded down.
 
     Args:
-        neighbors: Neighbours of the generated images among the training images.
+        neighbors: Neighbours of `generated` among the training images.
         generated: (query, feature).
         holdout: (query, feature).
     """

@@ -128,10 +128,10 @@ def gather_evidence(
         images: In [-1, 1], (query, channel, height, width).
         train: (train, channel, height, width).
         entropy: Entropy of the traced posteriors in nats, (query,).
-        late_entropy: Entropy at the cleanest traced level in nats, (query,).
-        of_class: Posterior of the class asked for, (query,); 1 where no class was.
-        top: Posterior of the most probable source, (query,).
-        agreement: Share of sources that another tracer names as well, (query,).
+        late_entropy: Taken into `Evidence` as it is, like all that follow.
+        of_class: (query,).
+        top: (query,).
+        agreement: (query,).
     """
     distinct = distinct_rows(train.flatten(1))
     neighbors = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
@@ -192,9 +192,8 @@ def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
 
 def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
     known = {name: float(values[query]) for name, values in vars(evidence).items()}
-    sources, parts = known["sources"], ""
-    if not isnan(known["patches"]):
-        parts = f", {known['patches']:.0%} of its parts from one image"
+    sources, patches = known["sources"], known["patches"]
+    parts = "" if isnan(patches) else f", {patches:.0%} of its parts from one image"
     if known["ratio"] < MEMORIZED:
         return Verdict("copy", f"nearest training image at {known['ratio']:.2f} of the distance of the second")
     if known["calibrated"] < limits.calibrated:
