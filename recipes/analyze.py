@@ -22,8 +22,12 @@ from provgen.report.format import write_report_json
 from provgen.report.grid import draw_samples, load_pixels
 from provgen.report.html import render_report
 from provgen.report.sections import Part
-from provgen.report.sections.generalization import generalization_section, training_section
-from provgen.report.sections.provenance import classes_section, index_section
+from provgen.report.sections.networks import (
+    classes_section,
+    generalization_section,
+    index_section,
+    training_section,
+)
 from provgen.report.sections.samples import agreement_section, entropy_section, samples_section
 from provgen.report.sections.sets import memorization_section, sets_section
 from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts

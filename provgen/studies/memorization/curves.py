@@ -210,7 +210,7 @@ def _ratio(above: Sequence[Tensor], below: Sequence[Tensor]) -> Estimate:
     if len(above) >= FEWEST_MODELS:
         return mean_over_seeds([float(a.mean() / b.mean()) for a, b in zip(above, below, strict=True)])
     # Held-out images are the same for all models, training images are not.
-    return ratio_estimate(torch.stack(list(above)).mean(dim=0), torch.cat(list(below)), seed=0)
+    return ratio_estimate(torch.stack(list(above)).mean(dim=0), torch.cat(list(below)))
 
 
 def _auroc(models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool, resamples: int) -> Estimate | None:
@@ -236,7 +236,7 @@ def _pooled_auroc(
     if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST:
         return None
     if within:
-        return stratified_auroc(pooled, is_copy, _strata(models), seed=0, resamples=resamples)
+        return stratified_auroc(pooled, is_copy, _strata(models), resamples=resamples)
     return auroc(pooled[is_copy], pooled[~is_copy], seed=0, resamples=resamples)
 
 
