@@ -24,14 +24,14 @@ import typer
 
 from provgen import cli
 from provgen.errors import InputError
-from provgen.run import RunFolder
+from provgen.run import RunFolder, read_parquet
 from provgen.studies.jobs import Shard
 from provgen.studies.paper import measurement
 from provgen.studies.paper.experiments import Experiment, VariantRun, load_experiment, read_description
 from provgen.studies.paper.figure import plot_variants
 from provgen.studies.paper.findings import findings_page, judge, overview
 from provgen.studies.paper.measurement import is_trained, read_measured, write_measured
-from provgen.studies.paper.table import METRICS, markdown_table, read_parquet, with_ratios, write_parquet
+from provgen.studies.paper.table import METRICS, SCHEMA_VERSION, variants_table, with_ratios, write_rows
 from provgen.training.checkpoint import list_checkpoints
 
 EMBEDDED = "digits"
@@ -156,7 +156,7 @@ def collect(experiment: Experiment, root: Path) -> None:
     while len(newer := measured_rows(experiment, root)) > len(rows):
         rows = newer
         with published(folder) as new:
-            write_parquet(new / "table.parquet", rows)
+            write_rows(new / "table.parquet", rows)
             write_tables(experiment, rows, new)
     where = f"; tables in {folder}" if rows else ""
     print(f"{experiment.name}: {len(rows)} of {total} runs measured{where}")
@@ -173,7 +173,8 @@ def remake_tables(root: Path) -> None:
         raise InputError(f"no table.parquet at or below {root}; give a folder such as docs/paper/alpha")
     for folder in folders:
         path = cli.recipes_folder() / "paper" / f"{folder.resolve().name}.yaml"
-        experiment, rows = load_experiment(path, cli.recipes_folder()), read_parquet(folder / "table.parquet")
+        experiment = load_experiment(path, cli.recipes_folder())
+        rows = read_parquet(folder / "table.parquet", version=SCHEMA_VERSION).to_pylist()
         for key in {"variant", "seed", *experiment.variants[0].values} - set(rows[0]):
             raise InputError(f"{folder / 'table.parquet'} has no column {key}; it is no table of {experiment.name}")
         with published(folder) as new:
@@ -188,7 +189,7 @@ def write_tables(experiment: Experiment, rows: Sequence[Mapping[str, Any]], fold
     seeds = "seed 0" if said.seeds == 1 else f"seeds 0 to {said.seeds - 1}"
     settings = ", ".join([said.config, *(pair for pair in experiment.common if "data.path" not in pair)])
     facts = f"{len(rows)} of {len(experiment.runs())} runs measured, {seeds}; settings: {settings}"
-    (folder / "table.md").write_text(markdown_table(rows, said.table), encoding="utf-8")
+    (folder / "table.md").write_text(variants_table(rows, said.table), encoding="utf-8")
     plot_variants(rows, said.figure, x=said.x, lines=said.lines).savefig(folder / "figure.png", dpi=130)
     page = findings_page(said.title, said.question, facts, said.claims, findings)
     (folder / "findings.md").write_text(page, encoding="utf-8")

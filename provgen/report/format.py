@@ -83,12 +83,13 @@ class Metric:
 
 def write_report_json(path: Path, run_name: str, metrics: Sequence[Metric]) -> None:
     """Write `{"schema_version", "run", "metrics"}`; numbers that are not finite become null."""
-    rows = [{key: _finite(value) for key, value in asdict(metric).items()} for metric in metrics]
+    rows = [{key: finite_or_null(value) for key, value in asdict(metric).items()} for metric in metrics]
     report = {"schema_version": SCHEMA_VERSION, "run": run_name, "metrics": rows}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
+    """Give what JSON can hold: None for a number that is not finite, anything else as it is."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
