@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from provgen.metrics.copying import MEMORIZED, share_memorized
-from provgen.metrics.statistics import (
-    Estimate,
-    auroc,
-    mean_estimate,
-    mean_over_seeds,
-    ratio_estimate,
-    stratified_auroc,
-)
+from provgen.metrics.statistics import Estimate, auroc, mean_estimate, mean_over_seeds, ratio_estimate, stratified_auroc
 
 
 def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor) -> Estimate:
@@ -108,15 +101,11 @@ def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Mea
         if all(name in model for model in models):
             point[name] = _mean([model[name] for model in models])
     for name in ("commitment", "closed_form_commitment"):
-        if all(name in model for model in models) and (steps := _commitment_steps(models, name)):
-            point[name] = _mean(steps)
+        if all(name in model for model in models):
+            steps = [model[name][model[name] >= 0] for model in models]  # -1 for samples that never commit
+            if committed := [of_model for of_model in steps if len(of_model)]:
+                point[name] = _mean(committed)
     return point
-
-
-def _commitment_steps(models: Sequence[Measured], name: str) -> list[Tensor]:
-    """Give the steps (query,) of samples that commit, of each model that has such samples."""
-    steps = [model[name][model[name] >= 0] for model in models]
-    return [steps_of_model for steps_of_model in steps if len(steps_of_model)]
 
 
 def copy_prediction(models: Sequence[Measured], *, within: bool = False, pooled: bool = False) -> dict[str, Estimate]:
@@ -190,7 +179,12 @@ def _share_below(by_model: Sequence[Tensor]) -> Estimate:
         return pooled
     means = _mean([ratios < MEMORIZED for ratios in by_model])
     low, high = min(pooled.low, means.low), max(pooled.high, means.high)
-    return Estimate(means.value, max(0.0, low), min(1.0, high), means.n)
+    return _within_bounds(Estimate(means.value, low, high, means.n))
+
+
+def _within_bounds(share: Estimate) -> Estimate:
+    """Cut an interval to what a share or an AUROC can be."""
+    return Estimate(share.value, max(0.0, share.low), min(1.0, share.high), share.n)
 
 
 def _agreement(halves: Sequence[tuple[Measured, Measured]]) -> Estimate:
@@ -225,8 +219,7 @@ def _auroc(models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool
     values = [estimate.value for estimate in each if estimate is not None]
     if len(values) < FEWEST_MODELS:
         return _pooled_auroc(models, scores, within=within, resamples=resamples)
-    over = mean_over_seeds(values)
-    return Estimate(over.value, max(0.0, over.low), min(1.0, over.high), over.n)
+    return _within_bounds(mean_over_seeds(values))
 
 
 def _pooled_auroc(
