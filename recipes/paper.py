@@ -12,11 +12,14 @@ OMP_NUM_THREADS=1 provgen paper --shard 1/2 & OMP_NUM_THREADS=1 provgen paper --
 The same command goes on where it was stopped; a run that was stopped starts again from its last checkpoint.
 """
 
+import io
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -62,7 +65,7 @@ def main(
         for path in experiment_files(experiment or [])
     ]
     shared = share.share([run for chosen in experiments for run in chosen.runs()])
-    waiting = [run for run in shared if measured(run, root) is None]
+    waiting = [run for run in shared if read_measured(root / run.name, run.settings(root)) is None]
     seconds = {e.name: [row["seconds"] for row in measured_rows(e, root)] for e in experiments}
     print(f"{len(shared)} runs into {root}, {len(shared) - len(waiting)} of them measured before")
     done = 0
@@ -88,10 +91,9 @@ def experiment_files(names: Sequence[str]) -> list[Path]:
         files = sorted(shipped.glob("*.yaml"))
         return [path for path in files if read_description(path, quick=False).config == EMBEDDED]
     paths = [Path(name) if Path(name).is_file() else shipped / f"{name}.yaml" for name in dict.fromkeys(names)]
-    stems = [path.stem for path in paths]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise InputError(f"two experiments are named {stem}; rename one of the files")
+    stem, count = Counter(path.stem for path in paths).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"two experiments are named {stem}; rename one of the files")
     return paths
 
 
@@ -103,13 +105,11 @@ def train_and_measure(run: VariantRun, root: Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     folder, settings = RunFolder(root / run.name), run.settings(root)
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        if last_step(folder) > settings.training.max_steps:
-            raise InputError(
-                f"{folder.root} was trained for {last_step(folder)} steps, not {settings.training.max_steps}; "
-                "use another --output"
-            )
-        if not is_trained(folder, settings, last_step(folder)):
+    with redirect_stdout(io.StringIO()):
+        done, wanted = last_step(folder), settings.training.max_steps
+        if done > wanted:
+            raise InputError(f"{folder.root} was trained for {done} steps, not {wanted}; use another --output")
+        if not is_trained(folder, settings, done):
             cli.load_recipe("train")(config=run.experiment.config, overrides=run.overrides(root))
         row = with_ratios(measurement.measure_run(folder)) | {"seconds": time.perf_counter() - start}
     write_measured(folder.root, settings, row)
@@ -122,14 +122,9 @@ def last_step(folder: RunFolder) -> int:
     return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
-def measured(run: VariantRun, root: Path) -> dict[str, Any] | None:
-    """Read what was measured of a run."""
-    return read_measured(root / run.name, run.settings(root))
-
-
 def measured_rows(experiment: Experiment, root: Path) -> list[dict[str, Any]]:
     """Make the rows of all runs of an experiment that are measured so far, by whatever process."""
-    pairs = [(run, measured(run, root)) for run in experiment.runs()]
+    pairs = [(run, read_measured(root / run.name, run.settings(root))) for run in experiment.runs()]
     return [run.row(metrics) for run, metrics in pairs if metrics is not None]
 
 
@@ -143,9 +138,8 @@ def summary(row: Mapping[str, Any], experiment: Experiment) -> str:
 def minutes_left(waiting: Sequence[VariantRun], seconds: Mapping[str, list[float]]) -> str:
     """Estimate from the runs of the same experiment; from all if it has none yet."""
     every = [second for times in seconds.values() for second in times]
-    known = {name: times or every for name, times in seconds.items()}
-    means = [sum(known[run.experiment.name]) / len(known[run.experiment.name]) for run in waiting]
-    return f"about {sum(means) / 60:.0f} min left"
+    left = sum(fmean(seconds[run.experiment.name] or every) for run in waiting)
+    return f"about {left / 60:.0f} min left"
 
 
 def collect(experiment: Experiment, root: Path) -> None:
