@@ -48,10 +48,8 @@ class IndexQuality:
 def index_hits(log_probs: Tensor, posterior: Tensor, mixing: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Measure each query: the columns that `index_quality` summarises, (query, 6).
 
-    Args:
-        log_probs: Index log-probabilities of the network, float64 (query, train).
-        posterior: Closed form of the same queries, (query, train).
-        mixing: Label mixing of the targets the network was trained towards; None for none.
+    The network's index log-probabilities and the closed form are (query, train), the former float64. `mixing` is the
+    label mixing of the targets that the network was trained towards.
     """
     target = posterior if mixing is None else mixing(posterior)
     five = min(5, posterior.shape[1])

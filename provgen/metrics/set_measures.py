@@ -177,13 +177,9 @@ def effective_number(similarities: Tensor) -> float:
 
 
 def with_interval(measure: Callable[..., float], *sets: Tensor) -> Estimate:
-    """Measure sets of images, and give the 95 % interval of a jackknife over random groups of each set.
+    """Measure sets of images (query, feature), with the 95 % interval of a jackknife over random groups of each set.
 
     Resampling with replacement would add copies, which is what these measures find.
-
-    Args:
-        measure: Gives a number for the sets.
-        sets: (query, feature) each.
 
     Raises:
         InputError: A set has fewer than two images for each group.
@@ -215,14 +211,10 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 5) -> PrecisionRecall:
-    """Compare two sets of images. Balls are open, and hold copies of their centre even where they have no radius.
+    """Compare generated images and real ones, (query, feature) each, by balls that reach to the k-th nearest other.
 
-    Shares have Clopper-Pearson intervals, the density has a bootstrap interval over generated images.
-
-    Args:
-        generated: (query, feature).
-        reference: Real images, (query, feature).
-        k: Neighbours that a ball reaches to.
+    Balls are open, and hold copies of their centre even where they have no radius. Shares have Clopper-Pearson
+    intervals, the density has a bootstrap interval over generated images.
 
     Raises:
         InputError: A set has no more than k images.

@@ -99,11 +99,7 @@ def ratio_estimate(above: Tensor, below: Tensor) -> Estimate:
 def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """Give the probability that a positive scores above a negative, ties counting half; bootstrap interval of both.
 
-    Args:
-        positives: (observation,).
-        negatives: (observation,).
-        seed: Seed of the bootstrap.
-        resamples: Bootstrap resamples.
+    Both are scores (observation,).
 
     Raises:
         InputError: Either is empty.
@@ -120,11 +116,7 @@ def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = R
 def stratified_auroc(scores: Tensor, is_positive: Tensor, strata: Tensor, *, resamples: int) -> Estimate | None:
     """Give the probability that a positive scores above a negative of its own stratum; None without such a pair.
 
-    Args:
-        scores: (observation,).
-        is_positive: bool (observation,).
-        strata: int64 (observation,).
-        resamples: Bootstrap resamples of strata.
+    All are (observation,). The bootstrap draws strata.
     """
     values, pairs = [], []
     for stratum in strata.unique():

@@ -122,16 +122,9 @@ def gather_evidence(
     top: Tensor,
     agreement: Tensor,
 ) -> Evidence:
-    """Compare images with the training images.
+    """Compare images in [-1, 1], (query, channel, height, width), with the training images (train, ...).
 
-    Args:
-        images: In [-1, 1], (query, channel, height, width).
-        train: (train, channel, height, width).
-        entropy: Entropy of the traced posteriors in nats, (query,).
-        late_entropy: Taken into `Evidence` as it is, like all that follow.
-        of_class: (query,).
-        top: (query,).
-        agreement: (query,).
+    The entropy of the traced posteriors is in nats; what follows it becomes a field of `Evidence` as it is, (query,).
     """
     distinct = distinct_rows(train.flatten(1))
     neighbors = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
@@ -149,18 +142,11 @@ def gather_evidence(
 
 
 def patch_share(images: Tensor, train: Tensor) -> Tensor:
-    """Give the largest share of an image's telling parts that one training image explains.
+    """Give the largest share of an image's telling parts that one training image explains, float64 (query,).
 
     A training image explains a part if the same part of no other is nearer by more than `SAME`. Copies have 1, also
     where some parts are changed but little else is near; an image put together from several has less. An image without
-    any telling part has NaN.
-
-    Args:
-        images: In [-1, 1], (query, channel, height, width).
-        train: Without exact duplicates, (train, channel, height, width).
-
-    Returns:
-        float64 (query,) in (0, 1], or NaN.
+    any telling part has NaN. Images are in [-1, 1], (query, channel, height, width); `train` has no duplicates.
     """
     train_parts = _parts(train)
     size = max(1, MAX_BYTES // (4 * len(train) * train_parts.shape[1]))

@@ -95,10 +95,7 @@ def draw_band(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], col
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot the losses against the optimiser step: raw values faint, their moving average over them.
-
-    Args:
-        metrics: Rows of `metrics.jsonl`; a loss that no row has gets no panel.
+    """Plot the losses in rows of `metrics.jsonl` against the step: raw values faint, their moving average over them.
 
     Raises:
         InputError: No row has a loss.
@@ -175,10 +172,7 @@ def _plot_quality(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, kind:
 def plot_entropy(step_alpha_bar: Tensor, entropies: Tensor, closed_form_entropies: Tensor | None = None) -> Figure:
     """Plot how the posterior over training images narrows while an image is sampled.
 
-    Args:
-        step_alpha_bar: (step,) alpha_bar of each sampling step.
-        entropies: (sample, step) entropy of the network's posterior, in nats.
-        closed_form_entropies: The same of the closed-form posterior, or None.
+    Entropies are (sample, step) in nats, of the network's and of the closed form's posterior; alpha_bar is (step,).
     """
     figure, (axes,) = panel_figure(4.6, 3.0)
     order = step_alpha_bar.argsort()
@@ -197,13 +191,10 @@ def plot_entropy(step_alpha_bar: Tensor, entropies: Tensor, closed_form_entropie
 
 
 def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor]) -> Figure:
-    """Overlay histograms of the distance ratio of several image sets, with the threshold of memorization.
+    """Overlay histograms of the distance ratios (query,) of up to three image sets, with the threshold of memorization.
 
     Sets of different sizes compare, as bars are shares of their set. A bar of copies at 0 that would dwarf
     the rest is cut, and its height written beside it.
-
-    Args:
-        ratios_by_set: (query,) distance ratios in [0, 1] by the name of the set, 1 to 3 sets.
     """
     figure, (axes,) = panel_figure(4.6, 3.0)
     edges = np.linspace(0, 1, _RATIO_BINS + 1)

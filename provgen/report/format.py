@@ -36,10 +36,7 @@ def markdown_table(
 ) -> str:
     """Lay out a Markdown table that ends in a line break; an empty cell (None) becomes a hyphen.
 
-    Args:
-        header: Titles of the columns.
-        rows: Cells in the order of the titles.
-        text_columns: Numbers of the left-aligned columns; all others are right-aligned.
+    The columns with the numbers `text_columns` are left-aligned, all others right-aligned.
     """
     rule = ["---" if column in text_columns else "---:" for column in range(len(header))]
     lines = [["-" if cell is None else str(cell) for cell in row] for row in (header, rule, *rows)]

@@ -41,13 +41,8 @@ def sample_grid(
 ) -> Image.Image:
     """Draw one row per sample: the sample, a gap, then its sources; more than 16 rows take two columns.
 
-    Small images are enlarged by a whole factor without smoothing, so that their pixels stay what they are.
-
-    Args:
-        samples: One generated image per row.
-        sources: Training images of each sample, strongest first; rows may differ in length.
-        captions: The text under each source, such as its weight; a newline breaks it.
-        sample_captions: The text under each sample, such as its class.
+    Small images are enlarged by a whole factor without smoothing, so that their pixels stay what they are. Sources
+    come strongest first, and rows may differ in length. A newline breaks a caption.
 
     Raises:
         InputError: There are no samples.
@@ -162,12 +157,8 @@ def draw_samples(
 ) -> Image.Image:
     """Draw samples with their sources, each source with its class and weight.
 
-    Args:
-        folder: Run folder that the PNGs lie in.
-        samples: Rows of `samples/`.
-        traces: Rows of `traces/`, sorted by sample and rank.
-        train: Training images.
-        captions: Text under each sample; None writes its class.
+    Samples and traces are rows of `samples/` and `traces/`, the latter sorted by sample and rank. Without captions,
+    each sample's class stands under it.
     """
     groups = group_traces(traces)
     rows = [groups[sample["sample"]] for sample in samples]

@@ -98,9 +98,7 @@ def generalization_section(
 def loss_ratios(train_losses: Tensor, holdout_losses: Tensor) -> dict[str, Estimate]:
     """Give the loss on held-out images over that on training images: of all draws, and of each third of them.
 
-    Args:
-        train_losses: (query, draw), from clean to noisy where there are noise levels.
-        holdout_losses: (query, draw).
+    Losses are (query, draw), from clean to noisy where there are noise levels.
     """
     draws = train_losses.shape[1]
     edges = {"all": (0, draws)}
@@ -130,12 +128,9 @@ def plot_by_level(train_losses: Tensor, holdout_losses: Tensor, divergence: Mapp
 
 
 def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -> Part:
-    """Show index metrics beside their closed-form ceilings.
+    """Show index metrics beside their closed-form ceilings, from the last evaluation, a line of `metrics.jsonl`.
 
-    Args:
-        last: Line of `metrics.jsonl` with the last evaluation.
-        num_covered: Number of training images that the network can name.
-        num_classes: Number of classes; 0 without classes.
+    The network can name `num_covered` training images.
     """
     rows = last["index_quality"]
     columns = [f"{name}{ending}" for name in ("cross_entropy", "top1", "top5") for ending in ("", "_ceiling")]

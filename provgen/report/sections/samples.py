@@ -23,14 +23,9 @@ Rows = Sequence[Mapping[str, Any]]
 def samples_section(
     grid: Image.Image, shown: int, total: int, *, is_trajectory: bool, calibration_subsets: int
 ) -> Part:
-    """Show the grid of samples and sources.
+    """Show the grid (`report.grid`) of the first `shown` of `total` samples and their sources.
 
-    Args:
-        grid: Picture of the first samples with their sources (`report.grid`).
-        shown: Number of samples in it.
-        total: Number of samples that there are.
-        is_trajectory: Whether they were traced along their sampling.
-        calibration_subsets: Number of subset models that weights were calibrated on; 0 without a calibration.
+    Weights were calibrated on `calibration_subsets` subset models; 0 without a calibration.
     """
     picture = picture_of_image(
         grid,
@@ -72,11 +67,7 @@ def entropy_section(samples: Rows) -> Part:
 def agreement_section(samples: Rows, traces: Rows, closed_form_traces: Rows, num_train: int) -> Part:
     """Compare the network's sources with the closed form's for the same trajectories.
 
-    Args:
-        samples: Rows of `samples/`.
-        traces: Rows of `traces/`, by sample and rank.
-        closed_form_traces: The same of the closed form.
-        num_train: Number of training images.
+    Rows are those of `samples/` and of `traces/`, the latter by sample and rank.
     """
     width = max(len(sources) for rows in (traces, closed_form_traces) for sources in group_traces(rows).values())
     network, closed_form = _sources(traces, width, missing=-1), _sources(closed_form_traces, width, missing=-2)

@@ -53,13 +53,9 @@ def verdicts_section(
     limits: Limits,
     gallery: Image.Image,
 ) -> Part:
-    """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`.
+    """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`, with the evidence they rest on.
 
-    Args:
-        judged: Verdicts by set.
-        evidence: Evidence that they rest on, by set.
-        limits: Limits that held-out images hardly ever go beyond.
-        gallery: Picture of the samples of `gallery_rows`, with their sources.
+    The gallery shows the samples of `gallery_rows` with their sources.
     """
     shares = {name: _shares(verdicts) for name, verdicts in judged.items()}
     rows: list[list[TableCell]] = [
@@ -128,12 +124,7 @@ def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
 
 
 def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
-    """Plot a panel for every kind of evidence: the share of images below each value, and the verdicts' limits.
-
-    Args:
-        evidence: Evidence by set: generated, held-out, copies.
-        limits: Limits that are drawn dotted, beside those that are fixed.
-    """
+    """Plot a panel for every kind of evidence by set: the share of images below each value, and dotted the limits."""
     bounds = {
         "ratio": [MEMORIZED],
         "calibrated": [limits.calibrated],

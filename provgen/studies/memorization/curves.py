@@ -19,11 +19,7 @@ def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor) -> Est
 
     Kadkhodaie et al. 2024 (arXiv 2310.02557). It is 1 minus the distance of the two images of the same noise, in units
     of the mean distance of images of different noises of the same class: 1 for equal images, 0 for no more than that.
-
-    Args:
-        first: Images of one generator, (query, feature).
-        second: Images of the other, of the same noises and classes in the same order.
-        class_labels: int64 (query,).
+    Images are (query, feature), of the same noises and classes in the same order; labels are int64 (query,).
     """
     distances = torch.cdist(first.double(), second.double(), compute_mode="donot_use_mm_for_euclid_dist")
     is_other = ~torch.eye(len(first), dtype=torch.bool)
@@ -33,12 +29,9 @@ def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor) -> Est
 
 
 def crossing(sizes: Sequence[float], values: Sequence[float], level: float) -> float | None:
-    """Give the size at which a curve first crosses a level, interpolated in the logarithm of the size; None if never.
+    """Give the size at which a curve first crosses a level, from either side; None if never.
 
-    Args:
-        sizes: Sizes in rising order, (size,).
-        values: Values of the curve, (size,).
-        level: Level that is crossed, from either side.
+    It is interpolated in the logarithm of the size. Sizes (size,) rise; values are (size,).
     """
     for (size, value), (next_size, next_value) in pairwise(zip(sizes, values, strict=True)):
         if value == level:
@@ -81,12 +74,9 @@ class SweepCurves:
 
 
 def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Measured]]) -> dict[str, Estimate]:
-    """Summarise the models of one size at one step.
+    """Summarise the models of one size at one step; `halves` are pairs of them that share no training image.
 
-    Args:
-        models: Models of one size. Intervals are over trainings if there are `FEWEST_MODELS`, and over samples and
-            images of these very models otherwise.
-        halves: Pairs that share no training image.
+    Intervals are over trainings if there are `FEWEST_MODELS`, else over samples and images of these very models.
     """
     point = {
         "share_memorized": _share_below([model["ratio"] for model in models]),

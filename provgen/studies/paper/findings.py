@@ -80,10 +80,7 @@ class Finding:
 
 
 def trend(curves: Sequence[Sequence[float]]) -> Trend:
-    """Summarise the curves of several seeds over the same x.
-
-    Args:
-        curves: One for each seed, (seed, x), at least two x in ascending order.
+    """Summarise the curves of several seeds (seed, x) over the same x, at least two in ascending order.
 
     Raises:
         InputError: The curves are of different lengths or too short, or a value is not finite.
@@ -99,15 +96,10 @@ def trend(curves: Sequence[Sequence[float]]) -> Trend:
 
 
 def verdict(difference: Estimate, expected: str, tolerance: float) -> Verdict:
-    """Say whether the expected trend was found, by where the interval of the difference lies.
+    """Say whether the expected trend was found, by where the interval of `difference` (last y minus first y) lies.
 
-    A difference agrees with the claim if it is beyond the tolerance on the expected side; for `flat`, if it is within
+    A difference agrees with `rises` or `falls` if it is beyond the tolerance on that side, with `flat` if it is within
     the tolerance.
-
-    Args:
-        difference: Last y minus first y, with its interval.
-        expected: What y does as x grows: `rises`, `falls` or `flat`.
-        tolerance: Difference that counts as none, in units of y.
 
     Returns:
         `reproduced` if every difference in the interval agrees, `undecided` if some do and some do not. If none
@@ -131,15 +123,10 @@ def verdict(difference: Estimate, expected: str, tolerance: float) -> Verdict:
 
 
 def judge(rows: Sequence[Row], claim: Claim, planned: Sequence[Row]) -> list[Finding]:
-    """Check a claim, once for every combination of what it does not mention.
+    """Check a claim on the rows of measured runs, once for every combination of what it does not mention.
 
     Seeds are paired: a seed counts if it has the metric at every planned value of `claim.along`, and of the reference.
-    Where no seed has them all there is no finding.
-
-    Args:
-        rows: One per run that was measured.
-        claim: The claim.
-        planned: The values in which the variants differ, of every variant in order, measured or not.
+    Where no seed has them all there is no finding. `planned` has the values of every variant in order, measured or not.
     """
     groups: dict[tuple[tuple[str, Any], ...], list[Any]] = {}
     for values in planned:
@@ -210,11 +197,7 @@ def findings_page(title: str, question: str, facts: str, claims: Sequence[Claim]
 
 
 def overview(pages: Mapping[str, tuple[str, str]]) -> str:
-    """Collect experiments on one Markdown page.
-
-    Args:
-        pages: By folder, the page and the table of each experiment.
-    """
+    """Collect experiments on one Markdown page: the page and the table of each, by folder."""
     sections = [_INTRODUCTION]
     for folder, (page, table) in pages.items():
         picture = f"![Metrics of every variant of {folder}]({folder}/figure.png)"

@@ -122,9 +122,7 @@ def numbers_of(rows: Sequence[Row], column: str) -> list[float]:
 def variants_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     """Lay out one line per variant in Markdown: every metric beside its bounds, mean and t interval over seeds.
 
-    Args:
-        rows: One per run, with `variant`, `seed` and metrics.
-        metrics: Which to show, in this order; those that no row has are left out, bounds too.
+    Rows are runs, with `variant`, `seed` and metrics. Metrics that no row has are left out, bounds too.
     """
     columns = [
         (name, title, METRICS[metric].format)
