@@ -178,15 +178,14 @@ SECTIONS = {
         "The same samples, but those whose late entropy is below a bound were resampled, up to four times.",
         "Each line begins at the samples as they were drawn first; then one point for every bound, the smallest first.",
     ),
+    "within": (
+        "Copies among samples of one generator and class",
+        "A class of few training images has little entropy whatever its samples are, and more copies. Here samples are "
+        "compared with others of their own generator and class only.",
+        "",
+    ),
 }
-"""Figures, with titles, texts and captions; tables of the same name stand below them."""
-
-WITHIN = (
-    "Copies among samples of one generator and class",
-    "A class of few training images has little entropy whatever its samples are, and more copies. Here samples are "
-    "compared with others of their own generator and class only.",
-)
-"""Title and text of a section without a figure."""
+"""Titles, texts and captions of sections by the names of their figure and table; `within` has no figure."""
 
 
 def write_sweep_report(root: Path, curves: SweepCurves) -> str:
@@ -212,7 +211,7 @@ def write_sweep_report(root: Path, curves: SweepCurves) -> str:
 
 
 def _page(name: str, curves: SweepCurves, figures: Mapping[str, Figure]) -> str:
-    """Lay out the report of a sweep: a section for every figure, and the table within generator and class."""
+    """Lay out the report of a sweep: a section for everything that has a figure or a table."""
     sizes, steps = zip(*curves.points, strict=True)
     facts = {
         "training images": f"{min(sizes)} to {max(sizes)}",
@@ -221,11 +220,9 @@ def _page(name: str, curves: SweepCurves, figures: Mapping[str, Figure]) -> str:
     }
     tables, sections = sweep_tables(curves), []
     for key, (title, text, caption) in SECTIONS.items():
-        if key in figures:
-            picture = picture_of_figure(figures[key], alt=title, caption=caption)
-            sections.append(Section(title, text, [picture], tables.get(key)))
-    if "within" in tables:
-        sections.append(Section(*WITHIN, table=tables["within"]))
+        pictures = [picture_of_figure(figures[key], alt=title, caption=caption)] if key in figures else []
+        if pictures or key in tables:
+            sections.append(Section(title, text, pictures, tables.get(key)))
     return render_report(title=f"provgen sweep: {name}", facts=facts, sections=sections)
 
 
