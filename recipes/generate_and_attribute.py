@@ -59,9 +59,6 @@ def main(
     labels = evaluation.classes_in_turn(train, num_images, is_conditional=is_conditional)
     if class_name is not None:
         labels = [train.class_index(class_name)] * num_images
-    if accelerator.is_main_process:
-        start_staging(folder)
-    accelerator.wait_for_everyone()
     sample = partial(
         pipeline,
         num_inference_steps=steps,
@@ -72,6 +69,9 @@ def main(
         closed_form=trained.closed_form() if closed_form else None,
         output_type="pt",
     )
+    if accelerator.is_main_process:
+        start_staging(folder)
+    accelerator.wait_for_everyone()
     writer = SampleWriter(folder, pipeline.manifest, accelerator.process_index)
     of_process = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
     for numbers in of_process.split(batch_size):
