@@ -34,14 +34,14 @@ def shared_sources(first: Tensor, second: Tensor) -> Tensor:
 def mismatched(class_labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair each sample with the next of its own class: two int64 (pair,), the samples and their partners.
 
-    Comparing a tracer's answer with the other tracer's answer for another sample of the class is the agreement
-    to be had without looking at the sample. A sample that is alone in its class has no partner and is left out.
+    Agreement between a sample and its partner is what two tracers reach without looking at the sample. A sample that
+    is alone in its class is left out.
     """
-    classes = [(class_labels == label).nonzero().flatten() for label in class_labels.unique()]
-    groups = [members for members in classes if len(members) > 1]
-    if not groups:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return torch.cat(groups), torch.cat([members.roll(-1) for members in groups])
+    order = class_labels.argsort(stable=True)
+    groups = order.split(class_labels.unique(return_counts=True)[1].tolist())
+    partners = torch.cat([members.roll(-1) for members in groups])
+    has_partner = order != partners
+    return order[has_partner], partners[has_partner]
 
 
 def beam_recall(searched: Tensor, exhaustive: Tensor, k: int) -> Estimate:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.metrics.statistics import Estimate, mean_estimate, proportion
+from provgen.metrics.statistics import Estimate, flat_row, mean_estimate, proportion
 
 RETRIEVED = 5
 """Examples that the top-5 metrics look at; all of them in a smaller training set."""
@@ -20,10 +20,9 @@ RETRIEVED = 5
 class ClassQuality:
     """Class metrics, each beside what the closed form reaches on the same queries and what guessing reaches.
 
-    The closed form is a reference: a network may retrieve more of the class than it does. Only the accuracies on
-    noisy training images have it as their bound, in expectation, because its class posterior is Bayes' own there.
-    The bound that always holds is 1. Ties are broken at random: a query whose answer depends on them counts with
-    the probability of a hit.
+    The closed form is a reference, which a network may exceed. It bounds only the accuracies on noisy training images,
+    in expectation, because its class posterior is Bayes' own there. Ties are broken at random: a query whose answer
+    depends on them counts with the probability of a hit.
 
     A query that is itself a training image may retrieve itself, which makes its class certain; the index accuracy
     of arXiv 2510.03361 counts that too. On held-out queries the same numbers say whether sources share meaning.
@@ -56,13 +55,7 @@ class ClassQuality:
 
     def as_row(self) -> dict[str, Any]:
         """Give the metrics as a flat JSON-able dict; estimates become NAME, NAME_low and NAME_high."""
-        row: dict[str, Any] = {"n": self.consistency_top1.n}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                row |= value.columns(name)
-            else:
-                row[name] = value
-        return row
+        return {"n": self.consistency_top1.n, **flat_row(vars(self))}
 
 
 def class_quality(
@@ -84,7 +77,7 @@ def class_quality(
             where they underflow.
         train_labels: int64 (train,).
         query_labels: int64 (query,).
-        class_logits: Logits of the class head, (query, class); None without one.
+        class_logits: (query, class); None without a class head.
         num_classes: Number of classes.
 
     Raises:
@@ -98,7 +91,7 @@ def class_quality(
     labels, log_probs, closed_form = query_labels[has_class], log_probs[has_class], closed_form[has_class]
     network = _measure(log_probs, log_probs.exp(), labels, train_labels, num_classes)
     if class_logits is not None:
-        network["class_accuracy"] = _hits(class_logits[has_class], _one_hot(labels, num_classes), 1)[0]
+        network["class_accuracy"], _ = _hits(class_logits[has_class], F.one_hot(labels, num_classes).bool(), 1)
     reference = _measure(closed_form, closed_form.softmax(dim=1), labels, train_labels, num_classes)
     reference["class_accuracy"] = reference["knn_accuracy"]
     guess = _retrieval(torch.zeros_like(log_probs), labels[:, None] == train_labels)
@@ -116,17 +109,16 @@ def _measure(
     """Measure each query by its `scores` and `probs`, both (query, train): metric name to (query,)."""
     # One column more for the examples without a class, which vote for none.
     members = F.one_hot(train_labels, num_classes + 1)[:, :num_classes]
-    mass = probs @ members.to(probs.dtype)
     measured = _retrieval(scores, labels[:, None] == train_labels)
-    measured["knn_accuracy"] = _hits(mass, _one_hot(labels, num_classes), 1)[0]
+    votes = probs @ members.to(probs.dtype)
+    measured["knn_accuracy"], _ = _hits(votes, F.one_hot(labels, num_classes).bool(), 1)
     return measured
 
 
 def _retrieval(scores: Tensor, is_same: Tensor) -> dict[str, Tensor]:
     """Look at the first sources of each query; `is_same` says which examples have its class, (query, train)."""
-    five = min(RETRIEVED, scores.shape[1])
     top1, _ = _hits(scores, is_same, 1)
-    top5, share = _hits(scores, is_same, five)
+    top5, share = _hits(scores, is_same, min(RETRIEVED, scores.shape[1]))
     return {"consistency_top1": top1, "consistency_top5": top5, "share_top5": share}
 
 
@@ -146,10 +138,6 @@ def _hits(scores: Tensor, is_hit: Tensor, k: int) -> tuple[Tensor, Tensor]:
         factor = (num_tied - tied_hits - drawn).clamp_min(0) / (num_tied - drawn)
         miss = torch.where(drawn < open_ranks, miss * factor, miss)
     return 1 - miss, (sure_hits + open_ranks * tied_hits / num_tied) / k
-
-
-def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    return F.one_hot(labels, num_classes).bool()
 
 
 def _estimate(values: Tensor) -> Estimate:

@@ -25,13 +25,14 @@ MEMORIZED = 1 / 3
 def distance_ratio(neighbors: Neighbors) -> Tensor:
     """Divide each query's distance to its nearest training image by that to the second nearest.
 
+    Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023 (arXiv 2310.02664).
+
     Args:
         neighbors: At least two neighbours of each query among distinct training images (`distinct_rows`).
 
     Returns:
         float64 (query,) in [0, 1]; 0 is an exact copy.
     """
-    # Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023, arXiv 2310.02664.
     return neighbors.distances[:, 0] / neighbors.distances[:, 1]
 
 
@@ -62,11 +63,8 @@ def authenticity(neighbors: Neighbors, distinct: Tensor) -> Estimate:
 
     Alaa et al. 2022 (arXiv 2102.08921). Copies have 0. A perfect generator does not have 1/2: locally uniform images
     have 1/3, 0.379 and 0.407 in one, two and three dimensions, and independent Gaussians of 32 dimensions have 0.76.
-    Read it beside the share of held-out images.
-
-    Args:
-        neighbors: Neighbours of the generated images among `distinct`.
-        distinct: Training images without exact duplicates (`distinct_rows`), (train, feature).
+    Read it beside the share of held-out images. `neighbors` are those of the generated images among `distinct`
+    (`distinct_rows`), (train, feature).
     """
     nearest_train, inverse = neighbors.indices[:, 0].unique(return_inverse=True)
     among_training = nearest_others(distinct, nearest_train, 1).distances[inverse, 0]
@@ -77,12 +75,8 @@ def closer_to_train(neighbors: Neighbors, generated: Tensor, holdout: Tensor) ->
     """Give the share of generated images that are nearer to a training image than to any held-out one.
 
     A generator that has learned no more of the training images than of the held-out ones has N / (N + M), with N
-    training and M held-out images; a copier has 1. Ties count half, rounded down.
-
-    Args:
-        neighbors: Neighbours of the generated images among the training images.
-        generated: (query, feature).
-        holdout: (query, feature).
+    training and M held-out images; a copier has 1. Ties count half, rounded down. Images are (query, feature);
+    `neighbors` are those of the generated ones among training images.
     """
     to_train, to_holdout = neighbors.distances[:, 0], nearest(generated, holdout, 1).distances[:, 0]
     closer = int((to_train < to_holdout).sum()) + int((to_train == to_holdout).sum()) // 2
@@ -131,12 +125,7 @@ class Placed:
 def data_copying(generated: Placed, holdout: Placed, *, seed: int) -> DataCopying:
     """Test for data copying, cell by cell of the space.
 
-    Where no cell has enough of both sets, the whole space is one cell.
-
-    Args:
-        generated: Images by the model.
-        holdout: Images that the model has not seen.
-        seed: Seed of the bootstrap.
+    Where no cell has enough of both sets, the whole space is one cell. Held-out images are new to the model.
     """
     cells = counted_cells(generated, holdout)
     value, null_deviation = copying_statistic(cells)

@@ -24,23 +24,15 @@ Matrix = NDArray[np.float64]
 
 
 def predicted_outputs(scores: Tensor, masks: Tensor) -> Tensor:
-    """Sum the scores of every subset's examples: float64 (query, subset).
-
-    Args:
-        scores: (query, train); larger is more responsible.
-        masks: bool (subset, train), which examples each subset model was trained on.
-    """
+    """Sum the scores (query, train) of every subset's examples, bool masks (subset, train): float64 (query, subset)."""
     return scores.double() @ masks.double().T
 
 
 def datamodeling_scores(predicted: Tensor, outputs: Tensor) -> Tensor:
-    """Give Spearman's correlation over the subsets for each query, float64 (query,).
+    """Give Spearman's correlation over the subsets of predicted and measured outputs (query, subset): float64 (query,).
 
-    A query for which either is the same for all subsets has 0: nothing is predicted.
-
-    Args:
-        predicted: (query, subset).
-        outputs: (query, subset), larger where the subset model does better: minus its loss.
+    A query for which either is the same for all subsets has 0: nothing is predicted. Outputs are larger where the
+    subset model does better: minus its loss.
     """
     return torch.from_numpy(_spearman(to_numpy(predicted), to_numpy(outputs)))
 

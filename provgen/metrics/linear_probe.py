@@ -41,14 +41,8 @@ def linear_probe(
 
     Features are standardised and, if wider than MAX_DIMENSIONS, projected onto their first principal components;
     both are fitted on the training part. C is the best on a fifth of each training class that is held out for the
-    choice (the smallest of equals); then all of the training part is fitted. The test part decides nothing.
-
-    Args:
-        train_features: Floating (train, feature), such as the last encoder stage flattened.
-        train_labels: int64 (train,); images without a class are left out before.
-        test_features: (query, feature).
-        test_labels: int64 (query,).
-        seed: Seed of the held-out fifth and of the randomised principal components.
+    choice (the smallest of equals); then all of the training part is fitted. The test part decides nothing. Features
+    are floating, (train, feature) and (query, feature); every image has a class. The seed draws the held-out fifth.
 
     Raises:
         InputError: There are not two classes of two training images each, or no test images.

@@ -55,13 +55,7 @@ def distinct_rows(train: Tensor) -> Tensor:
 
 
 def nearest_others(rows: Tensor, wanted: Tensor, k: int) -> Neighbors:
-    """Find the `k` nearest rows of some of the rows themselves, not counting the row itself.
-
-    Args:
-        rows: (train, feature), more than `k` of them.
-        wanted: int64 (query,), the rows whose neighbours are looked for.
-        k: Neighbours of each.
-    """
+    """Find the `k` nearest other rows (train, feature) of each of the rows `wanted`, int64 (query,)."""
     found = nearest(rows[wanted], rows, k + 1)
     is_self = found.indices == wanted[:, None]
     # Among many duplicates of itself a row need not be there: then the last is one too many.

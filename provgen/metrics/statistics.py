@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan, sqrt
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,17 @@ class Estimate:
         return {name: self.value, f"{name}{separator}low": self.low, f"{name}{separator}high": self.high}
 
 
+def flat_row(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Give fields as the columns of a table: estimates become several (`Estimate.columns`), tensors none."""
+    row: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Estimate):
+            row |= value.columns(name)
+        elif not isinstance(value, Tensor):
+            row[name] = value
+    return row
+
+
 def proportion(successes: int, n: int) -> Estimate:
     """Give `successes / n` with its Clopper-Pearson interval.
 
@@ -76,9 +88,9 @@ def mean_estimate(values: Tensor, *, seed: int) -> Estimate:
     return Estimate(float(sample.mean()), *percentile_interval(means), len(sample))
 
 
-def ratio_estimate(above: Tensor, below: Tensor, *, seed: int) -> Estimate:
+def ratio_estimate(above: Tensor, below: Tensor) -> Estimate:
     """Give the ratio of the means of two independent samples (observation,), with a bootstrap interval of both."""
-    random, sides = np.random.default_rng(seed), [to_numpy(above), to_numpy(below)]
+    random, sides = np.random.default_rng(0), [to_numpy(above), to_numpy(below)]
     means = [_resampled_means(side, random, RESAMPLES) for side in sides]
     value = float(sides[0].mean() / sides[1].mean())
     return Estimate(value, *percentile_interval(means[0] / means[1]), min(map(len, sides)))
@@ -87,11 +99,7 @@ def ratio_estimate(above: Tensor, below: Tensor, *, seed: int) -> Estimate:
 def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """Give the probability that a positive scores above a negative, ties counting half; bootstrap interval of both.
 
-    Args:
-        positives: Scores (observation,).
-        negatives: Scores (observation,).
-        seed: Seed of the bootstrap.
-        resamples: Number of bootstrap resamples.
+    Both are scores (observation,).
 
     Raises:
         InputError: Either is empty.
@@ -105,17 +113,10 @@ def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = R
     return Estimate(share_above(*sides), *percentile_interval(np.array(draws)), min(map(len, sides)))
 
 
-def stratified_auroc(
-    scores: Tensor, is_positive: Tensor, strata: Tensor, *, seed: int, resamples: int = RESAMPLES
-) -> Estimate | None:
+def stratified_auroc(scores: Tensor, is_positive: Tensor, strata: Tensor, *, resamples: int) -> Estimate | None:
     """Give the probability that a positive scores above a negative of its own stratum; None without such a pair.
 
-    Args:
-        scores: (observation,).
-        is_positive: bool (observation,).
-        strata: int64 (observation,).
-        seed: Seed of the bootstrap over strata.
-        resamples: Number of bootstrap resamples.
+    All are (observation,). The bootstrap draws strata.
     """
     values, pairs = [], []
     for stratum in strata.unique():
@@ -127,7 +128,7 @@ def stratified_auroc(
     if not pairs:
         return None
     shares, weights = np.array(values), np.array(pairs)
-    rows = np.random.default_rng(seed).integers(len(shares), size=(resamples, len(shares)))
+    rows = np.random.default_rng(0).integers(len(shares), size=(resamples, len(shares)))
     draws = (shares * weights)[rows].sum(axis=1) / weights[rows].sum(axis=1)
     return Estimate(float((shares * weights).sum() / weights.sum()), *percentile_interval(draws), len(shares))
 

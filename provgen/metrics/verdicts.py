@@ -122,16 +122,9 @@ def gather_evidence(
     top: Tensor,
     agreement: Tensor,
 ) -> Evidence:
-    """Compare images with the training images.
+    """Compare images in [-1, 1], (query, channel, height, width), with the training images (train, ...).
 
-    Args:
-        images: In [-1, 1], (query, channel, height, width).
-        train: (train, channel, height, width).
-        entropy: Entropy of the traced posteriors in nats, (query,).
-        late_entropy: Entropy at the cleanest traced level in nats, (query,).
-        of_class: Posterior of the class asked for, (query,); 1 where no class was.
-        top: Posterior of the most probable source, (query,).
-        agreement: Share of sources that another tracer names as well, (query,).
+    The entropy of the traced posteriors is in nats; what follows it becomes a field of `Evidence` as it is, (query,).
     """
     distinct = distinct_rows(train.flatten(1))
     neighbors = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
@@ -149,18 +142,11 @@ def gather_evidence(
 
 
 def patch_share(images: Tensor, train: Tensor) -> Tensor:
-    """Give the largest share of an image's telling parts that one training image explains.
+    """Give the largest share of an image's telling parts that one training image explains, float64 (query,).
 
     A training image explains a part if the same part of no other is nearer by more than `SAME`. Copies have 1, also
     where some parts are changed but little else is near; an image put together from several has less. An image without
-    any telling part has NaN.
-
-    Args:
-        images: In [-1, 1], (query, channel, height, width).
-        train: Without exact duplicates, (train, channel, height, width).
-
-    Returns:
-        float64 (query,) in (0, 1], or NaN.
+    any telling part has NaN. Images are in [-1, 1], (query, channel, height, width); `train` has no duplicates.
     """
     train_parts = _parts(train)
     size = max(1, MAX_BYTES // (4 * len(train) * train_parts.shape[1]))
@@ -192,9 +178,8 @@ def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
 
 def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
     known = {name: float(values[query]) for name, values in vars(evidence).items()}
-    sources, parts = known["sources"], ""
-    if not isnan(known["patches"]):
-        parts = f", {known['patches']:.0%} of its parts from one image"
+    sources, patches = known["sources"], known["patches"]
+    parts = "" if isnan(patches) else f", {patches:.0%} of its parts from one image"
     if known["ratio"] < MEMORIZED:
         return Verdict("copy", f"nearest training image at {known['ratio']:.2f} of the distance of the second")
     if known["calibrated"] < limits.calibrated:
