@@ -157,23 +157,30 @@ def collect(experiment: Experiment, root: Path) -> None:
 
 
 def remake_tables(root: Path) -> None:
-    """Write figure, table and findings again from every kept `table.parquet` at or below a folder.
+    """Write figure, table and findings again from every kept `table.parquet` or `tables.parquet` at or below a folder.
 
     Raises:
-        InputError: There is none, or no shipped experiment has the name of its folder.
+        InputError: There is none, or no shipped experiment has such a name.
     """
-    folders = [path.parent for path in sorted(root.rglob("table.parquet"))]
-    if not folders:
-        raise InputError(f"no table.parquet at or below {root}; give a folder such as docs/paper/alpha")
-    for folder in folders:
-        path = cli.recipes_folder() / "paper" / f"{folder.resolve().name}.yaml"
-        experiment = load_experiment(path, cli.recipes_folder())
-        rows = read_parquet(folder / "table.parquet", version=SCHEMA_VERSION).to_pylist()
-        for key in {"variant", "seed", *experiment.variants[0].values} - set(rows[0]):
-            raise InputError(f"{folder / 'table.parquet'} has no column {key}; it is no table of {experiment.name}")
-        with published(folder) as new:
-            write_tables(experiment, rows, new)
-        print(f"{experiment.name}: tables in {folder}")
+    files = sorted(root.rglob("table*.parquet"))
+    if not files:
+        raise InputError(f"no table.parquet or tables.parquet at or below {root}; give a folder such as docs/paper")
+    for path in files:
+        rows = read_parquet(path, version=SCHEMA_VERSION).to_pylist()
+        for name in dict.fromkeys(row["experiment"] for row in rows):
+            folder = path.parent if path.parent.resolve().name == name else path.parent / name
+            remake_table(name, [row for row in rows if row["experiment"] == name], folder)
+
+
+def remake_table(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write figure, table and findings of one shipped experiment again."""
+    experiment = load_experiment(cli.recipes_folder() / "paper" / f"{name}.yaml", cli.recipes_folder())
+    for key in {"variant", "seed", *experiment.variants[0].values} - set(rows[0]):
+        raise InputError(f"the kept rows of {name} have no column {key}; they are no table of this experiment")
+    folder.mkdir(exist_ok=True)
+    with published(folder) as new:
+        write_tables(experiment, rows, new)
+    print(f"{name}: tables in {folder}")
 
 
 def write_tables(experiment: Experiment, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
