@@ -129,16 +129,19 @@ def _costs(trainer: CoTrainer, settings: Settings, data: build.RunData) -> Row:
     index_head = trainer.networks["provenance"].index_head if "provenance" in parameters else None
     # Weights, gradients, the two moments of AdamW and the running average, four bytes each.
     state = 5 * 4 * sum(parameters.values())
-    # One step of a fresh trainer keeps the same on every machine.
-    fresh, batch = _fresh(settings, data)
-    weights = [weight for network in fresh.networks.values() for weight in network.parameters()]
-    activations = _kept_for_backward(lambda: fresh.step(batch, 0), weights)
     return {
         "generator_parameters": parameters[trainer.generator.name],
         "provenance_parameters": parameters.get("provenance", 0),
         "index_head_parameters": 0 if index_head is None else _count(index_head),
-        "training_megabytes": (state + activations) / 1e6,
+        "training_megabytes": (state + _activation_bytes(settings, data)) / 1e6,
     }
+
+
+def _activation_bytes(settings: Settings, data: build.RunData) -> int:
+    """Count what one step of a fresh trainer keeps for its backward pass: the same on every machine."""
+    trainer, batch = _fresh(settings, data)
+    parameters = [p for network in trainer.networks.values() for p in network.parameters()]
+    return _kept_for_backward(lambda: trainer.step(batch, 0), parameters)
 
 
 def _fresh(settings: Settings, data: build.RunData) -> tuple[CoTrainer, Batch]:
