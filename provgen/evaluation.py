@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from provgen.build import RunData, TrainedRun, make_generator, make_mixing
+from provgen.build import RunData, TrainedRun, make_mixing
 from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.generators.closed_form import Posterior, image_posterior
 from provgen.generators.diffusion import DiffusionGenerator
-from provgen.generators.losses import denoiser_divergence, generator_losses
+from provgen.generators.losses import denoiser_divergence
 from provgen.generators.protocol import Generator, Output
 from provgen.metrics.agreement import beam_recall, shared_sources
 from provgen.metrics.class_quality import ClassQuality, class_quality
@@ -91,16 +91,6 @@ def averaged_posterior(trainer: CoTrainer) -> NetworkPosterior:
 def posterior_of(trained: TrainedRun) -> NetworkPosterior:
     """Make the posterior of a finished run."""
     return NetworkPosterior(trained.generator, trained.pipeline.provenance)
-
-
-def losses(network: Any, settings: Settings, images: ImageSet) -> Tensor:
-    """Measure the generator's own loss on each image with fixed noise, (query,)."""
-    return losses_by_draw(network, settings, images, draws=LOSS_DRAWS).mean(dim=1)
-
-
-def losses_by_draw(network: Any, settings: Settings, images: ImageSet, *, draws: int) -> Tensor:
-    """Measure the generator's own loss on each image at every one of `draws` noise levels, (query, draw)."""
-    return generator_losses(make_generator(settings, images, network), images, draws=draws, seed=0)
 
 
 def make_pipeline(trainer: CoTrainer, data: RunData) -> ProvenancePipeline:

@@ -22,8 +22,7 @@ from provgen.report.format import write_report_json
 from provgen.report.grid import draw_samples, load_pixels
 from provgen.report.html import render_report
 from provgen.report.sections import Part
-from provgen.report.sections.generalization import generalization_section, training_section
-from provgen.report.sections.provenance import classes_section, index_section
+from provgen.report.sections.networks import classes_section, generalization_section, index_section, training_section
 from provgen.report.sections.samples import agreement_section, entropy_section, samples_section
 from provgen.report.sections.sets import memorization_section, sets_section
 from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
@@ -37,8 +36,10 @@ GRID_SAMPLES = 32
 MAX_IMAGES = 2000
 MAX_TRACED = 500  # (query, train) matrices in float64
 
+Rows = list[dict[str, Any]]
 
-Maker = Callable[[], Part]
+Sections = list[tuple[bool, Callable[[], Part]]]
+"""Sections of the report: whether each applies, and what makes it."""
 
 
 def main(
@@ -70,7 +71,7 @@ def main(
     print(f"report in {folder.report_html}, numbers in {folder.report_json}")
 
 
-def facts(trained: build.TrainedRun, num_samples: int, logged: list[dict[str, Any]]) -> dict[str, str]:
+def facts(trained: build.TrainedRun, num_samples: int, logged: Rows) -> dict[str, str]:
     """Say what the run is."""
     data = trained.data
     return {
@@ -82,8 +83,8 @@ def facts(trained: build.TrainedRun, num_samples: int, logged: list[dict[str, An
     }
 
 
-def run_sections(trained: build.TrainedRun, logged: list[dict[str, Any]]) -> list[tuple[bool, Maker]]:
-    """List the sections about the trained networks: whether each applies, and what makes it."""
+def run_sections(trained: build.TrainedRun, logged: Rows) -> Sections:
+    """List the sections about the trained networks."""
     data, num_classes = trained.data, trained.data.train.num_classes
     evaluations = [row for row in logged if "index_quality" in row]
     labelled = data.holdout.select((data.holdout.labels < num_classes).nonzero().flatten())
@@ -97,10 +98,8 @@ def run_sections(trained: build.TrainedRun, logged: list[dict[str, Any]]) -> lis
     ]
 
 
-def sample_sections(
-    trained: build.TrainedRun, samples: list[dict[str, Any]], features: str
-) -> list[tuple[bool, Maker]]:
-    """List the sections about generated samples: whether each applies, and what makes it."""
+def sample_sections(trained: build.TrainedRun, samples: Rows, features: str) -> Sections:
+    """List the sections about generated samples."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
     traces = records.read_parts(folder.traces, ["sample", "rank"])
     generated = load_pixels(folder, samples, trained.data.manifest)
@@ -111,16 +110,13 @@ def sample_sections(
         (True, lambda: samples_part(trained, samples, traces)),
         (True, lambda: memorization_part(trained, generated)),
         (size >= FEWEST, lambda: sets_part(trained, generated, features)),
-        (
-            len(holdout) >= FEWEST_HELD_OUT,
-            lambda: verdicts_part(trained, samples[:MAX_IMAGES], traces, generated[:MAX_IMAGES]),
-        ),
+        (len(holdout) >= FEWEST_HELD_OUT, lambda: verdicts_part(trained, samples, traces, generated)),
         (trained.generator.has_noise_levels, lambda: entropy_section(samples)),
         (folder.closed_form_traces.is_dir(), lambda: agreement_part(trained, samples, traces)),
     ]
 
 
-def samples_part(trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]]) -> Part:
+def samples_part(trained: build.TrainedRun, samples: Rows, traces: Rows) -> Part:
     """Draw the first samples with their sources."""
     grid = draw_samples(trained.folder, samples[:GRID_SAMPLES], traces, trained.data.train)
     credit = trained.pipeline.credit
@@ -148,7 +144,7 @@ def sets_part(trained: build.TrainedRun, generated: Tensor, features: str) -> Pa
     return sets_section(set_measures(*(features_of(images, encoder) for images in sets)), features)
 
 
-def agreement_part(trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]]) -> Part:
+def agreement_part(trained: build.TrainedRun, samples: Rows, traces: Rows) -> Part:
     """Compare the network's sources with the closed form's."""
     closed_traces = records.read_parts(trained.folder.closed_form_traces, ["sample", "rank"])
     return agreement_section(samples, traces, closed_traces, len(trained.data.train))
@@ -156,8 +152,7 @@ def agreement_part(trained: build.TrainedRun, samples: list[dict[str, Any]], tra
 
 def classes_part(trained: build.TrainedRun, labelled: ImageSet) -> Part:
     """Measure whether the sources of held-out images share their class."""
-    network = evaluation.posterior_of(trained)
-    chosen = some_of(labelled, MAX_TRACED)
+    network, chosen = evaluation.posterior_of(trained), some_of(labelled, MAX_TRACED)
     return classes_section(evaluation.class_qualities(network, trained.settings, trained.data.train, chosen))
 
 
@@ -180,12 +175,10 @@ def generalization_part(trained: build.TrainedRun) -> Part:
     return generalization_section(generator.loss_name, generator.loss_text, losses[0], losses[1], divergence)
 
 
-def verdicts_part(
-    trained: build.TrainedRun, samples: list[dict[str, Any]], traces: list[dict[str, Any]], generated: Tensor
-) -> Part:
-    """Judge every sample, and as many held-out and training images; write verdicts.parquet."""
-    train = trained.data.train
-    evidence = evidence_of_sets(trained, samples, generated)
+def verdicts_part(trained: build.TrainedRun, samples: Rows, traces: Rows, generated: Tensor) -> Part:
+    """Judge up to `MAX_IMAGES` samples, and as many held-out and training images; write verdicts.parquet."""
+    samples = samples[:MAX_IMAGES]
+    evidence = evidence_of_sets(trained, samples, generated[:MAX_IMAGES])
     limits = Limits.of(evidence["held-out"].select(slice(0, None, 2)))
     evidence["held-out"] = evidence["held-out"].select(slice(1, None, 2))
     judged = {name: verdicts(known, limits) for name, known in evidence.items()}
@@ -193,21 +186,18 @@ def verdicts_part(
     write_verdicts(trained.folder.verdicts, evidence["generated"], judged["generated"], steps)
     shown = gallery_rows(judged["generated"])
     captions = [judged["generated"][row].kind for row in shown]
-    gallery = draw_samples(trained.folder, [samples[row] for row in shown], traces, train, captions)
+    gallery = draw_samples(trained.folder, [samples[row] for row in shown], traces, trained.data.train, captions)
     return verdicts_section(judged, evidence, limits, gallery)
 
 
-def evidence_of_sets(
-    trained: build.TrainedRun, samples: list[dict[str, Any]], generated: Tensor
-) -> dict[str, Evidence]:
+def evidence_of_sets(trained: build.TrainedRun, samples: Rows, generated: Tensor) -> dict[str, Evidence]:
     """Gather evidence of generated, held-out and training images; without classes asked for, none is given."""
-    train, null = trained.data.train, trained.data.train.num_classes
-    asked = [null if sample["class_label"] is None else sample["class_label"] for sample in samples]
-    is_conditional = any(label != null for label in asked)
+    train, no_class = trained.data.train, trained.data.train.num_classes
+    asked = [no_class if sample["class_label"] is None else sample["class_label"] for sample in samples]
     sets = {"held-out": some_of(trained.data.holdout, MAX_IMAGES), "copies": some_of(train, len(generated))}
     evidence = {"generated": evaluation.evidence_of(trained, generated, torch.tensor(asked))}
     for name, images in sets.items():
-        labels = images.labels if is_conditional else torch.full_like(images.labels, null)
+        labels = images.labels if set(asked) != {no_class} else torch.full_like(images.labels, no_class)
         evidence[name] = evaluation.evidence_of(trained, images.images, labels)
     return evidence
 
@@ -217,7 +207,7 @@ def some_of(images: ImageSet, count: int) -> ImageSet:
     return images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
 
 
-def logged_rows(folder: RunFolder) -> list[dict[str, Any]]:
+def logged_rows(folder: RunFolder) -> Rows:
     """Read what was logged up to the last checkpoint; nothing in a copy of a run without its checkpoints."""
     checkpoints = list_checkpoints(folder.checkpoints)
     last = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0

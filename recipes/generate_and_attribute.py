@@ -6,6 +6,8 @@
 Writes samples/ (PNGs that carry their sources, grid.png, part-PROCESS.parquet) and traces/ into the run folder.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ import typer
 from provgen import build, cli, evaluation
 from provgen.data.dataset import ImageSet
 from provgen.generators.classifier import no_generator
+from provgen.pipeline import ProvenancePipelineOutput
 from provgen.report.grid import draw_samples
 from provgen.run import RunFolder
 from provgen.tracing import records
@@ -52,43 +55,56 @@ def main(
     is_silent = None if accelerator.is_main_process else True
     pipeline.set_progress_bar_config(disable=is_silent, leave=False, desc="sampling")
     check_top_k(top_k, int(trained.data.covered.sum()))
-    labels = class_labels(train, class_name, num_images, is_conditional=pipeline.generator.is_class_conditional)
-    exact = trained.closed_form() if closed_form else None
+    is_conditional = pipeline.generator.is_class_conditional
+    labels = evaluation.classes_in_turn(train, num_images, is_conditional=is_conditional)
+    if class_name is not None:
+        labels = [train.class_index(class_name)] * num_images
+    sample = partial(
+        pipeline,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        top_k=top_k,
+        trace_every=trace_every,
+        resample_below=resample_below,
+        closed_form=trained.closed_form() if closed_form else None,
+        output_type="pt",
+    )
     if accelerator.is_main_process:
         start_staging(folder)
     accelerator.wait_for_everyone()
-
     writer = SampleWriter(folder, pipeline.manifest, accelerator.process_index)
-    mine = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
-    for numbers in (part.tolist() for part in mine.split(batch_size) if len(part)):
-        seeds, given = [seed + n for n in numbers], [labels[n] for n in numbers]
-        output = pipeline(
-            given,
-            generator=[torch.Generator().manual_seed(s) for s in seeds],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            top_k=top_k,
-            trace_every=trace_every,
-            resample_below=resample_below,
-            closed_form=exact,
-            output_type="pt",
-        )
-        writer.add(
-            output.images,
-            output.attribution,
-            output.closed_form,
-            samples=numbers,
-            seeds=seeds,
-            class_labels=given,
-            resamplings=output.resamplings.tolist(),
-        )
+    of_process = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
+    for numbers in of_process.split(batch_size):
+        write_samples(sample, writer, numbers.tolist(), labels, seed)
     writer.close()
     accelerator.wait_for_everyone()
-
     if accelerator.is_main_process:
         publish_samples(writer, folder, train, tells_resamplings=resample_below is not None)
         print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()
+
+
+def write_samples(
+    sample: Callable[..., ProvenancePipelineOutput],
+    writer: SampleWriter,
+    numbers: list[int],
+    labels: list[int | None],
+    first_seed: int,
+) -> None:
+    """Generate the images of these numbers, each from a seed of its own, and write them with their sources."""
+    if not numbers:
+        return  # more processes than images
+    seeds, given = [first_seed + number for number in numbers], [labels[number] for number in numbers]
+    output = sample(given, generator=[torch.Generator().manual_seed(seed) for seed in seeds])
+    writer.add(
+        output.images,
+        output.attribution,
+        output.closed_form,
+        samples=numbers,
+        seeds=seeds,
+        class_labels=given,
+        resamplings=output.resamplings.tolist(),
+    )
 
 
 def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *, tells_resamplings: bool) -> None:
@@ -101,13 +117,6 @@ def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *,
     print(f"{len(samples)} samples in {folder.samples}, their sources in {folder.traces}")
     if tells_resamplings:
         print(f"{sum(sample['resamplings'] > 0 for sample in samples)} of them were resampled")
-
-
-def class_labels(train: ImageSet, class_name: str | None, count: int, *, is_conditional: bool) -> list[int | None]:
-    """Choose the class of each image: the one asked for, or all in turn; None where there is no choice."""
-    if class_name is None:
-        return evaluation.classes_in_turn(train, count, is_conditional=is_conditional)
-    return [train.class_index(class_name)] * count
 
 
 if __name__ == "__main__":

@@ -52,9 +52,8 @@ def main(
     if only_tables:
         measured = folder.load()
         if not measured:
-            raise InputError(
-                f"no models in {folder.root}; run `provgen memorization-sweep` without --only-tables first"
-            )
+            where = f"no models in {folder.root}"
+            raise InputError(f"{where}; run `provgen memorization-sweep` without --only-tables first")
         print(write_sweep_report(folder.root, sweep.curves(measured)))
         return
     accelerator, share = build.make_accelerator(settings), Shard.parse(shard)
@@ -72,11 +71,7 @@ def main(
     accelerator.wait_for_everyone()
     there = folder.measured()
     for model in missing_models(
-        models,
-        lambda model: (model, steps[-1]) in there,
-        shard=share,
-        accelerator=accelerator,
-        folder=folder.root,
+        models, lambda model: (model, steps[-1]) in there, shard=share, accelerator=accelerator, folder=folder.root
     ):
         train_and_measure(model, settings, data, steps, folder, accelerator, num_images)
     if accelerator.is_main_process:
@@ -121,8 +116,7 @@ def train_and_measure(
         trainer.step(stream.batch(step).to(accelerator.device), step)
         if step + 1 in steps:
             is_last = step + 1 == steps[-1]
-            arrays = sweep.measure(trainer, images, num_images=num_images, is_last=is_last)
-            folder.save(model, step + 1, arrays)
+            folder.save(model, step + 1, sweep.measure(trainer, images, num_images=num_images, is_last=is_last))
     accelerator.free_memory()
 
 

@@ -12,11 +12,14 @@ OMP_NUM_THREADS=1 provgen paper --shard 1/2 & OMP_NUM_THREADS=1 provgen paper --
 The same command goes on where it was stopped; a run that was stopped starts again from its last checkpoint.
 """
 
+import io
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -24,14 +27,14 @@ import typer
 
 from provgen import cli
 from provgen.errors import InputError
-from provgen.run import RunFolder
+from provgen.run import RunFolder, read_parquet
 from provgen.studies.jobs import Shard
 from provgen.studies.paper import measurement
 from provgen.studies.paper.experiments import Experiment, VariantRun, load_experiment, read_description
 from provgen.studies.paper.figure import plot_variants
 from provgen.studies.paper.findings import findings_page, judge, overview
 from provgen.studies.paper.measurement import is_trained, read_measured, write_measured
-from provgen.studies.paper.table import METRICS, markdown_table, read_parquet, with_ratios, write_parquet
+from provgen.studies.paper.table import METRICS, SCHEMA_VERSION, variants_table, with_ratios, write_rows
 from provgen.training.checkpoint import list_checkpoints
 
 EMBEDDED = "digits"
@@ -62,7 +65,7 @@ def main(
         for path in experiment_files(experiment or [])
     ]
     shared = share.share([run for chosen in experiments for run in chosen.runs()])
-    waiting = [run for run in shared if measured(run, root) is None]
+    waiting = [run for run in shared if read_measured(root / run.name, run.settings(root)) is None]
     seconds = {e.name: [row["seconds"] for row in measured_rows(e, root)] for e in experiments}
     print(f"{len(shared)} runs into {root}, {len(shared) - len(waiting)} of them measured before")
     done = 0
@@ -88,10 +91,9 @@ def experiment_files(names: Sequence[str]) -> list[Path]:
         files = sorted(shipped.glob("*.yaml"))
         return [path for path in files if read_description(path, quick=False).config == EMBEDDED]
     paths = [Path(name) if Path(name).is_file() else shipped / f"{name}.yaml" for name in dict.fromkeys(names)]
-    stems = [path.stem for path in paths]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise InputError(f"two experiments are named {stem}; rename one of the files")
+    stem, count = Counter(path.stem for path in paths).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"two experiments are named {stem}; rename one of the files")
     return paths
 
 
@@ -103,13 +105,11 @@ def train_and_measure(run: VariantRun, root: Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     folder, settings = RunFolder(root / run.name), run.settings(root)
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        if last_step(folder) > settings.training.max_steps:
-            raise InputError(
-                f"{folder.root} was trained for {last_step(folder)} steps, not {settings.training.max_steps}; "
-                "use another --output"
-            )
-        if not is_trained(folder, settings, last_step(folder)):
+    with redirect_stdout(io.StringIO()):
+        done, wanted = last_step(folder), settings.training.max_steps
+        if done > wanted:
+            raise InputError(f"{folder.root} was trained for {done} steps, not {wanted}; use another --output")
+        if not is_trained(folder, settings, done):
             cli.load_recipe("train")(config=run.experiment.config, overrides=run.overrides(root))
         row = with_ratios(measurement.measure_run(folder)) | {"seconds": time.perf_counter() - start}
     write_measured(folder.root, settings, row)
@@ -122,14 +122,9 @@ def last_step(folder: RunFolder) -> int:
     return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
-def measured(run: VariantRun, root: Path) -> dict[str, Any] | None:
-    """Read what was measured of a run."""
-    return read_measured(root / run.name, run.settings(root))
-
-
 def measured_rows(experiment: Experiment, root: Path) -> list[dict[str, Any]]:
     """Make the rows of all runs of an experiment that are measured so far, by whatever process."""
-    pairs = [(run, measured(run, root)) for run in experiment.runs()]
+    pairs = [(run, read_measured(root / run.name, run.settings(root))) for run in experiment.runs()]
     return [run.row(metrics) for run, metrics in pairs if metrics is not None]
 
 
@@ -143,9 +138,8 @@ def summary(row: Mapping[str, Any], experiment: Experiment) -> str:
 def minutes_left(waiting: Sequence[VariantRun], seconds: Mapping[str, list[float]]) -> str:
     """Estimate from the runs of the same experiment; from all if it has none yet."""
     every = [second for times in seconds.values() for second in times]
-    known = {name: times or every for name, times in seconds.items()}
-    means = [sum(known[run.experiment.name]) / len(known[run.experiment.name]) for run in waiting]
-    return f"about {sum(means) / 60:.0f} min left"
+    left = sum(fmean(seconds[run.experiment.name] or every) for run in waiting)
+    return f"about {left / 60:.0f} min left"
 
 
 def collect(experiment: Experiment, root: Path) -> None:
@@ -156,29 +150,37 @@ def collect(experiment: Experiment, root: Path) -> None:
     while len(newer := measured_rows(experiment, root)) > len(rows):
         rows = newer
         with published(folder) as new:
-            write_parquet(new / "table.parquet", rows)
+            write_rows(new / "table.parquet", rows)
             write_tables(experiment, rows, new)
     where = f"; tables in {folder}" if rows else ""
     print(f"{experiment.name}: {len(rows)} of {total} runs measured{where}")
 
 
 def remake_tables(root: Path) -> None:
-    """Write figure, table and findings again from every kept `table.parquet` at or below a folder.
+    """Write figure, table and findings again from every kept `table.parquet` or `tables.parquet` at or below a folder.
 
     Raises:
-        InputError: There is none, or no shipped experiment has the name of its folder.
+        InputError: There is none, or no shipped experiment has such a name.
     """
-    folders = [path.parent for path in sorted(root.rglob("table.parquet"))]
-    if not folders:
-        raise InputError(f"no table.parquet at or below {root}; give a folder such as docs/paper/alpha")
-    for folder in folders:
-        path = cli.recipes_folder() / "paper" / f"{folder.resolve().name}.yaml"
-        experiment, rows = load_experiment(path, cli.recipes_folder()), read_parquet(folder / "table.parquet")
-        for key in {"variant", "seed", *experiment.variants[0].values} - set(rows[0]):
-            raise InputError(f"{folder / 'table.parquet'} has no column {key}; it is no table of {experiment.name}")
-        with published(folder) as new:
-            write_tables(experiment, rows, new)
-        print(f"{experiment.name}: tables in {folder}")
+    files = sorted(root.rglob("table*.parquet"))
+    if not files:
+        raise InputError(f"no table.parquet or tables.parquet at or below {root}; give a folder such as docs/paper")
+    for path in files:
+        rows = read_parquet(path, version=SCHEMA_VERSION).to_pylist()
+        for name in dict.fromkeys(row["experiment"] for row in rows):
+            folder = path.parent if path.parent.resolve().name == name else path.parent / name
+            remake_table(name, [row for row in rows if row["experiment"] == name], folder)
+
+
+def remake_table(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write figure, table and findings of one shipped experiment again."""
+    experiment = load_experiment(cli.recipes_folder() / "paper" / f"{name}.yaml", cli.recipes_folder())
+    for key in {"variant", "seed", *experiment.variants[0].values} - set(rows[0]):
+        raise InputError(f"the kept rows of {name} have no column {key}; they are no table of this experiment")
+    folder.mkdir(exist_ok=True)
+    with published(folder) as new:
+        write_tables(experiment, rows, new)
+    print(f"{name}: tables in {folder}")
 
 
 def write_tables(experiment: Experiment, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -188,7 +190,7 @@ def write_tables(experiment: Experiment, rows: Sequence[Mapping[str, Any]], fold
     seeds = "seed 0" if said.seeds == 1 else f"seeds 0 to {said.seeds - 1}"
     settings = ", ".join([said.config, *(pair for pair in experiment.common if "data.path" not in pair)])
     facts = f"{len(rows)} of {len(experiment.runs())} runs measured, {seeds}; settings: {settings}"
-    (folder / "table.md").write_text(markdown_table(rows, said.table), encoding="utf-8")
+    (folder / "table.md").write_text(variants_table(rows, said.table), encoding="utf-8")
     plot_variants(rows, said.figure, x=said.x, lines=said.lines).savefig(folder / "figure.png", dpi=130)
     page = findings_page(said.title, said.question, facts, said.claims, findings)
     (folder / "findings.md").write_text(page, encoding="utf-8")

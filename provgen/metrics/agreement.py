@@ -34,19 +34,26 @@ def shared_sources(first: Tensor, second: Tensor) -> Tensor:
 def mismatched(class_labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair each sample with the next of its own class: two int64 (pair,), the samples and their partners.
 
-    Comparing a tracer's answer with the other tracer's answer for another sample of the class is the agreement
-    to be had without looking at the sample. A sample that is alone in its class has no partner and is left out.
+    Agreement between a sample and its partner is what two tracers reach without looking at the sample. A sample that
+    is alone in its class is left out.
     """
-    classes = [(class_labels == label).nonzero().flatten() for label in class_labels.unique()]
-    groups = [members for members in classes if len(members) > 1] or [torch.empty(0, dtype=torch.int64)]
-    return torch.cat(groups), torch.cat([members.roll(-1) for members in groups])
+    order = class_labels.argsort(stable=True)
+    groups = order.split(class_labels.unique(return_counts=True)[1].tolist())
+    partners = torch.cat([members.roll(-1) for members in groups])
+    has_partner = order != partners
+    return order[has_partner], partners[has_partner]
 
 
 def beam_recall(searched: Tensor, exhaustive: Tensor, k: int) -> Estimate:
     """Measure recall@k: the share of the k best examples of all that are among the k best the search found.
 
-    Both are index logits (query, train). Examples at the lowest finite value are ruled out (`exhaustive`) or were not
-    looked at (`searched`), and never count. A query with fewer than k possible examples is asked for those it has.
+    Examples at the lowest finite value are ruled out (`exhaustive`) or were not looked at (`searched`), and never
+    count. A query with fewer than k possible examples is asked for those it has.
+
+    Args:
+        searched: Index logits of the search, (query, train).
+        exhaustive: Index logits of all examples, (query, train); at least one per query is possible.
+        k: How many of the best count, at least 1; more than train means all.
     """
     wanted = _best(exhaustive, k)
     recalled = wanted & _best(searched, k)
@@ -56,5 +63,5 @@ def beam_recall(searched: Tensor, exhaustive: Tensor, k: int) -> Estimate:
 def _best(logits: Tensor, k: int) -> Tensor:
     """Mark the k largest of every row that are above the lowest finite value, bool (query, train)."""
     values, index = logits.topk(min(k, logits.shape[1]), dim=1)
-    is_possible = values > torch.finfo(logits.dtype).min
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, is_possible)
+    marks = torch.zeros_like(logits, dtype=torch.bool)
+    return marks.scatter(1, index, values > torch.finfo(logits.dtype).min)

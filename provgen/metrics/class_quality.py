@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from provgen.errors import InputError
-from provgen.metrics.statistics import Estimate, as_row, mean_estimate, proportion
+from provgen.metrics.statistics import Estimate, flat_row, mean_estimate, proportion
 
 RETRIEVED = 5
 """Examples that the top-5 metrics look at; all of them in a smaller training set."""
@@ -20,9 +20,9 @@ RETRIEVED = 5
 class ClassQuality:
     """Class metrics, each beside what the closed form reaches on the same queries and what guessing reaches.
 
-    The closed form is a reference: a network may retrieve more of the class than it does. Only the accuracies on
-    noisy training images have it as their bound, in expectation, because its class posterior is Bayes' own there.
-    Ties are broken at random: a query whose answer depends on them counts with the probability of a hit.
+    The closed form is a reference, which a network may exceed. It bounds only the accuracies on noisy training images,
+    in expectation, because its class posterior is Bayes' own there. Ties are broken at random: a query whose answer
+    depends on them counts with the probability of a hit.
 
     A query that is itself a training image may retrieve itself, which makes its class certain; the index accuracy
     of arXiv 2510.03361 counts that too. On held-out queries the same numbers say whether sources share meaning.
@@ -55,7 +55,7 @@ class ClassQuality:
 
     def as_row(self) -> dict[str, Any]:
         """Give the metrics as a flat JSON-able dict; estimates become NAME, NAME_low and NAME_high."""
-        return as_row(self, n=self.consistency_top1.n)
+        return {"n": self.consistency_top1.n, **flat_row(vars(self))}
 
 
 def class_quality(
@@ -69,9 +69,16 @@ def class_quality(
 ) -> ClassQuality:
     """Measure class metrics on queries that were shown without their class.
 
-    The network gives index log-probabilities (query, train), its class head `class_logits` (query, class), if it has
-    one. `closed_form` are logits (query, train): probabilities lose their order where they underflow. The label
-    `num_classes` stands for no class: such queries are not counted, such examples are of no class.
+    The label `num_classes` stands for no class: such queries are not counted, such examples are of no class.
+
+    Args:
+        log_probs: Index log-probabilities of the network, (query, train).
+        closed_form: Closed-form logits of the same queries, (query, train); not probabilities, whose order is lost
+            where they underflow.
+        train_labels: int64 (train,).
+        query_labels: int64 (query,).
+        class_logits: (query, class); None without a class head.
+        num_classes: Number of classes.
 
     Raises:
         InputError: No query has a class.
@@ -84,7 +91,7 @@ def class_quality(
     labels, log_probs, closed_form = query_labels[has_class], log_probs[has_class], closed_form[has_class]
     network = _measure(log_probs, log_probs.exp(), labels, train_labels, num_classes)
     if class_logits is not None:
-        network["class_accuracy"] = _hits(class_logits[has_class], F.one_hot(labels, num_classes).bool(), 1)[0]
+        network["class_accuracy"], _ = _hits(class_logits[has_class], F.one_hot(labels, num_classes).bool(), 1)
     reference = _measure(closed_form, closed_form.softmax(dim=1), labels, train_labels, num_classes)
     reference["class_accuracy"] = reference["knn_accuracy"]
     guess = _retrieval(torch.zeros_like(log_probs), labels[:, None] == train_labels)
@@ -102,22 +109,24 @@ def _measure(
     """Measure each query by its `scores` and `probs`, both (query, train): metric name to (query,)."""
     # One column more for the examples without a class, which vote for none.
     members = F.one_hot(train_labels, num_classes + 1)[:, :num_classes]
-    mass = probs @ members.to(probs.dtype)
     measured = _retrieval(scores, labels[:, None] == train_labels)
-    measured["knn_accuracy"] = _hits(mass, F.one_hot(labels, num_classes).bool(), 1)[0]
+    votes = probs @ members.to(probs.dtype)
+    measured["knn_accuracy"], _ = _hits(votes, F.one_hot(labels, num_classes).bool(), 1)
     return measured
 
 
 def _retrieval(scores: Tensor, is_same: Tensor) -> dict[str, Tensor]:
     """Look at the first sources of each query; `is_same` says which examples have its class, (query, train)."""
+    top1, _ = _hits(scores, is_same, 1)
     top5, share = _hits(scores, is_same, min(RETRIEVED, scores.shape[1]))
-    return {"consistency_top1": _hits(scores, is_same, 1)[0], "consistency_top5": top5, "share_top5": share}
+    return {"consistency_top1": top1, "consistency_top5": top5, "share_top5": share}
 
 
 def _hits(scores: Tensor, is_hit: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Give the probability of a hit among the k best of each row (query, candidate), and the expected share of hits.
+    """Look for hits among the k best of each row; both arguments (query, candidate).
 
-    Ties are broken at random.
+    Returns:
+        Probability of at least one hit and expected share of hits, (query,), with ties broken at random.
     """
     lowest = scores.topk(k, dim=1).values[:, -1:]
     above, tied = scores > lowest, scores == lowest

@@ -23,24 +23,36 @@ MEMORIZED = 1 / 3
 
 
 def distance_ratio(neighbors: Neighbors) -> Tensor:
-    """Divide each query's distance to its nearest image of `distinct_rows` by that to the second nearest.
+    """Divide each query's distance to its nearest training image by that to the second nearest.
 
-    float64 (query,) in [0, 1]; 0 is an exact copy.
+    Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023 (arXiv 2310.02664).
+
+    Args:
+        neighbors: At least two neighbours of each query among distinct training images (`distinct_rows`).
+
+    Returns:
+        float64 (query,) in [0, 1]; 0 is an exact copy.
     """
-    # Yoon et al. 2023 (SPIGM workshop at ICML), used by Gu et al. 2023, arXiv 2310.02664.
     return neighbors.distances[:, 0] / neighbors.distances[:, 1]
 
 
 def share_memorized(ratios: Tensor) -> Estimate:
-    """Give the share of `ratios` (query,) strictly below `MEMORIZED`."""
+    """Give the share of `ratios` (query,) strictly below `MEMORIZED`.
+
+    Raises:
+        InputError: `ratios` is empty.
+    """
     return proportion(int((ratios < MEMORIZED).sum()), len(ratios))
 
 
 def calibrated_distance(neighbors: Neighbors) -> Tensor:
     """Divide each query's distance to its nearest training image by half of its mean distance to all `neighbors`.
 
-    Carlini et al. 2023 (arXiv 2301.13188), with the 50 nearest: float64 (query,), 0 for a copy to 2 for equally far
-    from all. There is no threshold that holds everywhere: take a quantile of held-out images.
+    Carlini et al. 2023 (arXiv 2301.13188), with the 50 nearest: 0 is a copy, 2 is equally far from all. There is
+    no threshold that holds everywhere: take a quantile of held-out images.
+
+    Returns:
+        float64 (query,) in [0, 2].
     """
     mean = neighbors.distances.mean(dim=1)
     return torch.where(mean > 0, 2 * neighbors.distances[:, 0] / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0)
@@ -50,8 +62,9 @@ def authenticity(neighbors: Neighbors, distinct: Tensor) -> Estimate:
     """Give the share of generated images that are farther from their nearest training image than its own neighbour.
 
     Alaa et al. 2022 (arXiv 2102.08921). Copies have 0. A perfect generator does not have 1/2: locally uniform images
-    have 1/3 in one dimension, and more in more. Read it beside the share of held-out images. `neighbors` are those of
-    the generated images among `distinct` (`distinct_rows`), (train, feature).
+    have 1/3, 0.379 and 0.407 in one, two and three dimensions, and independent Gaussians of 32 dimensions have 0.76.
+    Read it beside the share of held-out images. `neighbors` are those of the generated images among `distinct`
+    (`distinct_rows`), (train, feature).
     """
     nearest_train, inverse = neighbors.indices[:, 0].unique(return_inverse=True)
     among_training = nearest_others(distinct, nearest_train, 1).distances[inverse, 0]
@@ -62,8 +75,8 @@ def closer_to_train(neighbors: Neighbors, generated: Tensor, holdout: Tensor) ->
     """Give the share of generated images that are nearer to a training image than to any held-out one.
 
     A generator that has learned no more of the training images than of the held-out ones has N / (N + M), with N
-    training and M held-out images; a copier has 1. Ties count half, rounded down. `neighbors` are those of the
-    `generated` images (query, feature) among the training images.
+    training and M held-out images; a copier has 1. Ties count half, rounded down. Images are (query, feature);
+    `neighbors` are those of the generated ones among training images.
     """
     to_train, to_holdout = neighbors.distances[:, 0], nearest(generated, holdout, 1).distances[:, 0]
     closer = int((to_train < to_holdout).sum()) + int((to_train == to_holdout).sum()) // 2
@@ -72,12 +85,16 @@ def closer_to_train(neighbors: Neighbors, generated: Tensor, holdout: Tensor) ->
 
 NUM_CELLS = 3
 """Cells that the space is divided into, as in dgm-eval and FLD."""
+
 MAX_FEATURES = 64
 """Principal components that cells are found in."""
+
 FEWEST_GENERATED = 20
 """Generated images that a cell needs to be counted."""
+
 RESAMPLES = 500
 """Bootstrap resamples of C_T."""
+
 Sides = tuple[NDArray[np.float64], ...]
 """Distances of generated and of held-out images to the nearest training image, each (query,)."""
 
@@ -106,7 +123,10 @@ class Placed:
 
 
 def data_copying(generated: Placed, holdout: Placed, *, seed: int) -> DataCopying:
-    """Test for data copying, cell by cell of the space; where no cell has enough of both sets, it is one cell."""
+    """Test for data copying, cell by cell of the space.
+
+    Where no cell has enough of both sets, the whole space is one cell. Held-out images are new to the model.
+    """
     cells = counted_cells(generated, holdout)
     value, null_deviation = copying_statistic(cells)
     random, draws = np.random.default_rng(seed), []

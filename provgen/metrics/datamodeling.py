@@ -24,14 +24,15 @@ Matrix = NDArray[np.float64]
 
 
 def predicted_outputs(scores: Tensor, masks: Tensor) -> Tensor:
-    """Sum scores (query, train) over the examples of subsets, bool (subset, train): float64 (query, subset)."""
+    """Sum the scores (query, train) of every subset's examples, bool masks (subset, train): float64 (query, subset)."""
     return scores.double() @ masks.double().T
 
 
 def datamodeling_scores(predicted: Tensor, outputs: Tensor) -> Tensor:
-    """Give Spearman's correlation of minus losses with predictions, both (query, subset), float64 (query,).
+    """Give Spearman's correlation over the subsets of predicted and measured outputs (query, subset): float64 (query,).
 
-    A query for which either is the same for all subsets has 0: nothing is predicted.
+    A query for which either is the same for all subsets has 0: nothing is predicted. Outputs are larger where the
+    subset model does better: minus its loss.
     """
     return torch.from_numpy(_spearman(to_numpy(predicted), to_numpy(outputs)))
 
@@ -44,19 +45,22 @@ class LdsComparison:
     """
 
     def __init__(self, predicted: Mapping[str, Tensor], outputs: Tensor, *, seed: int, resamples: int) -> None:
-        """Resample the predictions by method and the measured outputs, (query, subset) each."""
+        """Resample.
+
+        Args:
+            predicted: Predictions by method, (query, subset) each.
+            outputs: Measured outputs (query, subset).
+            seed: Seed of the bootstrap.
+            resamples: Number of bootstrap resamples.
+        """
         self.shape = tuple(outputs.shape)
         # All methods at once, (method, query, subset): a call for each would take most of the time.
         values, measured = np.stack([to_numpy(p) for p in predicted.values()]), to_numpy(outputs)
         random = np.random.default_rng(seed)
-        draws = []
-        for _ in range(resamples):
-            queries, subsets = (random.integers(size, size=size) for size in self.shape)
-            drawn = values[:, queries][:, :, subsets], measured[queries][:, subsets]
-            draws.append(_spearman(*drawn).mean(axis=1))
+        draws = np.stack([self._draw(values, measured, random) for _ in range(resamples)], axis=1)
         scores = _spearman(values, measured).mean(axis=1)
         self.values = {name: float(score) for name, score in zip(predicted, scores, strict=True)}
-        self.draws = dict(zip(predicted, np.stack(draws, axis=1), strict=True))
+        self.draws = dict(zip(predicted, draws, strict=True))
 
     def estimate(self, method: str) -> Estimate:
         """Give the mean LDS of a method over the queries."""
@@ -66,6 +70,13 @@ class LdsComparison:
         """Give by how much the LDS of a method is larger than that of another, paired."""
         interval = percentile_interval(self.draws[method] - self.draws[other])
         return Estimate(self.values[method] - self.values[other], *interval, self.shape[1])
+
+    def _draw(self, predicted: Matrix, outputs: Matrix, random: np.random.Generator) -> Matrix:
+        """Give the mean LDS of every method in one resample, (method,)."""
+        queries, subsets = (random.integers(size, size=size) for size in self.shape)
+        drawn = predicted[:, queries][:, :, subsets], outputs[queries][:, subsets]
+        scores: Matrix = _spearman(*drawn).mean(axis=1)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,11 @@ def noise_ceiling(outputs: Tensor, *, num_seeds: int, seed: int, resamples: int)
     reliability (Spearman 1910 and Brown 1910, British Journal of Psychology 3). r is the mean over queries, and the
     square root is concave: where queries differ in r, this is an upper bound of the mean of their ceilings.
 
-    `outputs` are (seed, query, subset) of at least two seeds and a part of the subsets; `num_seeds` is S. The bootstrap
-    draws subsets and queries.
+    Args:
+        outputs: (seed, query, subset), at least two seeds; a part of the subsets will do.
+        num_seeds: S, the seeds whose mean methods are held to.
+        seed: Seed of the bootstrap over subsets and queries.
+        resamples: Number of bootstrap resamples.
     """
     values, random = to_numpy(outputs), np.random.default_rng(seed)
     r = _seed_correlation(values)

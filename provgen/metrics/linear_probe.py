@@ -17,6 +17,7 @@ from provgen.metrics.statistics import Estimate, proportion, to_numpy
 
 MAX_DIMENSIONS = 256
 """Wider features are projected onto this many principal components."""
+
 INVERSE_REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates for C, the inverse strength of the L2 penalty."""
 
@@ -40,10 +41,8 @@ def linear_probe(
 
     Features are standardised and, if wider than MAX_DIMENSIONS, projected onto their first principal components;
     both are fitted on the training part. C is the best on a fifth of each training class that is held out for the
-    choice (the smallest of equals); then all of the training part is fitted. The test part decides nothing.
-
-    Features are floating (train, feature) and (query, feature), labels int64 without null labels. `seed` is that of
-    the held-out fifth and of the randomised principal components.
+    choice (the smallest of equals); then all of the training part is fitted. The test part decides nothing. Features
+    are floating, (train, feature) and (query, feature); every image has a class. The seed draws the held-out fifth.
 
     Raises:
         InputError: There are not two classes of two training images each, or no test images.
@@ -58,9 +57,10 @@ def linear_probe(
     train, test = _projected(to_numpy(train_features), to_numpy(test_features), seed)
     chosen = _choose(train, labels, seed)
     right = _fit(train, labels, chosen).predict(test) == answers
+    _, counts = np.unique(answers, return_counts=True)
     return ProbeResult(
         accuracy=proportion(int(right.sum()), len(right)),
-        baseline=float(np.unique(answers, return_counts=True)[1].max() / len(answers)),
+        baseline=float(counts.max() / len(answers)),
         inverse_regularisation=chosen,
     )
 
@@ -69,23 +69,31 @@ def _projected(
     train: NDArray[np.float64], test: NDArray[np.float64], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Standardise (train, feature) and (query, feature), and project what is wide."""
-    pca = PCA(min(MAX_DIMENSIONS, len(train)), svd_solver="randomized", random_state=seed)
-    transform = make_pipeline(StandardScaler(), pca if train.shape[1] > MAX_DIMENSIONS else "passthrough")
+    transform = make_pipeline(StandardScaler())
+    if train.shape[1] > MAX_DIMENSIONS:
+        dimensions = min(MAX_DIMENSIONS, len(train))
+        transform = make_pipeline(StandardScaler(), PCA(dimensions, svd_solver="randomized", random_state=seed))
     return transform.fit_transform(train), transform.transform(test)
 
 
 def _choose(train: NDArray[np.float64], labels: NDArray[np.int64], seed: int) -> float:
     """Choose C by the accuracy on the held-out fifth."""
-    # A random fifth of each class, to within one image; never both of a class of two.
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held_out = np.zeros(len(labels), dtype=bool)
-    # Never empty: the fourth of the fewest images that are allowed is marked.
-    held_out[order[np.argsort(labels[order], kind="stable")][3::5]] = True
+    held_out = _every_fifth(labels, seed)
     scores = [
         _fit(train[~held_out], labels[~held_out], c).score(train[held_out], labels[held_out])
         for c in INVERSE_REGULARISATIONS
     ]
     return INVERSE_REGULARISATIONS[int(np.argmax(scores))]
+
+
+def _every_fifth(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
+    """Mark a random fifth of each class, to within one image; never both of a class of two."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    marked = np.zeros(len(labels), dtype=bool)
+    # Never empty: the fourth of the fewest images that are allowed is marked.
+    marked[by_class[3::5]] = True
+    return marked
 
 
 def _fit(train: NDArray[np.float64], labels: NDArray[np.int64], c: float) -> LogisticRegression:

@@ -26,10 +26,15 @@ class Neighbors(NamedTuple):
 
 
 def nearest(queries: Tensor, train: Tensor, k: int) -> Neighbors:
-    """Find the `k` nearest training rows (train, feature) of each query row (query, feature), of any dtype.
+    """Find the `k` nearest training rows of each query row.
 
     Candidates come from one matrix product per pair of chunks, their distances from the differences
     themselves: the product loses near-copies, whose distance is a small difference of large squares.
+
+    Args:
+        queries: (query, feature), any dtype that float64 holds.
+        train: (train, feature), on the same device.
+        k: Neighbours per query, 1 ... `len(train)`.
     """
     assert 1 <= k <= len(train)
     assert queries.shape[1:] == train.shape[1:]
@@ -50,7 +55,7 @@ def distinct_rows(train: Tensor) -> Tensor:
 
 
 def nearest_others(rows: Tensor, wanted: Tensor, k: int) -> Neighbors:
-    """Find the `k` nearest rows of `wanted` ones, int64 (query,), among `rows` (train, feature), but not itself."""
+    """Find the `k` nearest other rows (train, feature) of each of the rows `wanted`, int64 (query,)."""
     found = nearest(rows[wanted], rows, k + 1)
     is_self = found.indices == wanted[:, None]
     # Among many duplicates of itself a row need not be there: then the last is one too many.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan, sqrt
 from statistics import fmean, stdev
@@ -17,6 +17,7 @@ from provgen.errors import InputError
 
 CONFIDENCE = 0.95
 """Probability that an interval is meant to cover the truth with."""
+
 RESAMPLES_OF_MEAN = 2000
 RESAMPLES = 1000
 """Bootstrap resamples of everything that is slower than a mean."""
@@ -43,10 +44,10 @@ class Estimate:
         return {name: self.value, f"{name}{separator}low": self.low, f"{name}{separator}high": self.high}
 
 
-def as_row(metrics: object, *, n: int) -> dict[str, Any]:
-    """Flatten a dataclass of metrics of `n` queries to JSON: estimates as `Estimate.columns`, without tensors."""
-    row: dict[str, Any] = {"n": n}
-    for name, value in vars(metrics).items():
+def flat_row(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Give fields as the columns of a table: estimates become several (`Estimate.columns`), tensors none."""
+    row: dict[str, Any] = {}
+    for name, value in fields.items():
         if isinstance(value, Estimate):
             row |= value.columns(name)
         elif not isinstance(value, Tensor):
@@ -55,7 +56,9 @@ def as_row(metrics: object, *, n: int) -> dict[str, Any]:
 
 
 def proportion(successes: int, n: int) -> Estimate:
-    """Give `successes / n` with its Clopper-Pearson interval, which covers the truth as often as `CONFIDENCE` or more.
+    """Give `successes / n` with its Clopper-Pearson interval.
+
+    The interval is exact: it covers the truth at least as often as `CONFIDENCE` says, at 0 and at n too.
 
     Raises:
         InputError: `n` is 0.
@@ -69,7 +72,11 @@ def proportion(successes: int, n: int) -> Estimate:
 
 
 def mean_estimate(values: Tensor, *, seed: int) -> Estimate:
-    """Give the mean of independent `values` (observation,), NaN if any is, with its bootstrap percentile interval.
+    """Give the mean of independent `values` with its bootstrap percentile interval.
+
+    Args:
+        values: (observation,), any dtype; a NaN among them makes the estimate NaN.
+        seed: Seed of the resampling; the same seed gives the same interval.
 
     Raises:
         InputError: `values` is empty.
@@ -81,9 +88,9 @@ def mean_estimate(values: Tensor, *, seed: int) -> Estimate:
     return Estimate(float(sample.mean()), *percentile_interval(means), len(sample))
 
 
-def ratio_estimate(above: Tensor, below: Tensor, *, seed: int) -> Estimate:
+def ratio_estimate(above: Tensor, below: Tensor) -> Estimate:
     """Give the ratio of the means of two independent samples (observation,), with a bootstrap interval of both."""
-    random, sides = np.random.default_rng(seed), [to_numpy(above), to_numpy(below)]
+    random, sides = np.random.default_rng(0), [to_numpy(above), to_numpy(below)]
     means = [_resampled_means(side, random, RESAMPLES) for side in sides]
     value = float(sides[0].mean() / sides[1].mean())
     return Estimate(value, *percentile_interval(means[0] / means[1]), min(map(len, sides)))
@@ -92,7 +99,7 @@ def ratio_estimate(above: Tensor, below: Tensor, *, seed: int) -> Estimate:
 def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """Give the probability that a positive scores above a negative, ties counting half; bootstrap interval of both.
 
-    Scores are (observation,).
+    Both are scores (observation,).
 
     Raises:
         InputError: Either is empty.
@@ -106,9 +113,7 @@ def auroc(positives: Tensor, negatives: Tensor, *, seed: int, resamples: int = R
     return Estimate(share_above(*sides), *percentile_interval(np.array(draws)), min(map(len, sides)))
 
 
-def stratified_auroc(
-    scores: Tensor, is_positive: Tensor, strata: Tensor, *, seed: int, resamples: int = RESAMPLES
-) -> Estimate | None:
+def stratified_auroc(scores: Tensor, is_positive: Tensor, strata: Tensor, *, resamples: int) -> Estimate | None:
     """Give the probability that a positive scores above a negative of its own stratum; None without such a pair.
 
     All are (observation,). The bootstrap draws strata.
@@ -123,7 +128,7 @@ def stratified_auroc(
     if not pairs:
         return None
     shares, weights = np.array(values), np.array(pairs)
-    rows = np.random.default_rng(seed).integers(len(shares), size=(resamples, len(shares)))
+    rows = np.random.default_rng(0).integers(len(shares), size=(resamples, len(shares)))
     draws = (shares * weights)[rows].sum(axis=1) / weights[rows].sum(axis=1)
     return Estimate(float((shares * weights).sum() / weights.sum()), *percentile_interval(draws), len(shares))
 
@@ -160,4 +165,5 @@ def _resampled_means(sample: NDArray[np.float64], random: np.random.Generator, r
     """Draw bootstrap means of `sample` (observation,): (resample,)."""
     rows = max(1, _DRAWS_AT_ONCE // len(sample))
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return np.concatenate([sample[random.integers(len(sample), size=(n, len(sample)))].mean(axis=1) for n in sizes])
+    means = [sample[random.integers(len(sample), size=(size, len(sample)))].mean(axis=1) for size in sizes]
+    return np.concatenate(means)

@@ -19,20 +19,27 @@ KINDS: tuple[Kind, ...] = ("copy", "near copy", "unsupported", "blend of few", "
 
 TAIL = 0.01
 """Share of held-out images that may lie beyond a threshold."""
+
 FEWEST_HELD_OUT = 40
 """Held-out images from which on limits are read; half of them are judged by these."""
+
 FEW = 4.0
 """Effective number of sources up to which an image is a blend of few."""
+
 NEIGHBORS = 50
 """Neighbours that the calibrated distance looks at, as published."""
+
 GRID = 4
 """An image is cut into GRID x GRID parts, or a few more where its size is no multiple."""
+
 SAME = 0.1
 """Root mean squared difference, on a range of 2, by which a part may be farther than the nearest one and still be
 explained as well."""
+
 COMMON = 0.05
 """Share of the training images (but at least two) that may explain a part; one that more explain, such as an empty
 corner, says nothing."""
+
 MAX_BYTES = 256 * 2**20
 """Size of the (query, train, part) array that is held at once."""
 
@@ -115,9 +122,9 @@ def gather_evidence(
     top: Tensor,
     agreement: Tensor,
 ) -> Evidence:
-    """Compare images (query, channel, height, width) in [-1, 1] with the training images (train, ...).
+    """Compare images in [-1, 1], (query, channel, height, width), with the training images (train, ...).
 
-    `entropy` is that of the traced posteriors in nats, (query,); what follows it is as in `Evidence`.
+    The entropy of the traced posteriors is in nats; what follows it becomes a field of `Evidence` as it is, (query,).
     """
     distinct = distinct_rows(train.flatten(1))
     neighbors = nearest(images.flatten(1), distinct, min(NEIGHBORS, len(distinct)))
@@ -139,7 +146,7 @@ def patch_share(images: Tensor, train: Tensor) -> Tensor:
 
     A training image explains a part if the same part of no other is nearer by more than `SAME`. Copies have 1, also
     where some parts are changed but little else is near; an image put together from several has less. An image without
-    any telling part has NaN. Both are (..., channel, height, width) in [-1, 1], `train` without exact duplicates.
+    any telling part has NaN. Images are in [-1, 1], (query, channel, height, width); `train` has no duplicates.
     """
     train_parts = _parts(train)
     size = max(1, MAX_BYTES // (4 * len(train) * train_parts.shape[1]))
@@ -171,9 +178,8 @@ def verdicts(evidence: Evidence, limits: Limits) -> Sequence[Verdict]:
 
 def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
     known = {name: float(values[query]) for name, values in vars(evidence).items()}
-    sources, parts = known["sources"], ""
-    if not isnan(known["patches"]):
-        parts = f", {known['patches']:.0%} of its parts from one image"
+    sources, patches = known["sources"], known["patches"]
+    parts = "" if isnan(patches) else f", {patches:.0%} of its parts from one image"
     if known["ratio"] < MEMORIZED:
         return Verdict("copy", f"nearest training image at {known['ratio']:.2f} of the distance of the second")
     if known["calibrated"] < limits.calibrated:

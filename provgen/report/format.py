@@ -36,10 +36,7 @@ def markdown_table(
 ) -> str:
     """Lay out a Markdown table that ends in a line break; an empty cell (None) becomes a hyphen.
 
-    Args:
-        header: Titles of the columns.
-        rows: Cells in the order of the titles.
-        text_columns: Numbers of the left-aligned columns; all others are right-aligned.
+    The columns with the numbers `text_columns` are left-aligned, all others right-aligned.
     """
     rule = ["---" if column in text_columns else "---:" for column in range(len(header))]
     lines = [["-" if cell is None else str(cell) for cell in row] for row in (header, rule, *rows)]
@@ -83,12 +80,13 @@ class Metric:
 
 def write_report_json(path: Path, run_name: str, metrics: Sequence[Metric]) -> None:
     """Write `{"schema_version", "run", "metrics"}`; numbers that are not finite become null."""
-    rows = [{key: _finite(value) for key, value in asdict(metric).items()} for metric in metrics]
+    rows = [{key: finite_or_null(value) for key, value in asdict(metric).items()} for metric in metrics]
     report = {"schema_version": SCHEMA_VERSION, "run": run_name, "metrics": rows}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
+    """Give what JSON can hold: None for a number that is not finite, anything else as it is."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from math import ceil
 from typing import Any
 
 import torch
 from matplotlib import get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
@@ -41,13 +41,8 @@ def sample_grid(
 ) -> Image.Image:
     """Draw one row per sample: the sample, a gap, then its sources; more than 16 rows take two columns.
 
-    Small images are enlarged by a whole factor without smoothing, so that their pixels stay what they are.
-
-    Args:
-        samples: One generated image per row.
-        sources: Training images of each sample, strongest first; rows may differ in length.
-        captions: The text under each source, such as its weight; a newline breaks it.
-        sample_captions: The text under each sample, such as its class.
+    Small images are enlarged by a whole factor without smoothing, so that their pixels stay what they are. Sources
+    come strongest first, and rows may differ in length. A newline breaks a caption.
 
     Raises:
         InputError: There are no samples.
@@ -58,15 +53,15 @@ def sample_grid(
     source_tiles = [[_enlarged(image) for image in images] for images in sources]
     sample_cell = _fitting_cell(tiles, sample_captions)
     source_cell = _fitting_cell(list(chain(tiles, *source_tiles)), list(chain(*captions)))
-    rows = [
-        _beside([_captioned(sample_cell, tile, title), _strip(source_cell, images, texts)], gap=_MARGIN)
-        for tile, title, images, texts in zip(tiles, sample_captions, source_tiles, captions, strict=True)
-    ]
+    rows = []
+    for tile, title, images, texts in zip(tiles, sample_captions, source_tiles, captions, strict=True):
+        cells = [_captioned(source_cell, *source) for source in zip(images, texts, strict=True)]
+        rows.append(_beside([_captioned(sample_cell, tile, title), _beside(cells, gap=_SPACE)], gap=_MARGIN))
     per_column = len(rows) if len(rows) <= _ONE_COLUMN else ceil(len(rows) / 2)
     columns = [
         _below([_headings(sample_cell), *rows[start : start + per_column]]) for start in range(0, len(rows), per_column)
     ]
-    return _with_margin(_beside(columns, gap=3 * _MARGIN))
+    return ImageOps.expand(_beside(columns, gap=3 * _MARGIN), border=_MARGIN, fill="white")
 
 
 @dataclass(frozen=True)
@@ -98,12 +93,6 @@ def _enlarged(image: Image.Image) -> Image.Image:
     factor = ceil(_LEAST_TILE / min(image.size))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
-
-
-def _strip(cell: _Cell, tiles: Sequence[Image.Image], texts: Sequence[str]) -> Image.Image:
-    """Draw the sources of one sample side by side; without any, nothing."""
-    cells = [_captioned(cell, tile, text) for tile, text in zip(tiles, texts, strict=True)]
-    return _beside(cells, gap=_SPACE) if cells else Image.new("RGB", (0, 0))
 
 
 def _captioned(cell: _Cell, tile: Image.Image, text: str) -> Image.Image:
@@ -139,30 +128,23 @@ def _headings(cell: _Cell) -> Image.Image:
 
 
 def _beside(pictures: Sequence[Image.Image], *, gap: int) -> Image.Image:
-    """Join pictures from left to right, aligned at their tops."""
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    page = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
-    left = 0
-    for picture in pictures:
-        page.paste(picture, (left, 0))
-        left += picture.width + gap
-    return page
+    """Join pictures from left to right, aligned at their tops; none make an empty one."""
+    lefts = [0, *accumulate(picture.width + gap for picture in pictures)]
+    height = max((picture.height for picture in pictures), default=0)
+    return _pasted((max(0, lefts[-1] - gap), height), pictures, [(left, 0) for left in lefts[:-1]])
 
 
 def _below(pictures: Sequence[Image.Image]) -> Image.Image:
     """Join pictures from top to bottom, aligned at their left edges."""
-    size = (max(picture.width for picture in pictures), sum(picture.height for picture in pictures))
+    tops = [0, *accumulate(picture.height for picture in pictures)]
+    width = max(picture.width for picture in pictures)
+    return _pasted((width, tops[-1]), pictures, [(0, top) for top in tops[:-1]])
+
+
+def _pasted(size: tuple[int, int], pictures: Sequence[Image.Image], corners: Sequence[tuple[int, int]]) -> Image.Image:
     page = Image.new("RGB", size, "white")
-    top = 0
-    for picture in pictures:
-        page.paste(picture, (0, top))
-        top += picture.height
-    return page
-
-
-def _with_margin(picture: Image.Image) -> Image.Image:
-    page = Image.new("RGB", (picture.width + 2 * _MARGIN, picture.height + 2 * _MARGIN), "white")
-    page.paste(picture, (_MARGIN, _MARGIN))
+    for picture, corner in zip(pictures, corners, strict=True):
+        page.paste(picture, corner)
     return page
 
 
@@ -175,12 +157,8 @@ def draw_samples(
 ) -> Image.Image:
     """Draw samples with their sources, each source with its class and weight.
 
-    Args:
-        folder: Run folder that the PNGs lie in.
-        samples: Rows of `samples/`.
-        traces: Rows of `traces/`, sorted by sample and rank.
-        train: Training images.
-        captions: Text under each sample; None writes its class.
+    Samples and traces are rows of `samples/` and `traces/`, the latter sorted by sample and rank. Without captions,
+    each sample's class stands under it.
     """
     groups = group_traces(traces)
     rows = [groups[sample["sample"]] for sample in samples]
@@ -194,9 +172,8 @@ def draw_samples(
 
 def load_pixels(folder: RunFolder, samples: Sequence[Mapping[str, Any]], manifest: Manifest) -> Tensor:
     """Read the PNGs of samples as uint8 (sample, channel, height, width)."""
-    paths = [folder.root / sample["path"] for sample in samples]
-    images = [read_image(path, image_size=manifest.image_size, channels=manifest.channels) for path in paths]
-    return torch.stack(images)
+    kind = {"image_size": manifest.image_size, "channels": manifest.channels}
+    return torch.stack([read_image(folder.root / sample["path"], **kind) for sample in samples])
 
 
 def _source_caption(source: Mapping[str, Any], train: ImageSet) -> str:

@@ -87,19 +87,18 @@ def picture_of_figure(figure: Figure, *, alt: str, caption: str) -> Picture:
     """Embed a matplotlib figure as PNG."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_SHARPNESS * _CSS_PIXELS_PER_INCH)
-    width = round(figure.get_figwidth() * _CSS_PIXELS_PER_INCH)
-    return Picture(_png_uri(file.getvalue()), alt, caption, width)
+    return Picture(_png_uri(file), alt, caption, round(figure.get_figwidth() * _CSS_PIXELS_PER_INCH))
 
 
 def picture_of_image(image: Image.Image, *, alt: str, caption: str) -> Picture:
     """Embed a PIL image as PNG, one pixel to a CSS pixel."""
     file = io.BytesIO()
     image.save(file, format="PNG")
-    return Picture(_png_uri(file.getvalue()), alt, caption, image.width)
+    return Picture(_png_uri(file), alt, caption, image.width)
 
 
-def _png_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(png).decode('ascii')}"
+def _png_uri(file: io.BytesIO) -> str:
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from provgen.errors import InputError
-from provgen.metrics.distances import (
+from provgen.metrics.set_measures import (
     effective_number,
     frechet_distance,
     kernel_distance,
@@ -172,7 +172,7 @@ def test_chunks_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     sets = [torch.randn(70, 4, generator=generator), torch.randn(50, 4, generator=generator)]
     whole = precision_recall(*sets)
-    monkeypatch.setattr("provgen.metrics.distances.CHUNK", 13)
+    monkeypatch.setattr("provgen.metrics.set_measures.CHUNK", 13)
     assert precision_recall(*sets) == whole
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
-from provgen.studies.paper.table import write_parquet
+from provgen.studies.paper.table import write_rows
 
 SMALL = """
 title: Small
@@ -104,7 +104,7 @@ def test_tables_are_made_again_from_what_is_kept(run_recipe, tmp_path):
         for mix in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
         for seed in range(3)
     ]
-    write_parquet(folder / "table.parquet", rows)
+    write_rows(folder / "table.parquet", rows)
     before = (folder / "table.parquet").read_bytes()
     assert run_recipe("paper", "--tables", tmp_path / "kept") == 0
     assert {path.name for path in folder.iterdir()} == TABLES
@@ -116,7 +116,7 @@ def test_tables_are_made_again_from_what_is_kept(run_recipe, tmp_path):
 
 def test_a_kept_table_of_another_experiment_is_refused(run_recipe, capsys, tmp_path):
     (tmp_path / "vae").mkdir()
-    write_parquet(tmp_path / "vae" / "table.parquet", [{"variant": "a", "seed": 0}])
+    write_rows(tmp_path / "vae" / "table.parquet", [{"variant": "a", "seed": 0}])
     assert run_recipe("paper", "--tables", tmp_path) == 2
     assert "has no column generator.kl_weight" in capsys.readouterr().err
     (tmp_path / "vae").rename(tmp_path / "beta")

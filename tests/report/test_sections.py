@@ -10,8 +10,7 @@ from PIL import Image
 from provgen.metrics.set_measures import SetMeasure
 from provgen.metrics.statistics import Estimate
 from provgen.metrics.verdicts import KINDS, Evidence, Limits, Verdict
-from provgen.report.sections.generalization import generalization_section, loss_ratios, plot_by_level
-from provgen.report.sections.provenance import index_section
+from provgen.report.sections.networks import generalization_section, index_section, loss_ratios, plot_by_level
 from provgen.report.sections.samples import agreement_section
 from provgen.report.sections.sets import READ, memorization_section, plot_set_measures, sets_section
 from provgen.report.sections.verdicts import (
@@ -34,7 +33,7 @@ DIVERGENCE = {100: torch.tensor([1.0, 3.0]), 700: torch.tensor([0.0, 0.0])}
 
 
 def test_losses_and_divergence_are_metrics():
-    section, metrics = generalization_section("diffusion", TRAIN, HOLDOUT, DIVERGENCE)
+    section, metrics = generalization_section("denoising_loss", "Loss", TRAIN, HOLDOUT, DIVERGENCE)
     assert {metric.name: metric.value for metric in metrics}.items() >= {
         "train_denoising_loss": 1.5,
         "holdout_denoising_loss": 3,
@@ -48,9 +47,9 @@ def test_losses_and_divergence_are_metrics():
     assert {row[0]: row[1].split()[0] for row in section.table.rows}["held-out"] == "3.000"
 
 
-@pytest.mark.parametrize("kind", ["vae", "none"])
-def test_generators_without_noise_levels_have_no_figure(kind):
-    section, metrics = generalization_section(kind, TRAIN, HOLDOUT, None)
+@pytest.mark.parametrize("name", ["autoencoder_loss", "class_loss"])
+def test_generators_without_noise_levels_have_no_figure(name):
+    section, metrics = generalization_section(name, "Loss", TRAIN, HOLDOUT, None)
     assert not section.figures
     assert any(metric.name.endswith("_ratio") for metric in metrics)
     assert not any("noise" in metric.name for metric in metrics)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from provgen.tracing.noisy_queries import NoisyQueries
 
 from provgen.data.images import to_unit_range
 from provgen.studies.faithfulness.attributor import Queries
@@ -16,6 +15,7 @@ from provgen.studies.faithfulness.baselines import (
     RandomScores,
     SameClass,
 )
+from provgen.tracing.trace import NoisyImages
 
 METHODS = {
     "random": lambda: RandomScores(seed=3),
@@ -32,7 +32,7 @@ def train(random_images):
 
 
 def queries_of(images, labels) -> Queries:
-    none = NoisyQueries(images=images[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.zeros(1))
+    none = NoisyImages(images=images[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bars=torch.zeros(1))
     return Queries(images=images, class_labels=torch.tensor(labels), noisy=none)
 
 

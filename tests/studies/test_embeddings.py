@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.noisy_queries import NoisyQueries
 
 from provgen.data.images import to_unit_range
 from provgen.data.random import seeded_generator
+from provgen.generators.diffusion import DiffusionGenerator
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler, record_feature_maps
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.baselines import EmbeddingCosine
+from provgen.tracing.trace import NoisyImages
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ def denoiser(train, tiny_networks):
 
 
 def queries_of(images):
-    none = NoisyQueries(images=images[None], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.ones(1))
+    none = NoisyImages(images=images[None], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bars=torch.ones(1))
     return Queries(images=images, class_labels=torch.zeros(len(images), dtype=torch.int64), noisy=none)
 
 
 @torch.no_grad()
 def test_by_hand(train, denoiser):
     scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
-    method = EmbeddingCosine(DiffusionTracer(denoiser, None, scheduler).encode, torch.device("cpu"))
+    method = EmbeddingCosine(DiffusionGenerator(network=denoiser, scheduler=scheduler).encode, torch.device("cpu"))
     method.fit(train)
     pixels = to_unit_range(train.images)
     found = method.attribute(queries_of(pixels[[4, 1]])).values[0]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from provgen.tracing.noisy_queries import NoisyQueries
 
 from provgen.data.images import to_unit_range
 from provgen.data.random import seeded_generator
@@ -21,6 +20,7 @@ from provgen.studies.faithfulness.gradients import (
     Ridge,
     Trak,
 )
+from provgen.tracing.trace import NoisyImages
 
 SCHEDULER = make_training_scheduler("linear")
 
@@ -105,8 +105,8 @@ def features(denoiser, tmp_path):
 
 @pytest.fixture
 def queries(pixels):
-    nothing = NoisyQueries(
-        images=pixels[None, :4], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.ones(1)
+    nothing = NoisyImages(
+        images=pixels[None, :4], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bars=torch.ones(1)
     )
     return Queries(images=pixels[:4].flip(3), class_labels=torch.tensor([0, 1, 2, 3]), noisy=nothing)
 
@@ -246,8 +246,8 @@ def test_trak_agrees_with_dattri(random_images, tmp_path):
 
     method = Trak(GradientFeatures(gradients, tmp_path, proj_dim=None))
     method.fit(narrow)
-    queries = Queries(images=pixels, class_labels=narrow.labels, noisy=NoisyQueries(
-        images=pixels[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bar=torch.ones(1)
+    queries = Queries(images=pixels, class_labels=narrow.labels, noisy=NoisyImages(
+        images=pixels[None, :0], timesteps=torch.zeros(1, dtype=torch.int64), alpha_bars=torch.ones(1)
     ))  # fmt: skip
     ours = method.attribute(queries).under(Ridge(1e-6))
     scale = (ours * theirs).sum() / theirs.square().sum()

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from provgen.tracing.noisy_queries import NoisyQueries
 
 from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kernel, kernel_matrix
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.credit import CalibratedTrace, VarianceAttributor, pixel_features
 from provgen.tracing import gaussian_process
 from provgen.tracing.gaussian_process import EVERYTHING, PIXELS, FeatureParts, FittedKernel, feature_scale
+from provgen.tracing.trace import NoisyImages
 
 NULL = 3
 
@@ -150,7 +150,7 @@ def test_the_head_is_saved_and_loaded(points, labels, tmp_path):
 def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_images):
     train, some = random_images(15, num_classes=NULL), random_images(4, num_classes=NULL, seed=2)
     images = some.images.float() / 127.5 - 1
-    noisy = NoisyQueries(images=images[None], timesteps=torch.zeros(1).long(), alpha_bar=torch.ones(1))
+    noisy = NoisyImages(images=images[None], timesteps=torch.zeros(1).long(), alpha_bars=torch.ones(1))
     queries = Queries(images=images, class_labels=some.labels, noisy=noisy)
     method = VarianceAttributor(pixel_features)
     method.fit(train)

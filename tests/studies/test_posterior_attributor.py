@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from provgen.tracing.diffusion_tracer import DiffusionTracer
-from provgen.tracing.tracer import Request
 
+from provgen.generators.diffusion import DiffusionGenerator
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.posteriors import (
@@ -17,8 +16,9 @@ from provgen.studies.faithfulness.posteriors import (
     closed_form_steps,
     network_steps,
 )
+from provgen.tracing.trace import Levels, MeanPosterior, Recorder, ask_closed_form, ask_network, trace
 
-NULL = 3
+NULL, STEPS = 3, 20
 UNCONDITIONAL = replace(DEFAULT, is_conditional=False)
 LABELS = torch.tensor([0, 2, NULL])
 
@@ -29,41 +29,48 @@ def images(random_images):
 
 
 @pytest.fixture(scope="module")
-def tracer(images, tiny_networks):
+def networks(images, tiny_networks):
+    return tiny_networks(images)
+
+
+@pytest.fixture(scope="module")
+def generator(networks):
     scheduler = make_sampling_scheduler(make_training_scheduler("linear"))
-    denoiser, provenance = tiny_networks(images)
-    return DiffusionTracer(denoiser, provenance, scheduler)
+    return DiffusionGenerator(network=networks[0], scheduler=scheduler)
 
 
-def request(closed_form=None) -> Request:
-    return Request(
-        class_labels=LABELS,
-        null_label=NULL,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
-        num_inference_steps=20,
-        trace_every=1,
-        guidance_scale=1.0,
-        is_traced=True,
-        closed_form=closed_form,
-        progress_bar=lambda steps: steps,
-    )
+def sampled(generator, *looks):
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    steps = generator.sample(LABELS, null_label=NULL, generator=seeds, num_inference_steps=STEPS, guidance_scale=1.0)
+    return trace(steps, *looks).images
+
+
+def noised(generator, images, *looks):
+    trace(generator.renoise(images, LABELS, num_inference_steps=STEPS, seed=5), *looks)
 
 
 @pytest.fixture(scope="module")
-def queries(tracer):
-    with torch.no_grad():
-        clean, trajectory = tracer.sampled(request())
-        noisy = tracer.noised(clean, num_inference_steps=20, seed=5)
-    return Queries(images=clean, class_labels=LABELS, noisy=noisy, trajectory=trajectory)
+def queries(generator):
+    trajectory, noisy = Recorder(), Recorder()
+    clean = sampled(generator, trajectory)
+    noised(generator, clean, noisy)
+    return Queries(images=clean, class_labels=LABELS, noisy=noisy.noisy_images(), trajectory=trajectory.noisy_images())
 
 
 @pytest.fixture(scope="module")
-def posteriors(tracer, images, closed_form_of):
+def posteriors(networks, images, closed_form_of):
     closed_form = closed_form_of(images, torch.float32)
     return {
-        "network": lambda _: network_steps(tracer.unet, tracer.provenance),
+        "network": lambda _: network_steps(*networks),
         "closed form": lambda _: closed_form_steps(closed_form),
     }
+
+
+@pytest.fixture(scope="module")
+def asks(networks, images, closed_form_of):
+    """How traces ask the same two."""
+    closed_form = closed_form_of(images, torch.float32)
+    return {"network": ask_network(networks[1]), "closed form": ask_closed_form(closed_form)}
 
 
 def attributed(make_posterior, images, queries, along):
@@ -73,33 +80,33 @@ def attributed(make_posterior, images, queries, along):
 
 
 @torch.no_grad()
-def test_what_is_recorded_is_what_is_generated(tracer, queries):
-    made = tracer.generate(request())
-    assert torch.equal(queries.images, made.images)
-    assert len(queries.trajectory.images) == len(queries.noisy.images) == len(queries.trajectory.alpha_bar)
-    assert (queries.trajectory.alpha_bar.diff() > 0).all()
-    level = queries.noisy.alpha_bar[:, None, None, None, None]
-    noise = (queries.noisy.images - level.sqrt() * queries.images) / (1 - level).sqrt()
+def test_what_is_recorded_is_what_is_generated(generator, queries):
+    assert torch.equal(queries.images, sampled(generator))
+    trajectory, noisy = queries.trajectory, queries.noisy
+    assert len(trajectory.images) == len(noisy.images) == len(trajectory.alpha_bars)
+    assert (trajectory.alpha_bars.diff() > 0).all()
+    level = noisy.alpha_bars[:, None, None, None, None]
+    noise = (noisy.images - level.sqrt() * queries.images) / (1 - level).sqrt()
     torch.testing.assert_close(noise[:, :1].expand_as(noise), noise, atol=1e-4, rtol=0)  # the same for every query
     assert noise[:, 0].std() == pytest.approx(1, abs=0.1)
 
 
 @torch.no_grad()
-def test_along_the_trajectory_the_default_is_the_trace(tracer, images, queries, posteriors, closed_form_of):
-    made = tracer.generate(request(closed_form_of(images, torch.float32)))
-    for name, trace in (("network", made.trace), ("closed form", made.closed_trace)):
-        scores = attributed(posteriors[name], images, queries, "trajectory")
-        torch.testing.assert_close(scores.under(DEFAULT), trace.posterior(), atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("name", ["network", "closed form"])
+def test_along_the_trajectory_the_default_is_the_trace(name, generator, images, queries, posteriors, asks):
+    look = MeanPosterior(asks[name], Levels.of(generator, STEPS, 1))
+    sampled(generator, look)
+    scores = attributed(posteriors[name], images, queries, "trajectory")
+    torch.testing.assert_close(scores.under(DEFAULT), look.posterior(), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_noised_again_the_default_is_the_trace_of_an_outside_image(tracer, images, queries, posteriors, closed_form_of):
-    asked = {"num_inference_steps": 20, "trace_every": 1, "seed": 5}
-    closed_form = closed_form_of(images, torch.float32)
-    for name, posterior in (("network", None), ("closed form", closed_form)):
-        trace = tracer.trace(queries.images, LABELS, closed_form=posterior, **asked)
-        scores = attributed(posteriors[name], images, queries, "noised")
-        torch.testing.assert_close(scores.under(DEFAULT), trace.posterior(), atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("name", ["network", "closed form"])
+def test_noised_again_the_default_is_the_trace_of_an_outside_image(name, generator, images, queries, posteriors, asks):
+    look = MeanPosterior(asks[name], Levels.of(generator, STEPS, 1), only_window=True)
+    noised(generator, queries.images, look)
+    scores = attributed(posteriors[name], images, queries, "noised")
+    torch.testing.assert_close(scores.under(DEFAULT), look.posterior(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_class_excludes_others_unless_it_is_not_known(images, queries, posteriors):

@@ -13,7 +13,7 @@ from provgen.metrics.agreement import agreement, mismatched
 from provgen.metrics.statistics import Estimate
 from provgen.report.figures import plot_entropy
 from provgen.report.format import Metric, interval
-from provgen.report.html import Section, Table, picture_of_figure, picture_of_image
+from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
 from provgen.report.sections import Part
 from provgen.tracing.records import group_traces
 
@@ -23,14 +23,9 @@ Rows = Sequence[Mapping[str, Any]]
 def samples_section(
     grid: Image.Image, shown: int, total: int, *, is_trajectory: bool, calibration_subsets: int
 ) -> Part:
-    """Show the grid of samples and sources.
+    """Show the grid (`report.grid`) of the first `shown` of `total` samples and their sources.
 
-    Args:
-        grid: Picture of the first samples with their sources (`report.grid`).
-        shown: Number of samples in it.
-        total: Number of samples that there are.
-        is_trajectory: Whether they were traced along their sampling.
-        calibration_subsets: Number of subset models that weights were calibrated on; 0 without a calibration.
+    Weights were calibrated on `calibration_subsets` subset models; 0 without a calibration.
     """
     picture = picture_of_image(
         grid,
@@ -49,16 +44,12 @@ def samples_section(
 
 def entropy_section(samples: Rows) -> Part:
     """Show how the posterior narrows along the sampling trajectories of samples, rows of `samples/`."""
-    closed_form = None
+    alpha_bar = torch.tensor(samples[0]["step_alpha_bar"])
+    entropies, closed_form = torch.tensor([sample["step_entropy"] for sample in samples]), None
     if samples[0]["closed_form_step_entropy"] is not None:
         closed_form = torch.tensor([sample["closed_form_step_entropy"] for sample in samples])
-    figure = plot_entropy(
-        torch.tensor(samples[0]["step_alpha_bar"]),
-        torch.tensor([sample["step_entropy"] for sample in samples]),
-        closed_form,
-    )
     picture = picture_of_figure(
-        figure,
+        plot_entropy(alpha_bar, entropies, closed_form),
         alt="Entropy of the posterior over training images against alpha_bar along sampling",
         caption="Line: median over samples; band: 10 to 90 %. Near alpha_bar = 1 the closed form is a "
         "nearest-neighbour look-up of the finished image, whatever it came from. Where the line falls says when "
@@ -76,45 +67,34 @@ def entropy_section(samples: Rows) -> Part:
 def agreement_section(samples: Rows, traces: Rows, closed_form_traces: Rows, num_train: int) -> Part:
     """Compare the network's sources with the closed form's for the same trajectories.
 
-    Args:
-        samples: Rows of `samples/`.
-        traces: Rows of `traces/`, by sample and rank.
-        closed_form_traces: The same of the closed form.
-        num_train: Number of training images.
+    Rows are those of `samples/` and of `traces/`, the latter by sample and rank.
     """
-    both = (traces, closed_form_traces)
-    width = max(len(sources) for traced in both for sources in group_traces(traced).values())
+    width = max(len(sources) for rows in (traces, closed_form_traces) for sources in group_traces(rows).values())
     network, closed_form = _sources(traces, width, missing=-1), _sources(closed_form_traces, width, missing=-2)
     labels = torch.tensor([-1 if sample["class_label"] is None else sample["class_label"] for sample in samples])
-    same, others = agreement(network, closed_form), mismatched(labels)
-    baseline = agreement(network[others[0]], closed_form[others[1]]) if len(others[0]) else None
-    shown: list[tuple[str, str, Estimate, Estimate | None]] = [
-        ("agreement_top1", "same first source", same.top1, baseline.top1 if baseline else None),
-        (
-            f"agreement_top{width}_overlap",
-            f"share of {width} sources named by both",
-            same.overlap,
-            baseline.overlap if baseline else None,
-        ),
-    ]
-    metrics = [
-        Metric.from_estimate(name, estimate, "learned provenance", baseline=other.value if other else None, ceiling=1.0)
-        for name, _, estimate, other in shown
-    ]
-    section = Section(
-        "Network and closed form",
-        "The closed form is the exact posterior over the training images; it needs all of "
-        "them at hand. It is a statement about the data's geometry, not about cause.",
-        table=Table(
-            ["agreement", "same sample", "another sample of the class", "ceiling"],
-            [
-                [title, interval(estimate), interval(other) if other else None, 1.0]
-                for _, title, estimate, other in shown
-            ],
-            f"95 % intervals in brackets, {len(network)} samples, {num_train} training images.",
-        ),
+    same, (those, partners) = agreement(network, closed_form), mismatched(labels)
+    baseline = agreement(network[those], closed_form[partners]) if len(those) else None
+    metrics: list[Metric] = []
+    rows: list[list[TableCell]] = []
+    for measure, name, title in (
+        ("top1", "top1", "same first source"),
+        ("overlap", f"top{width}_overlap", f"share of {width} sources named by both"),
+    ):
+        estimate: Estimate = getattr(same, measure)
+        other: Estimate | None = getattr(baseline, measure, None)
+        chance, key = None if other is None else other.value, f"agreement_{name}"
+        metrics.append(Metric.from_estimate(key, estimate, "learned provenance", baseline=chance, ceiling=1.0))
+        rows.append([title, interval(estimate), None if other is None else interval(other), 1.0])
+    text = (
+        "The closed form is the exact posterior over the training images; it needs all of them at hand. It is a "
+        "statement about the data's geometry, not about cause."
     )
-    return section, metrics
+    table = Table(
+        ["agreement", "same sample", "another sample of the class", "ceiling"],
+        rows,
+        f"95 % intervals in brackets, {len(network)} samples, {num_train} training images.",
+    )
+    return Section("Network and closed form", text, table=table), metrics
 
 
 def _sources(traces: Rows, width: int, *, missing: int) -> Tensor:

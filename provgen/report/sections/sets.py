@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from provgen.metrics.copying import distance_ratio, share_memorized
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.metrics.set_measures import SetMeasure
-from provgen.metrics.statistics import Estimate
-from provgen.report.figures import BLUE, GREEN, INK, VERMILION, plot_ratio_histogram
+from provgen.report.figures import (
+    BLUE,
+    GREEN,
+    VERMILION,
+    draw_intervals,
+    label_small,
+    panel_figure,
+    plot_ratio_histogram,
+)
 from provgen.report.format import Metric, interval
 from provgen.report.html import Section, Table, TableCell, picture_of_figure
 from provgen.report.sections import Part
@@ -29,10 +35,7 @@ READ = {
     "recall": ("recall", "held-out images among generated ones"),
     "density": ("density", "how thickly: 1 where both are alike"),
     "coverage": ("coverage", "held-out images with a generated one near"),
-    "frechet_distance": (
-        "Frechet distance",
-        "of means and covariances to held-out images, on these features",
-    ),
+    "frechet_distance": ("Frechet distance", "of means and covariances to held-out images, on these features"),
     "kernel_distance": ("kernel distance", "to held-out images, unbiased: 0 where both are alike"),
     "vendi_score": ("Vendi score", "effective number of different images"),
 }
@@ -63,18 +66,13 @@ def memorization_section(generated: Tensor, holdout: Tensor, copies: Tensor, tra
         baseline=shares["held-out"].value if "held-out" in shares else None,
         ceiling=shares["copied"].value,
     )
-    section = Section(
-        "Is it copying?",
+    text = (
         "The 1/3 rule of Yoon et al. (2023) on raw pixels. Held-out images show what a perfect generator would "
-        "score, exact copies of training images what a pure copier would.",
-        [picture],
-        Table(
-            ["images", "share memorized", "n"],
-            [[name, interval(share), share.n] for name, share in shares.items()],
-            "Clopper-Pearson 95 % intervals in brackets.",
-        ),
+        "score, exact copies of training images what a pure copier would."
     )
-    return section, [metric]
+    rows: list[list[TableCell]] = [[name, interval(share), share.n] for name, share in shares.items()]
+    table = Table(["images", "share memorized", "n"], rows, "Clopper-Pearson 95 % intervals in brackets.")
+    return Section("Is it copying?", text, [picture], table), [metric]
 
 
 def sets_section(measures: Mapping[str, SetMeasure], features: str) -> Part:
@@ -91,51 +89,36 @@ def sets_section(measures: Mapping[str, SetMeasure], features: str) -> Part:
         if name != "share_memorized"
     ]
     count = measures["share_memorized"].generated.n
-    named = {"pixels": "raw pixels", "own": "the generator's last encoder stage"}.get(
-        features, f"features of {features}"
+    titles = {"pixels": "raw pixels", "own": "the generator's last encoder stage"}
+    text = (
+        "No number of this kind means anything alone. Each is measured three times in the same way, on "
+        f"{titles.get(features, f'features of {features}')}: for {count} generated images, for {count} held-out images "
+        f"as if they had been generated, which is what a perfect generator would score, and for {count} training "
+        f"images, which is what a copier would score. The reference is another {count} held-out images."
     )
-    section = Section(
-        "Does the whole set look copied, or made up?",
-        f"No number of this kind means anything alone. Each is measured three times in the same way, on {named}: for "
-        f"{count} generated images, for {count} held-out images as if they had been generated, which is what a perfect "
-        f"generator would score, and for {count} training images, which is what a copier would score. The reference is "
-        f"another {count} held-out images.",
-        [
-            picture_of_figure(
-                plot_set_measures(measures),
-                alt="Every measure of generated images beside held-out images and training images, with intervals",
-                caption="Blue near green: like a perfect generator. Blue near red: like a copier. 95 % intervals.",
-            )
-        ],
-        Table(
-            ["measure", *(title for title, _ in COLUMNS.values()), "what it counts"],
-            rows,
-            "95 % intervals in brackets: Clopper-Pearson for shares, bootstrap for C_T and density, jackknife for "
-            "distances and Vendi score. docs/reference/metrics.md has definitions and sources.",
-        ),
+    picture = picture_of_figure(
+        plot_set_measures(measures),
+        alt="Every measure of generated images beside held-out images and training images, with intervals",
+        caption="Blue near green: like a perfect generator. Blue near red: like a copier. 95 % intervals.",
     )
-    return section, metrics
+    note = (
+        "95 % intervals in brackets: Clopper-Pearson for shares, bootstrap for C_T and density, jackknife for "
+        "distances and Vendi score. docs/reference/metrics.md has definitions and sources."
+    )
+    table = Table(["measure", *(title for title, _ in COLUMNS.values()), "what it counts"], rows, note)
+    return Section("Does the whole set look copied, or made up?", text, [picture], table), metrics
 
 
 def plot_set_measures(measures: Mapping[str, SetMeasure]) -> Figure:
     """Plot a panel for every measure, the three sets beside each other."""
     height = -(-len(measures) // PANELS_IN_A_ROW)
-    figure = Figure(figsize=(9.0, 1.6 * height), layout="constrained")
-    panels = figure.subplots(height, PANELS_IN_A_ROW, squeeze=False).flatten()
+    figure, panels = panel_figure(9.0, 1.6 * height, PANELS_IN_A_ROW, height)
     for axes, (name, measure) in zip(panels, measures.items(), strict=False):
-        _plot_measure(axes, READ[name][0], measure)
+        for place, (column, (_, color)) in enumerate(COLUMNS.items()):
+            draw_intervals(axes, [place], [getattr(measure, column)], color=color, marker="o", capsize=3)
+        label_small(axes, READ[name][0])
+        axes.set_xticks(range(len(COLUMNS)), [title for title, _ in COLUMNS.values()])
+        axes.margins(x=0.3, y=0.2)
     for axes in panels[len(measures) :]:
         axes.set_axis_off()
     return figure
-
-
-def _plot_measure(axes: Axes, title: str, measure: SetMeasure) -> None:
-    for number, (column, (name, color)) in enumerate(COLUMNS.items()):
-        estimate: Estimate = getattr(measure, column)
-        ends = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
-        axes.errorbar([number], [estimate.value], yerr=ends, color=color, marker="o", capsize=3, label=name)
-    axes.set_title(title, fontsize=9, color=INK)
-    axes.set_xticks(range(len(COLUMNS)), [name for name, _ in COLUMNS.values()], fontsize=7)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.margins(x=0.3, y=0.2)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from PIL import Image
 
 from provgen.metrics.copying import MEMORIZED
 from provgen.metrics.statistics import Estimate, proportion
 from provgen.metrics.verdicts import FEW, KINDS, Evidence, Limits, Verdict
-from provgen.report.figures import BLUE, GREEN, INK, VERMILION
+from provgen.report.figures import BLUE, DOTTED, GREEN, INK, VERMILION, label_small, panel_figure
 from provgen.report.format import Metric, interval
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
 from provgen.report.sections import Part
-from provgen.run import atomic_path
+from provgen.run import write_parquet
 
 PANELS = {
     "ratio": "nearest / second nearest",
@@ -54,13 +53,9 @@ def verdicts_section(
     limits: Limits,
     gallery: Image.Image,
 ) -> Part:
-    """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`.
+    """Show the verdicts on three sets of images, `generated`, `held-out` and `copies`, with the evidence they rest on.
 
-    Args:
-        judged: Verdicts by set.
-        evidence: Evidence that they rest on, by set.
-        limits: Limits that held-out images hardly ever go beyond.
-        gallery: Picture of the samples of `gallery_rows`, with their sources.
+    The gallery shows the samples of `gallery_rows` with their sources.
     """
     shares = {name: _shares(verdicts) for name, verdicts in judged.items()}
     rows: list[list[TableCell]] = [
@@ -77,31 +72,30 @@ def verdicts_section(
         for kind in KINDS
     ]
     counts = ", ".join(f"{len(verdicts)} {name}" for name, verdicts in judged.items())
-    section = Section(
-        "What is each sample?",
+    text = (
         "Every image gets the first verdict that applies; verdicts.parquet has the reasons. Thresholds are read off "
         "other held-out images, so that those shown tell how often a verdict is wrong. All were traced as images from "
-        f"outside, told no class ({counts}).",
-        [
-            picture_of_figure(
-                plot_verdicts(judged),
-                alt="Shares of verdicts among generated images, held-out images and training images",
-                caption="Held-out images should be novel or blends, training images copies.",
-            ),
-            picture_of_image(
-                gallery,
-                alt="Samples of each verdict with their sources",
-                caption=f"The first {GALLERY} samples of each verdict with the sources of their own traces.",
-            ),
-            picture_of_figure(
-                plot_evidence(evidence, limits),
-                alt="Distributions of all evidence for generated images, held-out images and training images",
-                caption="What the verdicts rest on; dotted: their limits.",
-            ),
-        ],
-        Table(["verdict", *judged, "rule"], rows, "Clopper-Pearson 95 % intervals in brackets."),
+        f"outside, told no class ({counts})."
     )
-    return section, metrics
+    pictures = [
+        picture_of_figure(
+            plot_verdicts(judged),
+            alt="Shares of verdicts among generated images, held-out images and training images",
+            caption="Held-out images should be novel or blends, training images copies.",
+        ),
+        picture_of_image(
+            gallery,
+            alt="Samples of each verdict with their sources",
+            caption=f"The first {GALLERY} samples of each verdict with the sources of their own traces.",
+        ),
+        picture_of_figure(
+            plot_evidence(evidence, limits),
+            alt="Distributions of all evidence for generated images, held-out images and training images",
+            caption="What the verdicts rest on; dotted: their limits.",
+        ),
+    ]
+    table = Table(["verdict", *judged, "rule"], rows, "Clopper-Pearson 95 % intervals in brackets.")
+    return Section("What is each sample?", text, pictures, table), metrics
 
 
 def gallery_rows(verdicts: Sequence[Verdict]) -> list[int]:
@@ -112,8 +106,7 @@ def gallery_rows(verdicts: Sequence[Verdict]) -> list[int]:
 
 def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
     """Plot a bar for every set of images, divided by verdict."""
-    figure = Figure(figsize=(8.0, 0.55 * len(judged) + 1.0), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panel_figure(8.0, 0.55 * len(judged) + 1.0)
     for bar, verdicts in enumerate(judged.values()):
         left = 0.0
         for kind, share in _shares(verdicts).items():
@@ -131,12 +124,7 @@ def plot_verdicts(judged: Mapping[str, Sequence[Verdict]]) -> Figure:
 
 
 def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
-    """Plot a panel for every kind of evidence: the share of images below each value, and the verdicts' limits.
-
-    Args:
-        evidence: Evidence by set: generated, held-out, copies.
-        limits: Limits that are drawn dotted, beside those that are fixed.
-    """
+    """Plot a panel for every kind of evidence by set: the share of images below each value, and dotted the limits."""
     bounds = {
         "ratio": [MEMORIZED],
         "calibrated": [limits.calibrated],
@@ -144,21 +132,19 @@ def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
         "of_class": [limits.of_class],
         "sources": [FEW, limits.sources],
     }
-    figure = Figure(figsize=(9.0, 5.4), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(3, 3).flatten(), PANELS.items(), strict=True):
+    figure, panels = panel_figure(9.0, 5.4, 3, 3)
+    for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
         for color, (label, of_set) in zip(SET_COLORS, evidence.items(), strict=True):
             values = getattr(of_set, name).double()
             values = values[values.isfinite()]
             if len(values):
                 axes.ecdf(values.numpy(), color=color, label=label)
         for bound in bounds.get(name, ()):
-            axes.axvline(bound, color=INK, linewidth=0.8, linestyle=":")
+            axes.axvline(bound, **DOTTED)
         if name == "sources":
             axes.set_xscale("log")
-        axes.set_title(title, fontsize=9, color=INK)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+        label_small(axes, title)
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(SET_COLORS), frameon=False, fontsize=8)
     figure.supylabel("share of images below", fontsize=8)
     return figure
@@ -168,18 +154,14 @@ def write_verdicts(
     path: Path, evidence: Evidence, verdicts: Sequence[Verdict], commitment_steps: Sequence[int | None]
 ) -> None:
     """Write a row for every sample: verdict, reason and evidence; the commitment step is of its own trajectory."""
-    columns = {name: values.double().tolist() for name, values in vars(evidence).items()}
-    table = pa.table(
-        {
-            "sample": list(range(len(verdicts))),
-            "verdict": [verdict.kind for verdict in verdicts],
-            "reason": [verdict.reason for verdict in verdicts],
-            **columns,
-            "commitment_step": pa.array(commitment_steps, pa.int64()),
-        }
-    ).replace_schema_metadata({"schema_version": "1"})
-    with atomic_path(path) as partial:
-        pq.write_table(table, partial)
+    columns = {
+        "sample": list(range(len(verdicts))),
+        "verdict": [verdict.kind for verdict in verdicts],
+        "reason": [verdict.reason for verdict in verdicts],
+        **{name: values.double().tolist() for name, values in vars(evidence).items()},
+        "commitment_step": pa.array(commitment_steps, pa.int64()),
+    }
+    write_parquet(path, pa.table(columns), version=1)
 
 
 def _shares(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:

@@ -18,6 +18,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.manifest import Manifest
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
+from provgen.generators.losses import generator_losses
 from provgen.pipeline import ProvenancePipeline
 from provgen.run import atomic_path, claim_folder
 from provgen.settings import Settings, flat_settings
@@ -216,7 +217,9 @@ def query_losses(
     losses = {}
     for kind, images in queries.items():
         image_set = _as_image_set(images, train)
-        by_draw = evaluation.losses_by_draw(network, settings, image_set, draws=LEVELS * DRAWS_PER_LEVEL)
+        by_draw = generator_losses(
+            build.make_generator(settings, image_set, network), image_set, draws=LEVELS * DRAWS_PER_LEVEL, seed=0
+        )
         by_level = by_draw.unflatten(1, (LEVELS, DRAWS_PER_LEVEL)).mean(dim=2)
         losses[kind] = by_level.double().mean(dim=1).cpu()
     return losses

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from provgen.metrics.copying import MEMORIZED, share_memorized
-from provgen.metrics.statistics import (
-    Estimate,
-    auroc,
-    mean_estimate,
-    mean_over_seeds,
-    ratio_estimate,
-    stratified_auroc,
-)
+from provgen.metrics.statistics import Estimate, auroc, mean_estimate, mean_over_seeds, ratio_estimate, stratified_auroc
 
 
 def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor) -> Estimate:
@@ -26,11 +19,7 @@ def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor) -> Est
 
     Kadkhodaie et al. 2024 (arXiv 2310.02557). It is 1 minus the distance of the two images of the same noise, in units
     of the mean distance of images of different noises of the same class: 1 for equal images, 0 for no more than that.
-
-    Args:
-        first: Images of one generator, (query, feature).
-        second: Images of the other, of the same noises and classes in the same order.
-        class_labels: int64 (query,).
+    Images are (query, feature), of the same noises and classes in the same order; labels are int64 (query,).
     """
     distances = torch.cdist(first.double(), second.double(), compute_mode="donot_use_mm_for_euclid_dist")
     is_other = ~torch.eye(len(first), dtype=torch.bool)
@@ -40,12 +29,9 @@ def halves_agreement(first: Tensor, second: Tensor, class_labels: Tensor) -> Est
 
 
 def crossing(sizes: Sequence[float], values: Sequence[float], level: float) -> float | None:
-    """Give the size at which a curve first crosses a level, interpolated in the logarithm of the size; None if never.
+    """Give the size at which a curve first crosses a level, from either side; None if never.
 
-    Args:
-        sizes: Sizes in rising order, (size,).
-        values: Values of the curve, (size,).
-        level: Level that is crossed, from either side.
+    It is interpolated in the logarithm of the size. Sizes (size,) rise; values are (size,).
     """
     for (size, value), (next_size, next_value) in pairwise(zip(sizes, values, strict=True)):
         if value == level:
@@ -88,12 +74,9 @@ class SweepCurves:
 
 
 def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Measured]]) -> dict[str, Estimate]:
-    """Summarise the models of one size at one step.
+    """Summarise the models of one size at one step; `halves` are pairs of them that share no training image.
 
-    Args:
-        models: Models of one size. Intervals are over trainings if there are `FEWEST_MODELS`, and over samples and
-            images of these very models otherwise.
-        halves: Pairs that share no training image.
+    Intervals are over trainings if there are `FEWEST_MODELS`, else over samples and images of these very models.
     """
     point = {
         "share_memorized": _share_below([model["ratio"] for model in models]),
@@ -108,15 +91,11 @@ def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Mea
         if all(name in model for model in models):
             point[name] = _mean([model[name] for model in models])
     for name in ("commitment", "closed_form_commitment"):
-        if all(name in model for model in models) and (steps := _commitment_steps(models, name)):
-            point[name] = _mean(steps)
+        if all(name in model for model in models):
+            steps = [model[name][model[name] >= 0] for model in models]  # -1 for samples that never commit
+            if committed := [of_model for of_model in steps if len(of_model)]:
+                point[name] = _mean(committed)
     return point
-
-
-def _commitment_steps(models: Sequence[Measured], name: str) -> list[Tensor]:
-    """Give the steps (query,) of samples that commit, of each model that has such samples."""
-    steps = [model[name][model[name] >= 0] for model in models]
-    return [steps_of_model for steps_of_model in steps if len(steps_of_model)]
 
 
 def copy_prediction(models: Sequence[Measured], *, within: bool = False, pooled: bool = False) -> dict[str, Estimate]:
@@ -190,7 +169,12 @@ def _share_below(by_model: Sequence[Tensor]) -> Estimate:
         return pooled
     means = _mean([ratios < MEMORIZED for ratios in by_model])
     low, high = min(pooled.low, means.low), max(pooled.high, means.high)
-    return Estimate(means.value, max(0.0, low), min(1.0, high), means.n)
+    return _within_bounds(Estimate(means.value, low, high, means.n))
+
+
+def _within_bounds(share: Estimate) -> Estimate:
+    """Cut an interval to what a share or an AUROC can be."""
+    return Estimate(share.value, max(0.0, share.low), min(1.0, share.high), share.n)
 
 
 def _agreement(halves: Sequence[tuple[Measured, Measured]]) -> Estimate:
@@ -210,7 +194,7 @@ def _ratio(above: Sequence[Tensor], below: Sequence[Tensor]) -> Estimate:
     if len(above) >= FEWEST_MODELS:
         return mean_over_seeds([float(a.mean() / b.mean()) for a, b in zip(above, below, strict=True)])
     # Held-out images are the same for all models, training images are not.
-    return ratio_estimate(torch.stack(list(above)).mean(dim=0), torch.cat(list(below)), seed=0)
+    return ratio_estimate(torch.stack(list(above)).mean(dim=0), torch.cat(list(below)))
 
 
 def _auroc(models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool, resamples: int) -> Estimate | None:
@@ -225,8 +209,7 @@ def _auroc(models: Sequence[Measured], scores: Sequence[Tensor], *, within: bool
     values = [estimate.value for estimate in each if estimate is not None]
     if len(values) < FEWEST_MODELS:
         return _pooled_auroc(models, scores, within=within, resamples=resamples)
-    over = mean_over_seeds(values)
-    return Estimate(over.value, max(0.0, over.low), min(1.0, over.high), over.n)
+    return _within_bounds(mean_over_seeds(values))
 
 
 def _pooled_auroc(
@@ -236,7 +219,7 @@ def _pooled_auroc(
     if min(int(is_copy.sum()), int((~is_copy).sum())) < FEWEST:
         return None
     if within:
-        return stratified_auroc(pooled, is_copy, _strata(models), seed=0, resamples=resamples)
+        return stratified_auroc(pooled, is_copy, _strata(models), resamples=resamples)
     return auroc(pooled[is_copy], pooled[~is_copy], seed=0, resamples=resamples)
 
 

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from provgen.metrics.statistics import Estimate
-from provgen.report.figures import BLUE, GREEN, INK, label_axes
+from provgen.report.figures import (
+    ALPHA_BAR,
+    BLUE,
+    DOTTED,
+    GREEN,
+    INK,
+    draw_band,
+    draw_intervals,
+    label_axes,
+    panel_figure,
+)
 from provgen.report.format import interval, markdown_table
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, render_report
-from provgen.run import atomic_path
+from provgen.run import atomic_path, write_parquet
 from provgen.studies.memorization.curves import SweepCurves, crossing
 
 ONSET = 0.5
-"""Share of copies, and agreement of halves, at which memorization ends and generalization begins."""
+"""Value of a curve at which something begins or ends."""
+
+ONSETS = {"memorization ends": "share_memorized", "generalization begins": "halves_agreement"}
+"""What begins or ends, and the curve that tells."""
+
+# Look of the legend of lines by number of training images.
+_OF_SIZES: dict[str, Any] = {"title": "images", "fontsize": 7, "title_fontsize": 7, "frameon": False}
 
 PANELS = (
     ("share_memorized", "Copies", "share under the 1/3 rule"),
@@ -52,10 +67,15 @@ def last_points(curves: SweepCurves) -> dict[int, Mapping[str, Estimate]]:
     return {size: point for (size, step), point in curves.points.items() if step == last}
 
 
+def _by_size(curves: SweepCurves, name: str) -> dict[int, Estimate]:
+    """Give a curve of the last step, at the sizes that have it."""
+    return {size: point[name] for size, point in last_points(curves).items() if name in point}
+
+
 def onset(curves: SweepCurves, name: str) -> float | None:
     """Give the number of images at which a curve of the last step crosses one half; None if it does not."""
-    points = {size: point for size, point in last_points(curves).items() if name in point}
-    return crossing(list(points), [point[name].value for point in points.values()], ONSET)
+    by_size = _by_size(curves, name)
+    return crossing(list(by_size), [estimate.value for estimate in by_size.values()], ONSET)
 
 
 def sweep_tables(curves: SweepCurves) -> dict[str, Table]:
@@ -87,7 +107,7 @@ def tables_in_words(curves: SweepCurves) -> str:
 def onsets_in_words(curves: SweepCurves) -> list[str]:
     """Say where memorization ends and generalization begins."""
     sentences = []
-    for title, name in (("memorization ends", "share_memorized"), ("generalization begins", "halves_agreement")):
+    for title, name in ONSETS.items():
         size = onset(curves, name)
         sentences.append(f"{title} (half) at {size:.0f} images" if size else f"{title}: not within these sizes")
     return sentences
@@ -105,7 +125,7 @@ def _points_table(curves: SweepCurves) -> Table:
 
 def _prediction_table(predictions: Mapping[Any, Mapping[str, Estimate]], note: str) -> Table:
     columns = [_cells(by_predictor, NAMES) for by_predictor in predictions.values()]
-    rows = [list(row) for row in zip(NAMES.values(), *columns, strict=True)]
+    rows = list(zip(NAMES.values(), *columns, strict=True))
     return Table(["images", *map(str, predictions)], rows, note)
 
 
@@ -158,15 +178,14 @@ SECTIONS = {
         "The same samples, but those whose late entropy is below a bound were resampled, up to four times.",
         "Each line begins at the samples as they were drawn first; then one point for every bound, the smallest first.",
     ),
+    "within": (
+        "Copies among samples of one generator and class",
+        "A class of few training images has little entropy whatever its samples are, and more copies. Here samples are "
+        "compared with others of their own generator and class only.",
+        "",
+    ),
 }
-"""Figures, with titles, texts and captions; tables of the same name stand below them."""
-
-WITHIN = (
-    "Copies among samples of one generator and class",
-    "A class of few training images has little entropy whatever its samples are, and more copies. Here samples are "
-    "compared with others of their own generator and class only.",
-)
-"""Title and text of a section without a figure."""
+"""Titles, texts and captions of sections by the names of their figure and table; `within` has no figure."""
 
 
 def write_sweep_report(root: Path, curves: SweepCurves) -> str:
@@ -176,8 +195,7 @@ def write_sweep_report(root: Path, curves: SweepCurves) -> str:
         for (size, step), point in curves.points.items()
         for name, estimate in point.items()
     ]
-    with atomic_path(root / "sweep.parquet") as partial:
-        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata({"schema_version": "1"}), partial)
+    write_parquet(root / "sweep.parquet", pa.Table.from_pylist(rows), version=1)
     text = tables_in_words(curves)
     with atomic_path(root / "sweep.md") as partial:
         partial.write_text(text, encoding="utf-8")
@@ -193,7 +211,7 @@ def write_sweep_report(root: Path, curves: SweepCurves) -> str:
 
 
 def _page(name: str, curves: SweepCurves, figures: Mapping[str, Figure]) -> str:
-    """Lay out the report of a sweep: a section for every figure, and the table within generator and class."""
+    """Lay out the report of a sweep: a section for everything that has a figure or a table."""
     sizes, steps = zip(*curves.points, strict=True)
     facts = {
         "training images": f"{min(sizes)} to {max(sizes)}",
@@ -202,38 +220,35 @@ def _page(name: str, curves: SweepCurves, figures: Mapping[str, Figure]) -> str:
     }
     tables, sections = sweep_tables(curves), []
     for key, (title, text, caption) in SECTIONS.items():
-        if key in figures:
-            picture = picture_of_figure(figures[key], alt=title, caption=caption)
-            sections.append(Section(title, text, [picture], tables.get(key)))
-    if "within" in tables:
-        sections.append(Section(*WITHIN, table=tables["within"]))
+        pictures = [picture_of_figure(figures[key], alt=title, caption=caption)] if key in figures else []
+        if pictures or key in tables:
+            sections.append(Section(title, text, pictures, tables.get(key)))
     return render_report(title=f"provgen sweep: {name}", facts=facts, sections=sections)
 
 
 def plot_sweep(curves: SweepCurves) -> Figure:
     """Plot everything against the number of training images, at the last step."""
-    figure, points = Figure(figsize=(9.0, 5.4), layout="constrained"), last_points(curves)
-    for axes, (name, title, unit) in zip(figure.subplots(2, 3).flatten(), PANELS, strict=True):
-        _draw(axes, points, name, BLUE, "generated" if name == "share_memorized" else "network")
+    figure, panels = panel_figure(9.0, 5.4, 3, 2)
+    for axes, (name, title, unit) in zip(panels, PANELS, strict=True):
+        _draw(axes, curves, name, BLUE, "generated" if name == "share_memorized" else "network")
         if name in BESIDE:
             other, label = BESIDE[name]
-            _draw(axes, points, other, GREEN, label)
+            _draw(axes, curves, other, GREEN, label)
             if axes.containers:
                 axes.legend(fontsize=7, frameon=False)
         label_axes(axes, "training images", unit, title)
         axes.set_xscale("log", base=2)
-        size = onset(curves, name) if name in ("share_memorized", "halves_agreement") else None
-        if size:
-            axes.axvline(size, color=INK, linewidth=0.8, linestyle=":")
+        if name in ONSETS.values() and (size := onset(curves, name)):
+            axes.axvline(size, **DOTTED)
             axes.text(size, axes.get_ylim()[1], f" {size:.0f}", fontsize=8, va="top", color=INK)
     return figure
 
 
 def plot_time(curves: SweepCurves) -> Figure:
     """Plot the share of copies against training steps, and against steps for each training image."""
-    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+    figure, panels = panel_figure(9.0, 3.2, 2)
     sizes = sorted({size for size, _ in curves.points})
-    for axes, divides in zip(figure.subplots(1, 2), (False, True), strict=True):
+    for axes, divides in zip(panels, (False, True), strict=True):
         for size, shade in zip(sizes, _shades(len(sizes)), strict=True):
             steps = sorted(step for point_size, step in curves.points if point_size == size)
             shares = [curves.points[size, step]["share_memorized"].value for step in steps]
@@ -243,20 +258,18 @@ def plot_time(curves: SweepCurves) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
         unit = "training steps / training images" if divides else "training steps"
         label_axes(axes, unit, "share under the 1/3 rule", "Copies against time")
-    figure.axes[0].legend(title="images", fontsize=7, title_fontsize=7, frameon=False)
+    panels[0].legend(**_OF_SIZES)
     return figure
 
 
 def plot_prediction(curves: SweepCurves) -> Figure:
     """Plot how well the entropy at every sampling step tells which samples will be copies."""
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panel_figure(6.0, 3.4)
     for (size, predictions), shade in zip(curves.early.items(), _shades(len(curves.early)), strict=True):
         levels, estimates = zip(*predictions, strict=True)
-        axes.plot(levels, [e.value for e in estimates], color=shade, label=f"{size} images")
-        axes.fill_between(levels, [e.low for e in estimates], [e.high for e in estimates], color=shade, alpha=0.15)
-    axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
-    label_axes(axes, "$\\bar\\alpha_t$ (0 noise, 1 image)", "AUROC", "Which samples will be copies?")
+        draw_band(axes, levels, estimates, shade, label=f"{size} images")
+    axes.axhline(0.5, **DOTTED)
+    label_axes(axes, ALPHA_BAR, "AUROC", "Which samples will be copies?")
     if curves.early:
         axes.legend(fontsize=8, frameon=False)
     return figure
@@ -264,14 +277,13 @@ def plot_prediction(curves: SweepCurves) -> Figure:
 
 def plot_resampling(curves: SweepCurves) -> Figure:
     """Plot the share of copies that is left against the draws of a sample, from samples drawn once on."""
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panel_figure(6.0, 3.4)
     for (size, effects), shade in zip(curves.resampling.items(), _shades(len(curves.resampling)), strict=True):
         shares = [last_points(curves)[size]["share_memorized"], *(left for left, _ in effects.values())]
         draws = [1.0, *(draws.value for _, draws in effects.values())]
-        _draw_intervals(axes, draws, shares, color=shade, markersize=3, label=f"{size}")
+        draw_intervals(axes, draws, shares, color=shade, marker="o", markersize=3, label=f"{size}")
     label_axes(axes, "draws of a sample", "share under the 1/3 rule", "Copies left by resampling")
-    axes.legend(title="images", fontsize=7, title_fontsize=7, frameon=False)
+    axes.legend(**_OF_SIZES)
     return figure
 
 
@@ -280,13 +292,7 @@ def _shades(count: int) -> list[str]:
     return [str(0.75 * number / max(1, count - 1)) for number in range(count)]
 
 
-def _draw(axes: Axes, points: Mapping[int, Mapping[str, Estimate]], name: str, color: str, label: str) -> None:
-    by_size = {size: point[name] for size, point in points.items() if name in point}
-    if by_size:
-        estimates = list(by_size.values())
-        _draw_intervals(axes, list(by_size), estimates, color=color, markersize=4, capsize=2, label=label)
-
-
-def _draw_intervals(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], **look: Any) -> None:
-    ends = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
-    axes.errorbar(x, [e.value for e in estimates], yerr=ends, marker="o", **look)
+def _draw(axes: Axes, curves: SweepCurves, name: str, color: str, label: str) -> None:
+    if by_size := _by_size(curves, name):
+        look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2, "label": label}
+        draw_intervals(axes, list(by_size), list(by_size.values()), **look)

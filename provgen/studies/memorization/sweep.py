@@ -20,7 +20,6 @@ from provgen.errors import InputError
 from provgen.generators.losses import generator_losses
 from provgen.metrics.copying import distance_ratio
 from provgen.metrics.neighbors import distinct_rows, nearest
-from provgen.pipeline import ProvenancePipeline
 from provgen.settings import Settings
 from provgen.studies.jobs import ResultStore, require_no_npz
 from provgen.studies.memorization.curves import (
@@ -117,23 +116,16 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
             arrays |= {f"{name}{key}": values for key, values in _trace(attribution, is_last=is_last).items()}
     if sampled.attribution is not None and is_last:
         arrays |= {"step_entropy": sampled.attribution.step_entropy, "alpha_bar": sampled.attribution.alpha_bar}
-        arrays |= _resampled(pipeline, data, num_images=num_images)
+        for below in BOUNDS:
+            again = evaluation.sample(pipeline, data, count=num_images, resample_below=below)
+            ratio, resamplings = resampled_names(below)
+            arrays |= {ratio: _ratios(again.images, data.train), resamplings: again.resamplings}
     for name, images in (("train", data.train), ("holdout", data.holdout)):
         losses = generator_losses(pipeline.denoiser, _subset(images), draws=evaluation.LOSS_DRAWS, seed=0)
         arrays[f"{name}_loss"] = losses.mean(dim=1)
     by_step = evaluation.divergence_by_step(pipeline.denoiser, data.train, _subset(data.train))
     arrays["divergence"] = torch.stack(list(by_step.values()), dim=1).mean(dim=1)
     return {name: values.cpu().numpy() for name, values in arrays.items()}
-
-
-def _resampled(pipeline: ProvenancePipeline, data: RunData, *, num_images: int) -> dict[str, Tensor]:
-    """Generate the same images again, but resample what has less late entropy than each of `BOUNDS`."""
-    arrays: dict[str, Tensor] = {}
-    for below in BOUNDS:
-        sampled = evaluation.sample(pipeline, data, count=num_images, resample_below=below)
-        measured = (_ratios(sampled.images, data.train), sampled.resamplings)
-        arrays |= dict(zip(resampled_names(below), measured, strict=True))
-    return arrays
 
 
 def _ratios(images: Tensor, train: ImageSet) -> Tensor:
@@ -158,12 +150,13 @@ def curves(measured: Mapping[SweepModel, Mapping[int, Measured]]) -> SweepCurves
     points, last = {}, {}
     for size in sorted({model.size for model in measured}):
         models = {model: by_step for model, by_step in measured.items() if model.size == size}
-        pairs = [(model, replace(model, half=1)) for model in models if model.half == 0]
-        pairs = [pair for pair in pairs if pair[1] in models]
+        pairs = [
+            (model, second) for model in models if (second := replace(model, half=1)) in models and model.half == 0
+        ]
         for step in next(iter(models.values())):
-            halves = [(models[first][step], models[second][step]) for first, second in pairs]
-            points[size, step] = curve_point([by_step[step] for by_step in models.values()], halves)
             last[size] = [by_step[step] for by_step in models.values()]
+            halves = [(models[first][step], models[second][step]) for first, second in pairs]
+            points[size, step] = curve_point(last[size], halves)
     predictions = {size: copy_prediction(of_size) for size, of_size in last.items()}
     early = {size: early_prediction(of_size) for size, of_size in last.items()}
     return SweepCurves(

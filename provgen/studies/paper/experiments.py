@@ -140,7 +140,7 @@ def read_description(path: Path, *, quick: bool) -> Description:
     if not path.is_file():
         shipped = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
         raise InputError(f"no experiment at {path}; there are {shipped or 'none beside it'}")
-    with _named(path):
+    with _named(path.name):
         full = read_yaml(path)
         changes = _mapping("quick", full.pop("quick", {}))
         settings = _mapping("settings", full.get("settings", {})) | _mapping("settings", changes.get("settings", {}))
@@ -151,20 +151,19 @@ def read_description(path: Path, *, quick: bool) -> Description:
 
 
 def load_experiment(path: Path, configs: Path, *, quick: bool = False, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment and check the settings of every variant.
+    """Read an experiment from its YAML file and check the settings of every variant.
 
     Args:
-        path: Its YAML file.
+        path: The file.
         configs: Folder of the shipped settings.
         quick: Take the small version.
         overrides: `key=value` of the command line, for every variant.
 
     Raises:
-        InputError: Anything unknown, missing or impossible in the file or in the settings; the one-line message
-            names the file.
+        InputError: Anything unknown, missing or impossible in the file or in the settings.
     """
     description = read_description(path, quick=quick)
-    with _named(path):
+    with _named(path.name):
         chosen = _combinations(description)
         varied = tuple(dict.fromkeys(key for values in chosen.values() for key in values))
         _refuse_set_for_all(description, overrides, varied)
@@ -178,12 +177,12 @@ def load_experiment(path: Path, configs: Path, *, quick: bool = False, overrides
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of a mistake in it."""
+def _named(place: str) -> Iterator[None]:
+    """Put the place of a mistake before its message."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path.name}: {error}") from error
+        raise InputError(f"{place}: {error}") from error
 
 
 def _description(content: Mapping[Any, Any]) -> Description:
@@ -192,14 +191,11 @@ def _description(content: Mapping[Any, Any]) -> Description:
         raise InputError(f"claims must be a list of claims, got {claims!r}")
     pairs = [(str(key), value) for key, value in content.items() if key != "claims"]
     description = read_dataclass(Description, pairs)
-    return replace(description, claims=tuple(_claim(number, claim) for number, claim in enumerate(claims, start=1)))
-
-
-def _claim(number: int, content: Any) -> Claim:
-    try:
-        return read_dataclass(Claim, [(str(key), value) for key, value in _mapping("a claim", content).items()])
-    except InputError as error:
-        raise InputError(f"claim {number}: {error}") from error
+    read = []
+    for number, claim in enumerate(claims, start=1):
+        with _named(f"claim {number}"):
+            read.append(read_dataclass(Claim, [(str(key), value) for key, value in _mapping("a claim", claim).items()]))
+    return replace(description, claims=tuple(read))
 
 
 def _mapping(key: str, value: Any) -> dict[Any, Any]:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from provgen.metrics.statistics import Estimate, mean_over_seeds
-from provgen.report.figures import BLUE, GREEN, INK, VERMILION, label_axes
+from provgen.report.figures import BLUE, GREEN, INK, LEGEND, VERMILION, draw_intervals, label_axes, panel_figure
 from provgen.studies.paper.table import (
     METRICS,
     Row,
@@ -43,10 +43,9 @@ _SEED: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 3, "alpha":
 _DOT: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 5, "capsize": 2.5, "elinewidth": 1.0}
 _STROKE: dict[str, Any] = {"marker": "|", "markersize": 11, "markeredgewidth": 1.8, "linestyle": ""}
 _LINE: dict[str, Any] = {"markersize": 4.5, "linewidth": 1.5, "elinewidth": 1.0, "capsize": 2.5}
-_LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False, "labelcolor": INK}
 
-# Places on an axis, and the mean over seeds with its interval, in order.
-Curve = list[tuple[float, Estimate]]
+# Mean over seeds with its interval, by the place on an axis, in order.
+Curve = dict[float, Estimate]
 
 
 def plot_variants(rows: Sequence[Row], metrics: Sequence[str], *, x: str | None, lines: Sequence[str]) -> Figure:
@@ -79,9 +78,9 @@ def _plot_rows(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         label_axes(axes, "\n".join([METRICS[metric].unit, *far]), "", METRICS[metric].title)
-    seed = {"one seed": Line2D([], [], **_SEED)}
     interval = _interval_handle(rows)
-    _place_legend(figure, (interval | seed if interval else {}) | legend)
+    seed = {"one seed": Line2D([], [], **_SEED)} if interval else {}
+    _place_legend(figure, interval | seed | legend)
     return figure
 
 
@@ -99,8 +98,9 @@ def _plot_lines(rows: Sequence[Row], metrics: Sequence[str], x: str, keys: Seque
         for number, (label, group) in enumerate(groups.items()):
             share = _SHIFT * (number - (len(groups) - 1) / 2)
             curve = _moved(_curve(group, metric, x, places), axes, places, share)
-            line = _draw_line(axes, curve, *_LOOKS[number % len(_LOOKS)])
-            legend |= {label: line} if label else {}
+            color, marker = _LOOKS[number % len(_LOOKS)]
+            drawn = draw_intervals(axes, list(curve), list(curve.values()), color=color, marker=marker, **_LINE)
+            legend |= {label: drawn.lines[0]} if label else {}
         near, far = _bounds(rows, metric)
         for column, title in near.items():
             curves = [_curve(group, column, x, places) for group in groups.values()]
@@ -114,14 +114,17 @@ def _panels(count: int, *, height: float, width: float, left: float = 0.0) -> tu
     """Make a figure with panels of equal size, in rows of three; sizes in inches."""
     columns = min(count, PANELS_PER_ROW)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns + left, height * rows + 0.35), layout="constrained", facecolor="white")
-    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+    figure, panels = panel_figure(width * columns + left, height * rows + 0.35, columns, rows)
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
 
 
 def _place_legend(figure: Figure, legend: Mapping[str, Line2D]) -> None:
     """Put the legend below the panels."""
     if legend:
-        figure.legend(handles=list(legend.values()), labels=list(legend), ncols=min(4, len(legend)), **_LEGEND)
+        handles, columns = list(legend.values()), min(4, len(legend))
+        figure.legend(handles=handles, labels=list(legend), ncols=columns, loc="outside lower center", **LEGEND)
 
 
 def _interval_handle(rows: Sequence[Row]) -> dict[str, Line2D]:
@@ -138,9 +141,8 @@ def _bounds(rows: Sequence[Row], metric: str) -> tuple[dict[str, str], list[str]
     Returns:
         Title by column; and a line for each bound that would flatten what is shown.
     """
-    means = [
-        mean_over_seeds(values) for group in group_by_variant(rows).values() if (values := numbers_of(group, metric))
-    ]
+    groups = [numbers_of(group, metric) for group in group_by_variant(rows).values()]
+    means = [mean_over_seeds(values) for values in groups if values]
     ends = [mean.value + side * _half_width(mean) for mean in means for side in (-1, 1)] or [-math.inf, math.inf]
     room = _FAR * max(max(ends) - min(ends), 0.02 * max(map(abs, ends)))
     near, far, form = {}, [], METRICS[metric].format
@@ -179,24 +181,15 @@ def _draw_strokes(axes: Axes, groups: Iterable[Sequence[Row]], column: str, colo
 
 def _curve(rows: Sequence[Row], column: str, x: str, places: Mapping[Any, float]) -> Curve:
     by_place = {place: numbers_of([row for row in rows if row[x] == value], column) for value, place in places.items()}
-    return [(place, mean_over_seeds(numbers)) for place, numbers in by_place.items() if numbers]
+    return {place: mean_over_seeds(numbers) for place, numbers in by_place.items() if numbers}
 
 
 def _moved(curve: Curve, axes: Axes, places: Mapping[Any, float], share: float) -> Curve:
     """Move a line by a share of the x axis, so that no interval hides another."""
     low, high = min(places.values()), max(places.values())
     if axes.get_xscale() == "log":
-        return [(place * (high / low) ** share, mean) for place, mean in curve]
-    return [(place + (high - low) * share, mean) for place, mean in curve]
-
-
-def _draw_line(axes: Axes, curve: Curve, color: str, marker: str) -> Line2D:
-    """Draw means over seeds with their intervals."""
-    x, means = [place for place, _ in curve], [mean for _, mean in curve]
-    errors = [_half_width(mean) for mean in means]
-    drawn = axes.errorbar(x, [mean.value for mean in means], yerr=errors, color=color, marker=marker, **_LINE)
-    line: Line2D = drawn.lines[0]
-    return line
+        return {place * (high / low) ** share: mean for place, mean in curve.items()}
+    return {place + (high - low) * share: mean for place, mean in curve.items()}
 
 
 def _draw_bound(axes: Axes, curves: Sequence[Curve], style: _Style) -> Line2D:
@@ -206,18 +199,18 @@ def _draw_bound(axes: Axes, curves: Sequence[Curve], style: _Style) -> Line2D:
     else:
         coloured = [(_LOOKS[number % len(_LOOKS)][0], curve) for number, curve in enumerate(curves)]
     for color, curve in coloured:
-        x, y = [place for place, _ in curve], [mean.value for _, mean in curve]
-        axes.plot(x, y, color=color, linestyle=style, linewidth=1.2)
+        means = [mean.value for mean in curve.values()]
+        axes.plot(list(curve), means, color=color, linestyle=style, linewidth=1.2)
     return Line2D([], [], color=_GREY, linestyle=style, linewidth=1.2)
 
 
 def _agree(curves: Sequence[Curve]) -> bool:
     """Whether all curves agree to what an eye can see."""
-    by_place: dict[float, list[float]] = {}
-    for curve in curves:
-        for place, mean in curve:
-            by_place.setdefault(place, []).append(mean.value)
-    return all(max(values) - min(values) <= 0.02 * max(map(abs, values)) + 1e-12 for values in by_place.values())
+    for place in {place for curve in curves for place in curve}:
+        values = [curve[place].value for curve in curves if place in curve]
+        if max(values) - min(values) > 0.02 * max(map(abs, values)) + 1e-12:
+            return False
+    return True
 
 
 def _place_ticks(axes: Axes, places: Mapping[Any, float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from scipy.stats import spearmanr
 
 from provgen.errors import InputError
 from provgen.metrics.statistics import Estimate, mean_over_seeds
+from provgen.report.format import interval
 from provgen.studies.paper.table import METRICS, Row, positions, require_metric, short_key, text_of
 
 Verdict = Literal["reproduced", "not reproduced", "opposite", "undecided", "one seed"]
@@ -80,10 +80,7 @@ class Finding:
 
 
 def trend(curves: Sequence[Sequence[float]]) -> Trend:
-    """Summarise the curves of several seeds over the same x.
-
-    Args:
-        curves: One for each seed, (seed, x), at least two x in ascending order.
+    """Summarise the curves of several seeds (seed, x) over the same x, at least two in ascending order.
 
     Raises:
         InputError: The curves are of different lengths or too short, or a value is not finite.
@@ -99,15 +96,10 @@ def trend(curves: Sequence[Sequence[float]]) -> Trend:
 
 
 def verdict(difference: Estimate, expected: str, tolerance: float) -> Verdict:
-    """Say whether the expected trend was found, by where the interval of the difference lies.
+    """Say whether the expected trend was found, by where the interval of `difference` (last y minus first y) lies.
 
-    A difference agrees with the claim if it is beyond the tolerance on the expected side; for `flat`, if it is within
+    A difference agrees with `rises` or `falls` if it is beyond the tolerance on that side, with `flat` if it is within
     the tolerance.
-
-    Args:
-        difference: Last y minus first y, with its interval.
-        expected: What y does as x grows: `rises`, `falls` or `flat`.
-        tolerance: Difference that counts as none, in units of y.
 
     Returns:
         `reproduced` if every difference in the interval agrees, `undecided` if some do and some do not. If none
@@ -131,29 +123,21 @@ def verdict(difference: Estimate, expected: str, tolerance: float) -> Verdict:
 
 
 def judge(rows: Sequence[Row], claim: Claim, planned: Sequence[Row]) -> list[Finding]:
-    """Check a claim, once for every combination of what it does not mention.
+    """Check a claim on the rows of measured runs, once for every combination of what it does not mention.
 
     Seeds are paired: a seed counts if it has the metric at every planned value of `claim.along`, and of the reference.
-    Where no seed has them all there is no finding.
-
-    Args:
-        rows: One per run that was measured.
-        claim: The claim.
-        planned: The values in which the variants differ, of every variant in order, measured or not.
+    Where no seed has them all there is no finding. `planned` has the values of every variant in order, measured or not.
     """
     groups: dict[tuple[tuple[str, Any], ...], list[Any]] = {}
     for values in planned:
         if claim.is_about(values):
             fixed = tuple((key, value) for key, value in values.items() if key != claim.along)
             groups.setdefault(fixed, []).append(values[claim.along])
-    references = (
-        {} if claim.reference is None else {claim.reference: _by_seed(rows, claim.metric, {"variant": claim.reference})}
-    )
     findings = []
     for fixed, along in groups.items():
-        by_value = references | {
-            value: _by_seed(rows, claim.metric, {**dict(fixed), claim.along: value}) for value in positions(along)
-        }
+        chosen: dict[Any, Row] = {} if claim.reference is None else {claim.reference: {"variant": claim.reference}}
+        chosen |= {value: {**dict(fixed), claim.along: value} for value in positions(along)}
+        by_value = {value: _by_seed(rows, claim.metric, values) for value, values in chosen.items()}
         seeds = sorted(set.intersection(*(set(metrics) for metrics in by_value.values())))
         if seeds and len(by_value) > 1:
             curves = [[metrics[seed] for metrics in by_value.values()] for seed in seeds]
@@ -170,15 +154,15 @@ def _by_seed(rows: Sequence[Row], metric: str, values: Row) -> dict[int, float]:
 def _finding(
     claim: Claim, fixed: Mapping[str, Any], along: Sequence[Any], curves: Sequence[Sequence[float]]
 ) -> Finding:
-    found = trend(curves)
+    moved = trend(curves)
     return Finding(
         claim=claim,
         fixed=fixed,
         ends=(along[0], along[-1]),
         first=mean_over_seeds([curve[0] for curve in curves]),
         last=mean_over_seeds([curve[-1] for curve in curves]),
-        trend=found,
-        verdict=verdict(found.difference, claim.expected, claim.tolerance),
+        trend=moved,
+        verdict=verdict(moved.difference, claim.expected, claim.tolerance),
     )
 
 
@@ -196,25 +180,15 @@ def _sentence(finding: Finding) -> str:
     claim, look = finding.claim, METRICS[finding.claim.metric]
     where = ", ".join(f"{short_key(key)} {text_of(value)}" for key, value in finding.fixed.items())
     ends = " to ".join(text_of(end) for end in finding.ends)
-    values = " to ".join(_with_interval(value, look.format) for value in (finding.first, finding.last))
-    change = _with_interval(finding.trend.difference, f"+{look.format}")
-    seeds = finding.trend.difference.n
+    values = " to ".join(interval(value, look.format) for value in (finding.first, finding.last))
+    change, seeds = interval(finding.trend.difference, f"+{look.format}"), finding.trend.difference.n
+    kind = "within" if claim.expected == "flat" else "by more than"
+    tolerance = f" {kind} {claim.tolerance:g}" if claim.tolerance else ""
     return (
         f"**{finding.verdict}**{f' ({where})' if where else ''}: as {short_key(claim.along)} goes from {ends}, "
         f"{look.title} goes from {values}: {change} over {seeds} seed{'s' if seeds > 1 else ''}; "
-        f"Spearman's correlation {finding.trend.correlation.value:+.2f}; expected: {claim.expected}{_tolerance(claim)}"
+        f"Spearman's correlation {finding.trend.correlation.value:+.2f}; expected: {claim.expected}{tolerance}"
     )
-
-
-def _tolerance(claim: Claim) -> str:
-    if not claim.tolerance:
-        return ""
-    return f" {'within' if claim.expected == 'flat' else 'by more than'} {claim.tolerance:g}"
-
-
-def _with_interval(estimate: Estimate, form: str) -> str:
-    value = f"{estimate.value:{form}}"
-    return value if math.isnan(estimate.low) else f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def findings_page(title: str, question: str, facts: str, claims: Sequence[Claim], findings: Sequence[Finding]) -> str:
@@ -223,11 +197,7 @@ def findings_page(title: str, question: str, facts: str, claims: Sequence[Claim]
 
 
 def overview(pages: Mapping[str, tuple[str, str]]) -> str:
-    """Collect experiments on one Markdown page.
-
-    Args:
-        pages: By folder, the page and the table of each experiment.
-    """
+    """Collect experiments on one Markdown page: the page and the table of each, by folder."""
     sections = [_INTRODUCTION]
     for folder, (page, table) in pages.items():
         picture = f"![Metrics of every variant of {folder}]({folder}/figure.png)"

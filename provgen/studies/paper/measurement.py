@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from provgen.metrics.copying import distance_ratio, share_memorized
 from provgen.metrics.linear_probe import linear_probe
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.pipeline import ProvenancePipeline
+from provgen.report.format import finite_or_null
 from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings, flat_settings
 from provgen.settings_file import load_settings
@@ -78,7 +78,7 @@ def write_measured(folder: Path, settings: Settings, metrics: Mapping[str, Any])
     content = {
         "schema_version": MEASURED_VERSION,
         "settings": _kept_settings(settings),
-        "metrics": {name: _finite(value) for name, value in metrics.items()},
+        "metrics": {name: finite_or_null(value) for name, value in metrics.items()},
     }
     with atomic_path(folder / "measured.json") as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -94,10 +94,6 @@ def is_trained(folder: RunFolder, settings: Settings, last_step: int) -> bool:
 def _kept_settings(settings: Settings) -> dict[str, Any]:
     """Give the settings that a measurement depends on: not where files are."""
     return {k: v for k, v in flat_settings(settings).items() if k not in ("data.path", "output_dir")}
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure_run(folder: RunFolder) -> Row:
@@ -178,8 +174,8 @@ def _count(network: torch.nn.Module) -> int:
 def _step_times(settings: Settings, data: build.RunData, *, can_sample: bool) -> Row:
     """Time optimiser steps with and without the provenance network, in turn, on fresh trainers."""
     chosen = settings.provenance
-    has_nothing_else = not can_sample and chosen.class_loss_weight == 0
-    if chosen.index_head == "none" or has_nothing_else:
+    learns_alone = can_sample or chosen.class_loss_weight > 0
+    if chosen.index_head == "none" or not learns_alone:
         return {}
     alone = replace(settings, provenance=replace(chosen, index_head="none"))
     steppers = {"step_ms": _stepper(settings, data), "step_ms_alone": _stepper(alone, data)}
@@ -209,12 +205,11 @@ def _index_metrics(logged: list[dict[str, Any]]) -> Row:
     last = evaluations[-1]
     rows = [quality for quality in last["index_quality"] if quality["rows"] == "unconditional"]
     inside = [quality for quality in rows if WINDOW[0] < quality["alpha_bar"] < WINDOW[1]] or rows
-    names = ("top1", "top1_ceiling", "top5", "top5_ceiling")
-    row: Row = {f"index_{name}": _mean(inside, name) for name in names}
-    row |= {name: _mean(inside, name) for name in ("cross_entropy", "cross_entropy_ceiling")}
     above = [line["step"] for line in evaluations if line["kl_gap_unconditional"] >= HALF_A_NAT]
     reached = [line["step"] for line in evaluations if line["step"] > max(above, default=0)]
-    return row | {
+    return {
+        **{f"index_{name}": _mean(inside, name) for name in ("top1", "top1_ceiling", "top5", "top5_ceiling")},
+        **{name: _mean(inside, name) for name in ("cross_entropy", "cross_entropy_ceiling")},
         "kl_gap": last["kl_gap_unconditional"],
         "kl_gap_conditional": last.get("kl_gap_conditional"),
         "steps_to_gap_half": min(reached, default=None),

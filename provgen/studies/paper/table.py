@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from provgen.errors import InputError
 from provgen.metrics.statistics import mean_over_seeds
+from provgen.report.format import markdown_table
+from provgen.run import write_parquet
 from provgen.settings_file import did_you_mean
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = 1
+"""Version of the columns of `table.parquet`."""
 
 Row = Mapping[str, Any]
 
@@ -117,35 +119,29 @@ def numbers_of(rows: Sequence[Row], column: str) -> list[float]:
     return [float(row[column]) for row in rows if row.get(column) is not None]
 
 
-def markdown_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """Lay out one line per variant: every metric beside its bounds, mean and t interval over seeds.
+def variants_table(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """Lay out one line per variant in Markdown: every metric beside its bounds, mean and t interval over seeds.
 
-    Args:
-        rows: One per run, with `variant`, `seed` and metrics.
-        metrics: Which to show, in this order; those that no row has are left out, bounds too.
+    Rows are runs, with `variant`, `seed` and metrics. Metrics that no row has are left out, bounds too.
     """
-    known = [metric for metric in metrics if numbers_of(rows, metric)]
-    columns = [column for metric in known for column in _columns(metric) if numbers_of(rows, column[0])]
-    lines = [["variant", "seeds", *(title for _, title, _ in columns)]]
-    lines.append(["---", *["---:"] * (len(columns) + 1)])
-    for variant, group in group_by_variant(rows).items():
-        cells = [_cell(numbers_of(group, name), len(group), form) for name, _, form in columns]
-        lines.append([variant, str(len(group)), *cells])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns = [
+        (name, title, METRICS[metric].format)
+        for metric in metrics
+        if numbers_of(rows, metric)
+        for name, title in ({metric: METRICS[metric].title} | bounds_of(metric)).items()
+        if numbers_of(rows, name)
+    ]
+    lines = [
+        [variant, len(group), *(_cell(numbers_of(group, name), len(group), form) for name, _, form in columns)]
+        for variant, group in group_by_variant(rows).items()
+    ]
     note = "± is half the 95 % t interval over seeds; (k of n) counts the seeds that have the number at all."
-    return f"{text}\n\n{note}\n"
+    return f"{markdown_table(['variant', 'seeds', *(title for _, title, _ in columns)], lines)}\n{note}\n"
 
 
-def _columns(metric: str) -> list[tuple[str, str, str]]:
-    """List name, title and format of a metric and of what stands beside it."""
-    look = METRICS[metric]
-    named = {metric: look.title} | bounds_of(metric)
-    return [(name, title, look.format) for name, title in named.items()]
-
-
-def _cell(values: Sequence[float], seeds: int, form: str) -> str:
+def _cell(values: Sequence[float], seeds: int, form: str) -> str | None:
     if not values:
-        return "-"
+        return None
     mean = mean_over_seeds(values)
     text = f"{mean.value:{form}}"
     # Parameters are the same for every seed; an interval would only be noise to the eye.
@@ -172,35 +168,17 @@ def text_of(value: Any) -> str:
     return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def write_parquet(path: Path, rows: Sequence[Row]) -> None:
-    """Write one row per run: every column that any row has, numbers of a column in one type."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write a Parquet file with a row per run: every column that any row has, numbers of a column in one type."""
+    names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
-    table = pa.table(columns).replace_schema_metadata({"schema_version": SCHEMA_VERSION})
-    pq.write_table(table, path)
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that `write_parquet` wrote.
-
-    Raises:
-        InputError: There is no such file, or it is of another version.
-    """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"cannot read a table of runs from {path}; give one that `provgen paper` wrote") from error
-    found = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
-    if found != SCHEMA_VERSION:
-        raise InputError(f"{path} is of version {found}, not {SCHEMA_VERSION}; make it again with `provgen paper`")
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    write_parquet(path, pa.table(columns), version=SCHEMA_VERSION)
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
     given = [value for value in values if value is not None]
-    if any(isinstance(value, str) for value in given):
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
     if given and all(isinstance(value, int) for value in given):
         return pa.array(values)
-    return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    is_text = any(isinstance(value, str) for value in given)
+    convert, kind = (str, pa.string()) if is_text else (float, pa.float64())
+    return pa.array([None if value is None else convert(value) for value in values], kind)

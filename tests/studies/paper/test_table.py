@@ -8,14 +8,15 @@ import pytest
 from scipy import stats
 
 from provgen.metrics.statistics import mean_over_seeds
+from provgen.run import read_parquet
 from provgen.studies.paper.table import (
     METRICS,
+    SCHEMA_VERSION,
     bounds_of,
-    markdown_table,
     positions,
-    read_parquet,
+    variants_table,
     with_ratios,
-    write_parquet,
+    write_rows,
 )
 
 
@@ -58,7 +59,7 @@ def test_the_table_sets_every_metric_beside_its_bounds():
     ) + rows_of("none", {"index_top1": None, "index_head_parameters": 0})
     metrics = ["index_top1", "index_head_parameters", "steps_to_gap_half", "kl_gap"]
     # 0.6 and 0.5: standard error 0.05, t(0.975, 1) = 12.7062. No row has kl_gap: no column.
-    assert markdown_table(rows, metrics).splitlines()[:4] == [
+    assert variants_table(rows, metrics).splitlines()[:4] == [
         "| variant | seeds | index top-1 | best possible | index head | steps to a gap of 0.5 nats |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| small | 2 | 0.550 ± 0.635 | 0.900 | 12,345 | 100 (1 of 2) |",
@@ -68,23 +69,23 @@ def test_the_table_sets_every_metric_beside_its_bounds():
 
 def test_what_stands_beside_a_metric_is_named_for_it():
     rows = rows_of("a", {"share_memorized": 0.25, "share_memorized_baseline": 0.125})
-    assert markdown_table(rows, ["share_memorized"]).splitlines()[0] == (
+    assert variants_table(rows, ["share_memorized"]).splitlines()[0] == (
         "| variant | seeds | share memorized | held-out images |"
     )
-    assert "held-out" not in markdown_table([rows[0] | {"share_memorized": None}], ["share_memorized"])
+    assert "held-out" not in variants_table([rows[0] | {"share_memorized": None}], ["share_memorized"])
     assert bounds_of("linear_probe_own_accuracy")["linear_probe_baseline"] == "guessing"
     assert bounds_of("step_ms")["step_ms_alone"] == "generator alone"
 
 
 def test_variants_keep_their_order_whatever_order_their_seeds_come_in():
     rows = rows_of("b", {"kl_gap": 1.0}) + rows_of("a", {"kl_gap": 2.0}) + rows_of("b", {"kl_gap": 3.0})
-    lines = markdown_table(rows, ["kl_gap"]).splitlines()
+    lines = variants_table(rows, ["kl_gap"]).splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:4]] == [["| b", "2"], ["| a", "1"]]
 
 
 def test_every_metric_can_be_written():
     rows = rows_of("a", dict.fromkeys(METRICS, 0.5))
-    lines = markdown_table(rows, list(METRICS)).splitlines()
+    lines = variants_table(rows, list(METRICS)).splitlines()
     assert lines[0].count("|") == len(METRICS) + 3
     assert " - " not in lines[2]
 
@@ -116,9 +117,9 @@ def test_rows_come_back_from_parquet(tmp_path):
             "x": 0.5,
         },
     ]
-    write_parquet(tmp_path / "table.parquet", rows)
+    write_rows(tmp_path / "table.parquet", rows)
     table = pq.read_table(tmp_path / "table.parquet")
-    assert read_parquet(tmp_path / "table.parquet") == table.to_pylist()
+    assert read_parquet(tmp_path / "table.parquet", version=SCHEMA_VERSION) == table
     names = ["experiment", "variant", "seed", "generator.size", "shared", "kl_gap", "x", "late"]
     assert table.column_names == names
     assert table.to_pylist() == [{name: row.get(name) for name in names} for row in rows]
@@ -129,15 +130,14 @@ def test_rows_come_back_from_parquet(tmp_path):
 
 def test_what_is_no_table_of_runs_is_refused(tmp_path, message_of):
     path = tmp_path / "table.parquet"
-    assert str(path) in message_of(read_parquet, path)
     path.write_text("no table", encoding="utf-8")
-    assert str(path) in message_of(read_parquet, path)
+    assert str(path) in message_of(read_parquet, path, version=SCHEMA_VERSION)
     pq.write_table(pa.table({"seed": [0]}), path)
-    assert "version none" in message_of(read_parquet, path)
+    assert "version none" in message_of(read_parquet, path, version=SCHEMA_VERSION)
 
 
 def test_a_column_without_numbers_is_still_one_of_numbers(tmp_path):
-    write_parquet(tmp_path / "table.parquet", [{"seed": 0, "kl_gap": None}])
+    write_rows(tmp_path / "table.parquet", [{"seed": 0, "kl_gap": None}])
     assert str(pq.read_schema(tmp_path / "table.parquet").field("kl_gap").type) == "double"
 
 
