@@ -37,7 +37,7 @@ def main(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help='Methods left out, by the start of their names, such as "TRAK, 100"; repeatable.'),
+        typer.Option(help='Methods left out, by the start of their names, such as "TRAK"; repeatable.'),
     ] = None,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
 ) -> None:

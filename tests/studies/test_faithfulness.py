@@ -153,7 +153,7 @@ def test_queries_are_those_of_the_subset_models(scored):
     assert generated.class_labels.tolist() == [0, 1, 2, 3]
     # The last step of the trajectory is nearly the image: the same seeds were sampled again.
     last = generated.trajectory.images[-1]
-    assert float(generated.trajectory.alpha_bar[-1]) > 0.99
+    assert float(generated.trajectory.alpha_bars[-1]) > 0.99
     assert (last - generated.images).abs().mean() < 0.2
 
 

@@ -24,8 +24,8 @@ def test_it_ends_on_training_images_of_the_class_that_was_asked_for(generator):
     is_conditional = asked < 3
     assert torch.equal(labels[parents[is_conditional]], asked[is_conditional])
     assert len(labels[parents[~is_conditional]].unique()) == 3
-    assert (trajectory.alpha_bar >= LEAST_ALPHA_BAR).all()
-    assert trajectory.alpha_bar.diff().min() > 0
+    assert (trajectory.alpha_bars >= LEAST_ALPHA_BAR).all()
+    assert trajectory.alpha_bars.diff().min() > 0
     assert trajectory.images.shape[1:] == noise.shape
 
 
@@ -35,6 +35,6 @@ def test_one_image_is_all_it_can_make(generator):
     noise = torch.randn(2, 1, 2, 2, generator=generator, dtype=torch.float64)
     made, trajectory = sample(image, torch.zeros(1).long(), num_classes=0, noise=noise, asked=torch.zeros(2).long())
     torch.testing.assert_close(made, image.expand(2, -1, -1, -1))
-    for x, level in zip(trajectory.images, trajectory.alpha_bar.double(), strict=True):
+    for x, level in zip(trajectory.images, trajectory.alpha_bars.double(), strict=True):
         implied = (x - level.sqrt() * image) / (1 - level).sqrt()
         assert (implied - implied[:1] - (noise - noise[:1])).abs().max() < 0.05, "only the mean of the noise drifts"
