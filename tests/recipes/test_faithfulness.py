@@ -21,6 +21,8 @@ from provgen.studies.faithfulness.retraining import RetrainedFolder
 from provgen.studies.faithfulness.tuning import Split, Tuned
 from provgen.tracing.calibrate import LevelPower, fit_credit_head
 
+pytestmark = pytest.mark.slow
+
 CALL = ("--calibration-subsets", 2, "--timesteps", 2, "--resamples", 20)
 
 

@@ -9,6 +9,8 @@ import torch
 from provgen.studies.memorization.sweep import SweepFolder, SweepModel
 from provgen.tracing.trace import late_level
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, run_recipe, tiny_overrides):
