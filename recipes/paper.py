@@ -167,9 +167,10 @@ def remake_tables(root: Path) -> None:
         raise InputError(f"no table.parquet or tables.parquet at or below {root}; give a folder such as docs/paper")
     for path in files:
         rows = read_parquet(path, version=SCHEMA_VERSION).to_pylist()
-        for name in dict.fromkeys(row["experiment"] for row in rows):
-            folder = path.parent if path.parent.resolve().name == name else path.parent / name
-            remake_table(name, [row for row in rows if row["experiment"] == name], folder)
+        own = path.parent.resolve().name  # The table of one experiment is named by its folder alone.
+        for name in dict.fromkeys(row.get("experiment", own) for row in rows):
+            folder = path.parent if own == name else path.parent / name
+            remake_table(name, [row for row in rows if row.get("experiment", own) == name], folder)
 
 
 def remake_table(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
