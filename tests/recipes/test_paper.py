@@ -118,7 +118,7 @@ def test_a_kept_table_of_another_experiment_is_refused(run_recipe, capsys, tmp_p
     (tmp_path / "vae").mkdir()
     write_rows(tmp_path / "vae" / "table.parquet", [{"variant": "a", "seed": 0}])
     assert run_recipe("paper", "--tables", tmp_path) == 2
-    assert "has no column generator.kl_weight" in capsys.readouterr().err
+    assert "have no column generator.kl_weight" in capsys.readouterr().err
     (tmp_path / "vae").rename(tmp_path / "beta")
     assert run_recipe("paper", "--tables", tmp_path) == 2
     assert "there are alpha, " in capsys.readouterr().err
