@@ -31,8 +31,6 @@ class ClassifierGenerator(Generator):
     loss_name: ClassVar[str] = "class_loss"
     loss_text: ClassVar[str] = "Cross-entropy of the class (nats), times its weight"
     can_sample: ClassVar[bool] = False
-    is_class_conditional: ClassVar[bool] = False
-    has_noise_levels: ClassVar[bool] = False
     reads_noise: ClassVar[bool] = False
 
     @property

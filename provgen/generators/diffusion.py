@@ -34,10 +34,8 @@ class DiffusionGenerator(Generator):
     name: ClassVar[str] = "denoiser"
     loss_name: ClassVar[str] = "denoising_loss"
     loss_text: ClassVar[str] = "Mean squared error of the predicted noise"
-    can_sample: ClassVar[bool] = True
     is_class_conditional: ClassVar[bool] = True
     has_noise_levels: ClassVar[bool] = True
-    reads_noise: ClassVar[bool] = True
 
     @property
     def components(self) -> dict[str, Any]:
@@ -99,12 +97,7 @@ class DiffusionGenerator(Generator):
     ) -> Iterator[Step]:
         """Sample by DDIM; steps show the conditional branch."""
         scheduler = self.sampler(num_inference_steps)
-        images = randn_tensor(
-            (len(class_labels), *self.noise_shape),
-            generator=generator,
-            device=self.network.device,
-            dtype=self.network.dtype,
-        )
+        images = self.draw_noise(generator, len(class_labels))
         for number, timestep in enumerate(scheduler.timesteps):
             step = self.step_at(images, timestep, class_labels, number=number)
             noise = step.last_layer.output

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from provgen.data.batches import Batch
@@ -99,13 +100,13 @@ class Generator(Protocol):
     """Name of the loss in reports."""
     loss_text: ClassVar[str]
     """Description of the loss in reports."""
-    can_sample: ClassVar[bool]
+    can_sample: ClassVar[bool] = True
     """Whether it generates images at all."""
-    is_class_conditional: ClassVar[bool]
+    is_class_conditional: ClassVar[bool] = False
     """Whether it can be given a class label."""
-    has_noise_levels: ClassVar[bool]
+    has_noise_levels: ClassVar[bool] = False
     """Whether its steps are noise levels of one trajectory."""
-    reads_noise: ClassVar[bool]
+    reads_noise: ClassVar[bool] = True
     """Whether its loss depends on noise."""
 
     @property
@@ -121,6 +122,13 @@ class Generator(Protocol):
     def noise_shape(self) -> tuple[int, ...]:
         """Shape of the noise of one image."""
         ...
+
+    def draw_noise(self, generator: torch.Generator | list[torch.Generator] | None, *batch: int) -> Tensor:
+        """Draw the noise of one image, or of a batch of as many, by `generator` as in `sample`, (batch, ...)."""
+        shape = (*batch, *self.noise_shape)
+        device, dtype = self.network.device, self.network.dtype
+        noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return noise
 
     def timesteps(self, alpha_bars: Sequence[float]) -> list[int]:  # noqa: ARG002 - for kinds with noise levels
         """Give the timesteps nearest to noise levels."""

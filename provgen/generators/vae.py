@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from provgen.data.batches import Batch
@@ -36,10 +35,6 @@ class VaeGenerator(Generator):
     name: ClassVar[str] = "vae"
     loss_name: ClassVar[str] = "autoencoder_loss"
     loss_text: ClassVar[str] = "Squared error of the reconstruction, plus the weighted divergence of the latent"
-    can_sample: ClassVar[bool] = True
-    is_class_conditional: ClassVar[bool] = False
-    has_noise_levels: ClassVar[bool] = False
-    reads_noise: ClassVar[bool] = True
 
     @property
     def components(self) -> dict[str, Any]:
@@ -85,12 +80,7 @@ class VaeGenerator(Generator):
             raise InputError("an autoencoder is not given a class; generate without class labels")
         if guidance_scale != 1:
             raise InputError(f"an autoencoder has no guidance; guidance_scale must be 1, got {guidance_scale}")
-        latents = randn_tensor(
-            (len(class_labels), *self.noise_shape),
-            generator=generator,
-            device=self.network.device,
-            dtype=self.network.dtype,
-        )
+        latents = self.draw_noise(generator, len(class_labels))
         yield self._step(0, latents, self.network.decode(latents).sample, class_labels)
 
     @torch.no_grad()
@@ -104,10 +94,7 @@ class VaeGenerator(Generator):
     ) -> Iterator[Step]:
         """Draw latents of the images and decode them, one draw a step."""
         for draw in range(LATENT_DRAWS):
-            generator = seeded_generator(seed, Stream.LATENT, draw)
-            noise = randn_tensor(
-                self.noise_shape, generator=generator, device=self.network.device, dtype=self.network.dtype
-            )
+            noise = self.draw_noise(seeded_generator(seed, Stream.LATENT, draw))
             output = self.network(images, noise.expand(len(images), *noise.shape), with_feature_maps=False)
             yield self._step(draw, output.latents, output.reconstruction, class_labels)
 
