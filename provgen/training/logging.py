@@ -116,23 +116,16 @@ class TrainingProgress:
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]], step: int) -> Table:
-    """Lay out index metrics as network/closed-form ceiling, each kind of rows in its columns."""
-    kinds = sorted({str(row["rows"]) for row in rows})
+    """Lay out index metrics as network/closed-form ceiling, a line for each kind of rows and noise level."""
     title = f"index metrics at step {step}: network/closed-form ceiling; cross-entropy and gap in nats"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
-    table.add_column("alpha_bar", justify="right")
-    for kind in kinds:
-        for heading in ("cross-entropy", "gap", "top-1", "top-5"):
-            table.add_column(f"{kind}\n{heading}", justify="right", no_wrap=True)
-    for alpha_bar in sorted({float(row["alpha_bar"]) for row in rows}):
-        level = {str(row["rows"]): row for row in rows if row["alpha_bar"] == alpha_bar}
-        table.add_row(f"{alpha_bar:.2f}", *[cell for kind in kinds for cell in _quality_cells(level[kind])])
+    table.add_column("rows", no_wrap=True)
+    for heading in ("alpha_bar", "cross-entropy", "gap", "top-1", "top-5"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in sorted(rows, key=lambda row: (str(row["rows"]), float(row["alpha_bar"]))):
+        pairs = [f"{row[name]:.2f}/{row[f'{name}_ceiling']:.2f}" for name in ("cross_entropy", "top1", "top5")]
+        table.add_row(str(row["rows"]), f"{row['alpha_bar']:.2f}", pairs[0], f"{row['kl_gap']:.3f}", *pairs[1:])
     return table
-
-
-def _quality_cells(row: Mapping[str, Any]) -> list[str]:
-    pairs = [f"{row[name]:.2f}/{row[f'{name}_ceiling']:.2f}" for name in ("cross_entropy", "top1", "top5")]
-    return [pairs[0], f"{row['kl_gap']:.3f}", *pairs[1:]]
 
 
 def check_finite(losses: Mapping[str, float], step: int, checkpoints: Path) -> None:

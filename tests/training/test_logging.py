@@ -1,10 +1,12 @@
-"""`metrics.jsonl` across kills: torn lines and lines of steps that are done again."""
+"""`metrics.jsonl` across kills: torn lines and lines of steps that are done again. The table of index metrics."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
-from provgen.training.logging import JsonLinesTracker, read_metrics
+from provgen.training.logging import JsonLinesTracker, quality_table, read_metrics
 
 ROWS = [{"step": step, "loss": step / 10} for step in (5, 10, 15, 20)]
 
@@ -69,3 +71,20 @@ def test_the_tracker_works_through_the_accelerator(accelerator, resume, path):
     accelerator.log({"loss": 1.5}, step=25)
     assert read_metrics(path)[-1] == {"step": 25, "loss": 1.5}
     assert len(read_metrics(path)) == 5
+
+
+def test_the_table_of_index_metrics_is_whole_on_a_narrow_terminal():
+    measured = {"cross_entropy": 4.9, "cross_entropy_ceiling": 4.8, "kl_gap": 0.1, "top1": 0.5, "top1_ceiling": 0.6,
+                "top5": 0.7, "top5_ceiling": 0.8}  # fmt: skip
+    rows = [
+        {"rows": kind, "alpha_bar": level, **measured}
+        for level in (0.9, 0.25)
+        for kind in ("unconditional", "conditional")
+    ]
+    console = Console(width=80, record=True, quiet=False, file=StringIO())
+    console.print(quality_table(rows, 7))
+    printed = console.export_text()
+    assert "…" not in printed
+    cells = ["4.90/4.80", "0.100", "0.50/0.60", "0.70/0.80"]
+    expected = [[kind, level, *cells] for kind in ("conditional", "unconditional") for level in ("0.25", "0.90")]
+    assert [line.split() for line in printed.splitlines() if "/0.60" in line] == expected
