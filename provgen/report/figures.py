@@ -203,7 +203,7 @@ def plot_ratio_histogram(ratios_by_set: Mapping[str, Tensor]) -> Figure:
     }
     shares = {name: counts[name] / max(1, len(ratios)) for name, ratios in ratios_by_set.items()}
     top = _histogram_top(list(shares.values()))
-    for (name, heights), color in zip(shares.items(), (BLUE, VERMILION, GREEN), strict=False):
+    for (name, heights), color in zip(shares.items(), (BLUE, GREEN, VERMILION), strict=False):
         label = f"{name} (n = {len(ratios_by_set[name])})"
         axes.stairs(heights, edges, color=color, fill=True, alpha=0.15)
         axes.stairs(heights, edges, color=color, linewidth=1.5, baseline=None, label=label)
