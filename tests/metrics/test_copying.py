@@ -123,6 +123,7 @@ def test_copies_of_what_is_there_twice_are_not_authentic(generator):
     assert authenticity_of(train + 1e-4, torch.cat([train, train])).value == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dimension", "expected"),
     [(1, 1 / 3), (2, 1 - 6 * math.pi / (8 * math.pi + 3 * math.sqrt(3))), (3, 1 - 16 / 27)],

@@ -95,6 +95,7 @@ def test_the_penalty_is_the_one_that_predicts_best_and_the_strongest_of_equals(m
     assert linear_probe(points[rare], labels[rare], points, labels, seed=0).accuracy.value == 0.5
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_nothing_else():
     """Components of noise are in doubt, so that random ones show."""
     train, labels = two_classes(500, 600, distance=1, seed=0)

@@ -227,6 +227,7 @@ def test_a_report_says_how_well_the_generator_and_the_sources_do(name, request):
     assert "Do sources share the class?" in page
 
 
+@pytest.mark.slow
 def test_sets_and_samples_are_judged(finished, run_recipe, capsys):
     by_name = {metric["name"]: metric for metric in metrics_of(finished)}
     measured = {"data_copying", "authenticity", "precision", "coverage", "frechet_distance", "vendi_score"}
@@ -243,6 +244,7 @@ def test_sets_and_samples_are_judged(finished, run_recipe, capsys):
     assert "last encoder stage" in finished.report_html.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_copy_without_checkpoints_and_log_is_analyzed(finished, run_recipe, tmp_path):
     copy = RunFolder(tmp_path / "copy")
     shutil.copytree(finished.root, copy.root, ignore=shutil.ignore_patterns("checkpoints", "metrics.jsonl"))

@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 import torch
 
 from provgen import build
@@ -10,6 +11,7 @@ from provgen.metrics.statistics import proportion
 from provgen.studies.faithfulness.planted import precision_table, reliability_table
 
 
+@pytest.mark.slow
 def test_copies_and_marks_are_in_the_folder_and_in_the_report(tmp_path, run_recipe, capsys, tiny_overrides):
     folder, root = tmp_path / "digits", tmp_path / "run"
     assert run_recipe("data/planted_digits", folder) == 0

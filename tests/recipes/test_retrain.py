@@ -32,6 +32,7 @@ def retrained(root, run_recipe):
     return RetrainedFolder(root / "retrained")
 
 
+@pytest.mark.slow
 def test_every_model_is_there_with_a_loss_for_every_query(retrained, root):
     found = retrained.load()
     data = build.open_data(build.load_settings(root / "config.yaml", []), RunFolder(root))
@@ -46,6 +47,7 @@ def test_every_model_is_there_with_a_loss_for_every_query(retrained, root):
         assert len(losses.flatten().unique()) == 18
 
 
+@pytest.mark.slow
 def test_a_loss_is_that_of_a_model_trained_by_hand(retrained, root, trained_of, accelerator):
     trained = trained_of("diffusion")
     subset, seed = 2, 1
@@ -61,6 +63,7 @@ def test_a_loss_is_that_of_a_model_trained_by_hand(retrained, root, trained_of, 
         torch.testing.assert_close(retrained.load().losses[kind][seed, :, subset], expected)
 
 
+@pytest.mark.slow
 def test_the_same_command_trains_nothing_twice(retrained, root, run_recipe, capsys):
     before, (compact,) = retrained.load(), (root / "retrained" / "losses").iterdir()
     table = pq.read_table(compact)
@@ -75,6 +78,7 @@ def test_the_same_command_trains_nothing_twice(retrained, root, run_recipe, caps
     assert compact.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_two_shards_at_once_measure_what_one_call_does(retrained, root, repository, tmp_path):
     copy = shutil.copytree(root, tmp_path / "run")
     shutil.rmtree(copy / "retrained")
@@ -89,6 +93,7 @@ def test_two_shards_at_once_measure_what_one_call_does(retrained, root, reposito
     assert not list(copy.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_more_subsets_leave_the_first_as_they_are_and_shards_share_the_rest(retrained, root, run_recipe, capsys):
     more = ("--num-subsets", 4, "--seeds", 2, "--num-queries", 3)
     copy = shutil.copytree(root, root.parent / "more")
@@ -101,6 +106,7 @@ def test_more_subsets_leave_the_first_as_they_are_and_shards_share_the_rest(retr
     assert torch.equal(folder.load().losses["holdout"][:, :, :3], retrained.load().losses["holdout"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [("--fraction", 0.4), ("--num-queries", 2)])
 def test_other_options_are_refused_and_nothing_is_lost(retrained, root, run_recipe, capsys, changed):
     before = retrained.load()
@@ -149,6 +155,7 @@ def test_a_generator_without_its_gradient_is_trained_alone(tiny_settings):
     assert fewer.training.max_steps == tiny_settings().training.max_steps // 2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_its_generator_alone(tiny_settings, tiny_data, accelerator):
     """What `subset_settings` relies on, at the level of a whole training."""
     settings = tiny_settings("provenance.gradient=stop")

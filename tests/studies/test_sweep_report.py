@@ -69,6 +69,7 @@ def test_figures_show_what_was_measured(curves):
     assert drawn.lines[0].get_xydata().tolist() == [[1, 0.25], [1.5, 0.125]]
 
 
+@pytest.mark.slow
 def test_everything_is_written(curves, tmp_path):
     assert "report.html in" in write_sweep_report(tmp_path, curves)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -63,6 +63,7 @@ def measured(root_of):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAY_BE_NONE)
 def test_every_promised_number_is_there_and_finite(kind, measured):
     row = measured(kind)
