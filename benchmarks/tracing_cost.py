@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 from provgen import build, cli, evaluation
-from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kernel
+from provgen.models.credit import CreditHead, GaussianProcess, Kernel
 from provgen.models.diffusion import make_training_scheduler
 from provgen.studies.faithfulness.credit import TraceFeatures
 from provgen.studies.faithfulness.gradients import GradientFeatures, LossGradients
@@ -75,10 +75,11 @@ def empty_credit(trained: build.TrainedRun, *, finds_gradients: bool) -> CreditH
     head: CreditHead = CreditHead(
         num_examples=num_examples,
         num_landmarks=min(MAX_LANDMARKS, num_examples),
+        rank=min(MAX_LANDMARKS, num_examples),
         width=sum(parts.distances) + parts.num_gradients,
         num_classes=trained.data.train.num_classes,
         num_gradients=parts.num_gradients,
-        calibration=asdict(Calibration(GaussianProcess(kernel, ridge=3.0))),
+        process=asdict(GaussianProcess(kernel, ridge=3.0)),
     )
     head.scale.zero_()  # All distances are 0; kernels that underflow would be slow.
     return head

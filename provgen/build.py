@@ -170,7 +170,8 @@ def open_trained_run(root: Path, device: torch.device) -> TrainedRun:
     data = open_data(settings, folder)
     disable_progress_bar()  # three files load in no time
     pipeline = ProvenancePipeline.from_pretrained(folder.pipeline).with_manifest(data.manifest)
-    return TrainedRun(folder=folder, settings=settings, data=data, pipeline=pipeline.to(device))
+    pipeline = pipeline.to(device).with_training_images(data.train)
+    return TrainedRun(folder=folder, settings=settings, data=data, pipeline=pipeline)
 
 
 def _covered(settings: Settings, train: ImageSet) -> Tensor:

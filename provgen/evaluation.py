@@ -14,25 +14,32 @@ from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
+from provgen.errors import InputError
 from provgen.generators.closed_form import Posterior, image_posterior
 from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import denoiser_divergence
 from provgen.generators.protocol import Generator, Output
 from provgen.metrics.agreement import beam_recall, shared_sources
 from provgen.metrics.class_quality import ClassQuality, class_quality
-from provgen.metrics.index_quality import LEVELS, IndexQuality, index_hits, index_quality, mean_kl_gap
+from provgen.metrics.index_quality import LEVELS, WINDOW, IndexQuality, index_hits, index_quality, mean_kl_gap
 from provgen.metrics.statistics import Estimate
 from provgen.metrics.verdicts import Evidence, gather_evidence
 from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
+from provgen.models.temperatures import Temperatures, Tracer
 from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
 from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
-from provgen.tracing.trace import WINDOW, late_level
+from provgen.tracing.calibrate import default_credit_head
+from provgen.tracing.temperatures import fit_temperatures
+from provgen.tracing.trace import late_level
 from provgen.training.targets import Mixing
 from provgen.training.trainer import CoTrainer
 
 COMPARED = 10
 """Most probable sources of an image that are compared with the closed form's."""
+
+LATE_IMAGES = 256
+"""Held-out images whose entropy samples are compared with, at most."""
 
 LOSS_DRAWS = 20
 """Noise levels at which the generator's loss on an image is measured."""
@@ -93,21 +100,42 @@ def posterior_of(trained: TrainedRun) -> NetworkPosterior:
     return NetworkPosterior(trained.generator, trained.pipeline.provenance)
 
 
-def make_pipeline(trainer: CoTrainer, data: RunData) -> ProvenancePipeline:
-    """Make the pipeline of the averaged weights, which traces if there is a provenance network."""
-    has_provenance = "provenance" in trainer.networks
-    provenance = averaged_network(trainer, "provenance") if has_provenance else None
-    return ProvenancePipeline(provenance, **averaged_generator(trainer).components).with_manifest(data.manifest)
+def make_pipeline(
+    trainer: CoTrainer, data: RunData, *, temperatures: Temperatures | None = None, has_credit: bool = False
+) -> ProvenancePipeline:
+    """Make the pipeline of the averaged weights, which traces if there is a provenance network.
+
+    Without `temperatures` they are fitted. With `has_credit` so is a credit head under default hyperparameters.
+    """
+    generator = averaged_generator(trainer)
+    if "provenance" not in trainer.networks:
+        return ProvenancePipeline(**generator.components).with_manifest(data.manifest)
+    provenance = averaged_network(trainer, "provenance")
+    fitted = fit(generator, provenance, data) if temperatures is None else temperatures
+    credit = default_credit_head(generator, provenance, data.train).to(provenance.device) if has_credit else None
+    pipeline = ProvenancePipeline(provenance, **generator.components, temperatures=fitted, credit=credit)
+    return pipeline.with_manifest(data.manifest)
 
 
-def save_pipeline(trainer: CoTrainer, data: RunData, folder: RunFolder) -> None:
-    """Write the pipeline of the averaged weights, whole or not at all.
+def fit(generator: Generator, provenance: ProvenanceNetwork, data: RunData) -> Temperatures:
+    """Fit the temperatures of a trained generator and its provenance network."""
+    device = provenance.device
+    closed_form = generator.closed_form(data.train, dtype=torch.float32, device=device)
+    found = fit_temperatures(generator, provenance, data.train, data.holdout, closed_form=closed_form, seed=0)
+    fitted: Temperatures = found.to(device)
+    return fitted
+
+
+def save_pipeline(
+    trainer: CoTrainer, data: RunData, folder: RunFolder, *, temperatures: Temperatures | None, has_credit: bool
+) -> None:
+    """Write the pipeline of the averaged weights, whole or not at all; see `make_pipeline`.
 
     A generator trained without a provenance network has no pipeline; its weights are in the checkpoints.
     """
     if "provenance" in trainer.networks:
         with atomic_path(folder.pipeline) as partial:
-            make_pipeline(trainer, data).save_pretrained(partial)
+            make_pipeline(trainer, data, temperatures=temperatures, has_credit=has_credit).save_pretrained(partial)
 
 
 def sample(
@@ -171,11 +199,27 @@ def _traced_evidence(trained: TrainedRun, closed_form: Posterior, images: Tensor
     of_class = (traced.posterior * is_own).sum(dim=1) / traced.posterior.sum(dim=1)
     return {
         "entropy": traced.entropy,
-        "late_entropy": traced.step_entropy[:, late_level(traced.alpha_bar.tolist())],
+        "late_entropy": traced.step_entropy[:, late_level(traced.alpha_bar.tolist(), pipeline.window)],
         "of_class": torch.where(labels < trained.data.train.num_classes, of_class, 1.0),
         "top": believed.values[:, 0],
         "agreement": shared_sources(traced.example_index.gather(1, believed.indices), others.example_index),
     }
+
+
+def late_entropy_limit(trained: TrainedRun, share: float) -> float:
+    """Give the entropy in nats, at the cleanest level of the window, that a share of held-out images are below.
+
+    Raises:
+        InputError: There are no held-out images.
+    """
+    holdout, pipeline = trained.data.holdout, trained.pipeline
+    if not len(holdout):
+        raise InputError("--resample-below compares samples with held-out images, and this run has none")
+    chosen = torch.randperm(len(holdout), generator=seeded_generator(0, Stream.PROBE))[:LATE_IMAGES]
+    labels = holdout.labels[chosen] if pipeline.generator.is_class_conditional else None
+    traced = pipeline.attribute(holdout.images[chosen], top_k=1, class_labels=labels)
+    late = traced.step_entropy[:, late_level(traced.alpha_bar.tolist(), pipeline.window)]
+    return float(late.double().quantile(share))
 
 
 def divergence_by_step(generator: DiffusionGenerator, train: ImageSet, images: ImageSet) -> dict[int, Tensor]:
@@ -313,22 +357,41 @@ def _class_quality(
     return float(alpha_bar[0]), quality
 
 
-def evaluate(probe: IndexProbe, trainer: CoTrainer, data: RunData) -> dict[str, Any]:
+def evaluate(probe: IndexProbe, trainer: CoTrainer, data: RunData, temperatures: Temperatures) -> dict[str, Any]:
     """Measure the index metrics of the averaged weights, as they are logged.
 
     Returns:
-        `index_quality`, a list of rows; the mean KL gaps with their intervals, in nats; for a two-stage head, how
-        much of its own answer it finds with the beam it traces with.
+        `index_quality` and `temperatures`, lists of rows; the mean KL gaps with their intervals, in nats; for a
+        two-stage head, how much of its own answer it finds with the beam it traces with.
     """
     network = averaged_posterior(trainer)
     qualities = probe.measure(network, make_ceiling(network.generator, data))
-    measured: dict[str, Any] = {"index_quality": [quality.as_row() for quality in qualities]}
+    measured: dict[str, Any] = {
+        "index_quality": [quality.as_row() for quality in qualities],
+        "temperatures": temperature_rows(temperatures),
+    }
     for rows in sorted({quality.rows for quality in qualities}):
         measured |= _named(f"kl_gap_{rows}", mean_kl_gap(qualities, rows, WINDOW))
     beam = network.provenance.config.beam
     if beam is not None:
         measured |= _named(f"beam_recall{RECALLED}", probe.beam_recall(network, beam, RECALLED))
     return measured
+
+
+def temperature_rows(temperatures: Temperatures) -> list[dict[str, Any]]:
+    """List the fitted temperatures by noise level, of the network and of the closed form."""
+    fitted = temperatures.log_temperatures.exp().double()
+    return [
+        {
+            "alpha_bar": float(alpha_bar),
+            **{
+                f"{tracer.name.lower()}_{rows}": float(fitted[tracer, row, level])
+                for tracer in Tracer
+                for row, rows in enumerate(("conditional", "unconditional"))
+            },
+        }
+        for level, alpha_bar in enumerate(temperatures.alpha_bars)
+    ]
 
 
 def _named(name: str, estimate: Estimate) -> dict[str, float]:

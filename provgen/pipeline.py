@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from provgen.data.dataset import ImageSet
 from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
@@ -26,8 +27,10 @@ from provgen.generators.vae import VaeGenerator
 from provgen.models.classifier import ImageClassifier
 from provgen.models.credit import CreditHead
 from provgen.models.provenance import ProvenanceNetwork
+from provgen.models.temperatures import ALL_LEVELS, Temperatures
 from provgen.models.vae import ImageVae
 from provgen.tracing.attribution import Attribution, check_top_k
+from provgen.tracing.explained import ExplainedLook, Mixtures
 from provgen.tracing.trace import (
     CreditFeatures,
     Draw,
@@ -64,14 +67,22 @@ class ProvenancePipeline(DiffusionPipeline):
     """Generates images and traces every one to the training images it comes from.
 
     Holds one of a denoiser (`unet`, with its `scheduler`), an autoencoder (`vae`) or a classifier, which traces
-    images from outside only. Without `provenance` it generates and traces nothing; with `credit`, of a calibrated
-    denoiser, weights are shares of credit and no longer posteriors. Load it with
-    `ProvenancePipeline.from_pretrained`; `DiffusionPipeline.from_pretrained` does not find a subclass that lives in
-    another package.
+    images from outside only. Without `provenance` it generates and traces nothing. `temperatures` are those of its
+    posteriors; without them they are 1. With `credit` weights are shares of credit and no longer posteriors. Load it
+    with `ProvenancePipeline.from_pretrained`; `DiffusionPipeline.from_pretrained` does not find a subclass that lives
+    in another package.
     """
 
-    model_cpu_offload_seq = "unet->vae->classifier->provenance->credit"
-    _optional_components = ["provenance", "unet", "vae", "classifier", "scheduler", "credit"]  # noqa: RUF012 - diffusers' own name
+    model_cpu_offload_seq = "unet->vae->classifier->provenance->credit->temperatures"
+    _optional_components = [  # noqa: RUF012 - diffusers' own name
+        "provenance",
+        "unet",
+        "vae",
+        "classifier",
+        "scheduler",
+        "credit",
+        "temperatures",
+    ]
 
     def __init__(
         self,
@@ -81,6 +92,7 @@ class ProvenancePipeline(DiffusionPipeline):
         classifier: ImageClassifier | None = None,
         scheduler: DDIMScheduler | None = None,
         credit: CreditHead | None = None,
+        temperatures: Temperatures | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -90,8 +102,10 @@ class ProvenancePipeline(DiffusionPipeline):
             classifier=classifier,
             scheduler=scheduler,
             credit=credit,
+            temperatures=temperatures,
         )
         self._manifest: Manifest | None = None
+        self._mixtures: Mixtures | None = None
 
     @property
     def network(self) -> UNet2DModel | ImageVae | ImageClassifier:
@@ -133,6 +147,18 @@ class ProvenancePipeline(DiffusionPipeline):
             )
         self._manifest = manifest
         return self
+
+    def with_training_images(self, train: ImageSet) -> ProvenancePipeline:
+        """Attach the training images, so that attributions say how much of an image they explain; returns self."""
+        closed_form = self.generator.closed_form(train, dtype=self.network.dtype, device=self.device)
+        least = 0.0 if self.temperatures is None else self.temperatures.config.least_explained
+        self._mixtures = Mixtures(closed_form, train, self.device, least_explained=least)
+        return self
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Noise levels whose posteriors are averaged, ends excluded."""
+        return ALL_LEVELS if self.temperatures is None else self.temperatures.window
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save networks, scheduler and manifest (safetensors, JSON and Parquet only)."""
@@ -257,18 +283,28 @@ class ProvenancePipeline(DiffusionPipeline):
         labels = _read_labels(class_labels, len(pixels), self.null_label).to(clean.device)
 
         generator = self.generator
-        levels = Levels.of(generator, num_inference_steps, trace_every)
-        ask = ask_network(self.provenance) if closed_form is None else ask_closed_form(closed_form)
+        levels = Levels.of(generator, num_inference_steps, trace_every, self.window)
+        ask = (
+            ask_network(self.provenance, self.temperatures)
+            if closed_form is None
+            else ask_closed_form(closed_form, self.temperatures)
+        )
         has_credit = self.credit is not None and closed_form is None
 
         def attributed(batch: Tensor, given: Tensor) -> Attribution:
             posterior = MeanPosterior(ask, levels, only_window=True)
-            features = self._credit_features(num_inference_steps) if has_credit else None
+            features = self._credit_features() if has_credit else None
+            explained = None if self._mixtures is None else ExplainedLook(self._mixtures)
             # Features first: where they need a whole pass, the posterior reads its feature maps.
-            looks = [posterior] if features is None else [features, posterior]
+            looks = [look for look in (features, posterior, explained) if look is not None]
             trace(generator.renoise(batch, given, num_inference_steps=num_inference_steps, seed=seed), *looks)
-            credit = None if features is None else self._credit(features, given)
-            return posterior.attribution(top_k, is_trajectory=False, reachable=self.manifest.reachable, credit=credit)
+            return posterior.attribution(
+                top_k,
+                is_trajectory=False,
+                reachable=self.manifest.reachable,
+                credit=None if features is None else self._credit(features, given),
+                explained=None if explained is None else explained.explained(),
+            )
 
         batches = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
         return Attribution.concatenate([attributed(*batch) for batch in batches])
@@ -282,21 +318,17 @@ class ProvenancePipeline(DiffusionPipeline):
             reachable=self.manifest.reachable,
         )
         credit = None if drawn.features is None else self._credit(drawn.features, class_labels)
-        exact = None if drawn.closed_form is None else summarise(drawn.closed_form)
-        return summarise(drawn.posterior, credit=credit), exact
+        explained = None if drawn.explained is None else drawn.explained.explained()
+        exact = None if drawn.closed_form is None else summarise(drawn.closed_form, explained=explained)
+        return summarise(drawn.posterior, credit=credit, explained=explained), exact
 
-    def _credit_features(self, num_inference_steps: int) -> CreditFeatures:
-        """Start what the credit head compares images by; only a denoiser has one."""
-        return CreditFeatures(
-            self.provenance,
-            self.generator.alpha_bars(num_inference_steps),
-            denoiser=self.unet if self.credit.wants_gradients else None,
-        )
+    def _credit_features(self) -> CreditFeatures:
+        """Start what the credit head compares images by."""
+        return CreditFeatures(self.provenance, denoiser=self.unet if self.credit.wants_gradients else None)
 
     def _credit(self, features: CreditFeatures, class_labels: Tensor) -> Tensor:
-        """Give calibrated shares (query, train)."""
-        mean = features.mean(self.credit.calibration.level_power)
-        shares: Tensor = self.credit(mean.to(self.credit.dtype), class_labels)
+        """Give shares of credit (query, train)."""
+        shares: Tensor = self.credit(features.features().to(self.credit.dtype), class_labels)
         return shares
 
     def _check_traceable(self, top_k: int) -> None:
@@ -336,12 +368,14 @@ class _Sampling:
     def traced(self, rows: Tensor, *, trace_every: int, closed_form: Posterior | None) -> Draw:
         """Sample the queries of some rows, and trace them."""
         pipeline = self.pipeline
-        levels = Levels.of(pipeline.generator, self.num_inference_steps, trace_every)
-        posterior = MeanPosterior(ask_network(pipeline.provenance), levels)
-        exact = None if closed_form is None else MeanPosterior(ask_closed_form(closed_form), levels)
-        features = None if pipeline.credit is None else pipeline._credit_features(self.num_inference_steps)
-        looks = [look for look in (posterior, exact, features) if look is not None]
-        return Draw(self.images(rows, *looks), posterior, exact, features)
+        levels = Levels.of(pipeline.generator, self.num_inference_steps, trace_every, pipeline.window)
+        temperatures = pipeline.temperatures
+        posterior = MeanPosterior(ask_network(pipeline.provenance, temperatures), levels)
+        exact = None if closed_form is None else MeanPosterior(ask_closed_form(closed_form, temperatures), levels)
+        features = None if pipeline.credit is None else pipeline._credit_features()
+        explained = None if pipeline._mixtures is None else ExplainedLook(pipeline._mixtures)
+        looks = [look for look in (posterior, exact, features, explained) if look is not None]
+        return Draw(self.images(rows, *looks), posterior, exact, features, explained)
 
 
 def _check_options(guidance_scale: float, output_type: str, trace_every: int) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from provgen import build, cli
 from provgen.data.images import read_image
-from provgen.tracing.records import source_records
+from provgen.tracing.records import explained_record, source_records
 
 
 def main(
@@ -44,6 +44,7 @@ def main(
     results = [
         {
             "image": str(path),
+            **explained_record(attribution.explained, query),
             "entropy_nats": round(float(attribution.entropy[query]), 6),
             "mass_not_shown": round(float(attribution.mass_not_shown[query]), 6),
             "sources": source_records(attribution, query, manifest),
@@ -52,16 +53,17 @@ def main(
     ]
     if as_json:
         method = "closed form" if closed_form else "provenance network"
-        print(json.dumps({"schema_version": 1, "run": str(run), "method": method, "images": results}, indent=2))
+        print(json.dumps({"schema_version": 2, "run": str(run), "method": method, "images": results}, indent=2))
         return
-    for result in results:
+    for query, result in enumerate(results):
+        print(f"{result['image']}: {attribution.explained.describe(query)}")
         Console().print(source_table(result))
 
 
 def source_table(result: dict[str, Any]) -> Table:
     """Lay out the sources of one image, given as its JSON record."""
     # Text, not str: a name in square brackets is no markup.
-    title = Text(f"{result['image']}: entropy {result['entropy_nats']:.2f} nats")
+    title = Text(f"entropy {result['entropy_nats']:.2f} nats")
     caption = f"posterior not shown: {result['mass_not_shown']:.1%}"
     table = Table(title=title, caption=caption, title_justify="left")
     for heading in ("source", "class", "contributor", "licence"):

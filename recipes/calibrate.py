@@ -43,7 +43,7 @@ def main(
     queries = trace_queries(trained, retrained.queries)
 
     head = calibrate.fit_credit_head(
-        partial(traced_images, pipeline, trained.data.train, queries),
+        traced_images(pipeline, trained.data.train, queries),
         partial(tune, masks=retrained.masks, outputs=outputs, split=split),
         calibration_subsets=calibration_subsets,
         progress_bar=partial(track, description="fitting processes", console=Console(stderr=True), transient=True),
@@ -51,7 +51,7 @@ def main(
     pipeline.register_modules(credit=head.to(pipeline.device))
     with atomic_path(trained.folder.pipeline) as path:
         pipeline.save_pretrained(path)
-    print(f"calibrated on {calibration_subsets} subset models: {head.calibration}; saved in {trained.folder.pipeline}")
+    print(f"calibrated on {calibration_subsets} subset models: {head.process}; saved in {trained.folder.pipeline}")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> 
     Raises:
         InputError: It was calibrated on another number of them.
     """
-    if credit is not None and credit.config.calibration_subsets != calibration_subsets:
+    if credit is not None and credit.config.calibration_subsets not in (0, calibration_subsets):
         raise InputError(
             f"the run was calibrated on {credit.config.calibration_subsets} subset models, and "
             f"--calibration-subsets is {calibration_subsets}; give both the same number"

@@ -6,7 +6,7 @@
 Writes samples/ (PNGs that carry their sources, grid.png, part-PROCESS.parquet) and traces/ into the run folder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +39,10 @@ def main(
     resample_below: Annotated[
         float | None,
         typer.Option(
-            help="Draw samples again, up to four times, whose sources have less entropy (nats), such as 0.001."
+            min=0.0,
+            max=1.0,
+            help="Draw samples again, up to four times, whose sources are surer than those of all but this share of "
+            "held-out images, such as 0.01.",
         ),
     ] = None,
     closed_form: Annotated[bool, typer.Option(help="Also trace by the closed form.")] = False,
@@ -65,7 +68,7 @@ def main(
         guidance_scale=guidance_scale,
         top_k=top_k,
         trace_every=trace_every,
-        resample_below=resample_below,
+        resample_below=None if resample_below is None else evaluation.late_entropy_limit(trained, resample_below),
         closed_form=trained.closed_form() if closed_form else None,
         output_type="pt",
     )
@@ -115,8 +118,15 @@ def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *,
     grid.save(writer.staged.samples / "grid.png")
     publish(folder)
     print(f"{len(samples)} samples in {folder.samples}, their sources in {folder.traces}")
+    print(support_line([sample["support"] for sample in samples]))
     if tells_resamplings:
         print(f"{sum(sample['resamplings'] > 0 for sample in samples)} of them were resampled")
+
+
+def support_line(supports: Sequence[str]) -> str:
+    """Say how many samples are copies, and how many have no sources."""
+    copies, none = supports.count("copy"), supports.count("no sources")
+    return f"{copies} of them are copies; {none} have no sources: training images explain too little of them"
 
 
 if __name__ == "__main__":

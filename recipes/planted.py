@@ -24,7 +24,7 @@ from provgen.report.format import interval, markdown_table
 from provgen.run import atomic_path
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.baselines import Bandwidth
-from provgen.studies.faithfulness.credit import NUM_INFERENCE_STEPS, noised_steps
+from provgen.studies.faithfulness.credit import noised_steps
 from provgen.studies.faithfulness.methods import make_methods
 from provgen.studies.faithfulness.planted import (
     FIRST,
@@ -37,7 +37,7 @@ from provgen.studies.faithfulness.planted import (
     source_groups,
 )
 from provgen.studies.faithfulness.posteriors import DEFAULT, closed_form_steps, network_steps
-from provgen.tracing.calibrate import Untuned
+from provgen.tracing.calibrate import NUM_INFERENCE_STEPS, Untuned
 from provgen.tracing.trace import late_level
 
 LEVELS = (0.5, 0.8, 0.95)
@@ -101,7 +101,7 @@ def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, la
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
     # The cleanest level of the window by itself.
-    late = late_level(trajectory.alpha_bars.tolist())
+    late = late_level(trajectory.alpha_bars.tolist(), trained.pipeline.window)
     late_query = (trajectory.images[late], trajectory.timesteps[late], trajectory.alpha_bars[late], labels)
     asked = {
         "provenance network": network_steps(trained.pipeline.unet, trained.pipeline.provenance),
@@ -200,7 +200,8 @@ def traced(
     beliefs = {name: scores(f"{name}, trajectory", average) for name in names}
     others = {"pixel distance": scores("pixel kernel", Bandwidth(1.0)), "random": scores("random", Untuned())}
     if (credit := trained.pipeline.credit) is not None:
-        others["calibrated weight"] = scores("calibrated trace, trajectory", credit.calibration)
+        name = "calibrated trace" if credit.config.calibration_subsets else "default trace"
+        others["weight"] = scores(f"{name}, trajectory", credit.process)
     return beliefs, others
 
 

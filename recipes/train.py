@@ -37,7 +37,7 @@ def main(
     accelerator.wait_for_everyone()
     step = resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
     build.make_trackers(folder, accelerator, start_step=step)
-    has_provenance = "provenance" in trainer.networks
+    has_provenance, temperatures = "provenance" in trainer.networks, None
     probe = (
         evaluation.make_probe(trainer.generator, settings, data)
         if accelerator.is_main_process and has_provenance
@@ -59,12 +59,15 @@ def main(
                 accelerator.log(means, step=step)
                 progress.update(step, means)
             if probe is not None and (step % training.evaluate_every == 0 or is_last):
-                measured = evaluation.evaluate(probe, trainer, data)
+                temperatures = evaluation.fit(
+                    evaluation.averaged_generator(trainer), evaluation.averaged_network(trainer, "provenance"), data
+                )
+                measured = evaluation.evaluate(probe, trainer, data, temperatures)
                 progress.show(quality_table(measured["index_quality"], step))
                 accelerator.log(measured, step=step)
             if saves and accelerator.is_main_process:
                 # The checkpoint last: once it is there, everything else of its step is.
-                evaluation.save_pipeline(trainer, data, folder)
+                evaluation.save_pipeline(trainer, data, folder, temperatures=temperatures, has_credit=is_last)
                 save_checkpoint(trainer, folder.checkpoints, step, data.manifest.fingerprint)
             if saves:
                 accelerator.wait_for_everyone()

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     """Training images on which index metrics are measured."""
     COVERAGE = 7
     """Noise at which it is measured how hard training images are to tell apart; position: the level."""
+    TEMPERATURE = 8
+    """Samples and images that temperatures are fitted on; position: the sample."""
     GRADIENT = 9
     """Noise at which gradients of single images are taken; position: the timestep."""
 

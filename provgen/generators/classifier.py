@@ -96,6 +96,7 @@ class ClassifierGenerator(Generator):
             query=images,
             class_labels=class_labels,
             encode=lambda: list(output.feature_maps),
+            predict=lambda: images,
             class_logits=output.class_logits,
         )
 

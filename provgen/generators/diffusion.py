@@ -134,13 +134,15 @@ class DiffusionGenerator(Generator):
             step.feature_maps = feature_maps  # a whole pass has them too
             return LastLayer(inputs[0], output)
 
+        alpha_bar = self.scheduler.alphas_cumprod[timestep]
         step = Step(
             number=number,
             timestep=int(timestep),
-            alpha_bar=self.scheduler.alphas_cumprod[timestep],
+            alpha_bar=alpha_bar,
             query=noisy,
             class_labels=class_labels,
             encode=torch.no_grad()(encode),
+            predict=lambda: predicted_image(noisy, step.last_layer.output, alpha_bar),
             decode=torch.no_grad()(decode),
         )
         return step
@@ -159,6 +161,16 @@ class DiffusionGenerator(Generator):
         null = torch.full((len(images),), self.network.config.num_class_embeds - 1, device=images.device)
         noisy = self.noised(images, timestep, seed=0)
         return encoder_feature_maps(self.network, noisy, timestep, null)[-1].flatten(1)
+
+
+def predicted_image(noisy: Tensor, predicted_noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Give (x_t - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar), cut to [-1, 1] (arXiv 2010.02502, eq. 9).
+
+    Noisy images and predicted noise are (query, channel, height, width), `alpha_bar` is a scalar.
+    """
+    level = alpha_bar.to(noisy)
+    image: Tensor = (noisy - (1 - level).sqrt() * predicted_noise) / level.sqrt()
+    return image.clamp(-1, 1)
 
 
 def denoising_loss(predicted_noise: Tensor, noise: Tensor) -> Tensor:

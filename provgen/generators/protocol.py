@@ -65,6 +65,8 @@ class Step:
     """Labels the generator is given, int64 (query,); the null label for none."""
     encode: Callable[[], list[Tensor]]
     """Gives `feature_maps`."""
+    predict: Callable[[], Tensor]
+    """Gives `predicted_image`."""
     decode: Callable[[], LastLayer] | None = None
     """Gives `last_layer`; None for a generator without one."""
     images: Tensor | None = None
@@ -76,6 +78,14 @@ class Step:
     def feature_maps(self) -> list[Tensor]:
         """The image and the output of every encoder stage, (query, channel, height, width) each."""
         return self.encode()
+
+    @cached_property
+    def predicted_image(self) -> Tensor:
+        """The finished image as far as the generator knows it by now, in [-1, 1], (query, channel, height, width).
+
+        A denoiser's prediction, an autoencoder's decoded image; without a generator, the image itself.
+        """
+        return self.predict()
 
     @cached_property
     def last_layer(self) -> LastLayer:

@@ -106,6 +106,7 @@ class VaeGenerator(Generator):
             query=latents,
             class_labels=class_labels,
             encode=torch.no_grad()(lambda: self.network.feature_maps_of(images)),
+            predict=lambda: images,
             images=images,
         )
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from provgen.metrics.statistics import Estimate, flat_row, mean_estimate
 
+WINDOW = (0.05, 0.9)
+"""Noise levels over which gaps to the closed form are averaged."""
+
 LEVELS = (0.02, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Noise levels alpha_bar that are looked at; the nearest timestep of the schedule is taken."""
 

@@ -43,29 +43,15 @@ class GaussianProcess:
         parts = pixels + (f", gradients {kernel.gradient_share:g}" if kernel.gradient_share else "")
         return f"s={kernel.bandwidth:g} apart, across classes {kernel.across:g}{parts}, lambda={self.ridge:g}"
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibration chooses: a Gaussian process, and weights of the noise levels that features are read at."""
-
-    process: GaussianProcess
-    """Process whose leave-one-out variance is the credit."""
-    level_power: float = 1.0
-    """Power of alpha_bar / (1 - alpha_bar) in the weights of the clear noise levels."""
-
-    def __str__(self) -> str:
-        return f"{self.process}, levels by (alpha_bar / (1 - alpha_bar))^{self.level_power:g}"
-
     @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> Calibration:
+    def read(cls, fields: Mapping[str, Any]) -> GaussianProcess:
         """Read it back from `dataclasses.asdict`, through JSON or not."""
-        process, kernel = fields["process"], fields["process"]["kernel"]
-        kernel = Kernel(**{**kernel, "shares": tuple(kernel["shares"])})
-        return cls(GaussianProcess(kernel, process["ridge"]), fields["level_power"])
+        kernel = {**fields["kernel"], "shares": tuple(fields["kernel"]["shares"])}
+        return cls(Kernel(**kernel), fields["ridge"])
 
 
 class CreditHead(ModelMixin, ConfigMixin):
-    """Squared read-outs of kernels at landmarks: `(k(query, landmarks) @ readout)^2`, as shares.
+    """Squared read-outs of kernels at landmarks: `(k(query, landmarks) @ projection @ readout)^2`, as shares.
 
     `tracing/gaussian_process.py` fits it in closed form on features of the training images.
     """
@@ -76,29 +62,33 @@ class CreditHead(ModelMixin, ConfigMixin):
         *,
         num_examples: int,
         num_landmarks: int,
+        rank: int,
         width: int,
         num_classes: int,  # noqa: ARG002 - register_to_config keeps it, and the three below
         num_gradients: int,  # noqa: ARG002
-        calibration: dict[str, Any],
+        process: dict[str, Any],
         calibration_subsets: int = 0,  # noqa: ARG002
         calibration_seconds: float = 0.0,  # noqa: ARG002
     ) -> None:
         """Make an empty head, which compares queries with `num_landmarks` of the training examples.
 
-        An image has `width` features. The last `num_gradients` are normalised gradients, whose products count instead
-        of distances. `num_classes` is without the null label. `calibration` is `dataclasses.asdict` of a `Calibration`
-        on `calibration_subsets` subset models; `calibration_seconds` are those of features and search.
+        The read-out has `rank` directions. An image has `width` features. The last `num_gradients` are normalised
+        gradients, whose products count instead of distances. `num_classes` is without the null label. `process` is
+        `dataclasses.asdict` of a `GaussianProcess` chosen on `calibration_subsets` subset models, or of the default
+        one where that is 0; `calibration_seconds` are those of the search.
         """
         super().__init__()
-        self.calibration = Calibration.read(calibration)
+        self.process = GaussianProcess.read(process)
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(width))
         self.landmarks: Tensor
         self.register_buffer("landmarks", torch.zeros(num_landmarks, width))
         self.landmark_labels: Tensor
         self.register_buffer("landmark_labels", torch.zeros(num_landmarks, dtype=torch.int64))
+        self.projection: Tensor
+        self.register_buffer("projection", torch.zeros(num_landmarks, rank))
         self.readout: Tensor
-        self.register_buffer("readout", torch.zeros(num_landmarks, num_examples))
+        self.register_buffer("readout", torch.zeros(rank, num_examples))
 
     @property
     def wants_gradients(self) -> bool:
@@ -111,11 +101,11 @@ class CreditHead(ModelMixin, ConfigMixin):
         `class_labels` is int64 (query,), the null label where there is none.
         """
         images, landmarks = (features * self.scale, class_labels), (self.landmarks, self.landmark_labels)
-        kernel, null_label = self.calibration.process.kernel, self.config.num_classes
+        kernel, null_label = self.process.kernel, self.config.num_classes
         similarity = kernel_matrix(
             *images, *landmarks, kernel, null_label=null_label, num_gradients=self.config.num_gradients
         )
-        return credit_shares(similarity @ self.readout)
+        return credit_shares(similarity @ self.projection @ self.readout)
 
 
 def credit_shares(readouts: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def draw_samples(
     """Draw samples with their sources, each source with its class and weight.
 
     Samples and traces are rows of `samples/` and `traces/`, the latter sorted by sample and rank. Without captions,
-    each sample's class stands under it.
+    each sample's class stands under it, and how much of it is explained.
     """
     groups = group_traces(traces)
     rows = [groups[sample["sample"]] for sample in samples]
@@ -166,7 +166,7 @@ def draw_samples(
         [Image.open(folder.root / sample["path"]) for sample in samples],
         [[to_pil(train.images[source["example_index"]]) for source in row] for row in rows],
         [[_source_caption(source, train) for source in row] for row in rows],
-        captions or [_class_name(sample["class_label"], train) for sample in samples],
+        captions or [_sample_caption(sample, train) for sample in samples],
     )
 
 
@@ -174,6 +174,12 @@ def load_pixels(folder: RunFolder, samples: Sequence[Mapping[str, Any]], manifes
     """Read the PNGs of samples as uint8 (sample, channel, height, width)."""
     kind = {"image_size": manifest.image_size, "channels": manifest.channels}
     return torch.stack([read_image(folder.root / sample["path"], **kind) for sample in samples])
+
+
+def _sample_caption(sample: Mapping[str, Any], train: ImageSet) -> str:
+    shares = {"copy": "copy, {:.0%}", "mixture": "{:.0%} explained", "no sources": "no sources, {:.0%}", "unknown": ""}
+    explained = shares[sample["support"]].format(sample["explained"] or 0.0)
+    return "\n".join(text for text in (_class_name(sample["class_label"], train), explained) if text)
 
 
 def _source_caption(source: Mapping[str, Any], train: ImageSet) -> str:

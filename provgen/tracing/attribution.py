@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from provgen.errors import InputError
+from provgen.tracing.explained import Explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Attribution:
     """Entropy of the posterior at every traced noise level in nats, (query, step), from noise to image."""
     alpha_bar: Tensor
     """alpha_bar of those levels, (step,)."""
+    explained: Explained
+    """How much of every image training images explain; NaN where they were not at hand."""
 
     def __len__(self) -> int:
         return len(self.entropy)
@@ -42,9 +45,10 @@ class Attribution:
     @staticmethod
     def concatenate(parts: list[Attribution]) -> Attribution:
         """Join attributions of consecutive queries over the same noise levels."""
-        names = [name for name in vars(parts[0]) if name != "alpha_bar"]
+        names = [name for name in vars(parts[0]) if name not in ("alpha_bar", "explained")]
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return Attribution(**joined, alpha_bar=parts[0].alpha_bar)
+        explained = Explained.concatenate([part.explained for part in parts])
+        return Attribution(**joined, alpha_bar=parts[0].alpha_bar, explained=explained)
 
 
 def check_top_k(top_k: int, num_examples: int) -> None:

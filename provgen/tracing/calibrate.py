@@ -1,4 +1,4 @@
-"""Fitting a credit head on the subset models of a run: the process first, then the weights of noise levels."""
+"""Fitting a credit head: of the default process, or of the one that subset models of a run are best told by."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+from provgen.generators.protocol import Generator
 from provgen.models.credit import CreditHead, GaussianProcess, Kernel
-from provgen.tracing.gaussian_process import EVERYTHING, FeatureParts, FittedKernel, distances_from_middle
-from provgen.tracing.trace import INVERSE_VARIANCE
+from provgen.models.provenance import ProvenanceNetwork
+from provgen.tracing.gaussian_process import (
+    DEFAULT_PROCESS,
+    EVERYTHING,
+    FeatureParts,
+    FittedKernel,
+    distances_from_middle,
+)
+from provgen.tracing.trace import CreditFeatures, trace
 
 S = TypeVar("S")
 """A setting: a frozen dataclass whose text is printed and never parsed."""
@@ -24,21 +34,6 @@ class Untuned:
 
     def __str__(self) -> str:
         return ""
-
-
-@dataclass(frozen=True)
-class LevelPower:
-    """Weights of the clear noise levels."""
-
-    power: float
-    """Power of alpha_bar / (1 - alpha_bar)."""
-
-    def __str__(self) -> str:
-        return f"{self.power:g}"
-
-
-LEVEL_POWERS = (LevelPower(0.0), LevelPower(INVERSE_VARIANCE), LevelPower(2.0))
-"""All levels alike, by noise, nearly the cleanest alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,9 @@ class Choose(Protocol):
     def __call__(self, scores: Mapping[str, AttributionScores[S]]) -> S:
         """Give the best setting."""
 
+
+NUM_INFERENCE_STEPS = 50
+"""Sampling steps whose last level training images are noised to."""
 
 Progress = Callable[[Iterable[GaussianProcess]], Iterable[GaussianProcess]]
 """Shows how far along it is."""
@@ -128,7 +126,7 @@ class LeaveOneOutVariance:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedImages:
-    """Training images and queries as traces see them under some weights of noise levels."""
+    """Training images and queries as traces see them."""
 
     train: LabelledFeatures
     """The training images."""
@@ -145,22 +143,34 @@ class TracedImages:
 
 
 def fit_credit_head(
-    images: Callable[[float], TracedImages], choose: Choose, *, calibration_subsets: int, progress_bar: Progress = list
+    traced: TracedImages, choose: Choose, *, calibration_subsets: int, progress_bar: Progress = list
 ) -> CreditHead:
-    """Fit the head whose process is chosen under the default weights of levels, then weights of levels under that.
-
-    `images` gives features under a power of alpha_bar / (1 - alpha_bar) in the weights of levels.
-    """
+    """Fit the head of the process that is chosen for its scores of queries."""
     start = time.perf_counter()
-    traced = images(INVERSE_VARIANCE)
-    process = choose(traced.variance().scores(traced.queries, EVERYTHING.settings, progress_bar=progress_bar))
-    values: dict[str, list[Tensor]] = {kind: [] for kind in traced.queries}
-    for setting in LEVEL_POWERS:
-        traced = images(setting.power)
-        for kind, scores in traced.variance().scores(traced.queries, {process: 0}).items():
-            values[kind].append(scores.values[0])
-    power = choose({kind: AttributionScores.in_a_row(scores, LEVEL_POWERS) for kind, scores in values.items()}).power
-    head = images(power).variance().fitted(process.kernel).credit_head(process.ridge, power)
+    variance = traced.variance()
+    process = choose(variance.scores(traced.queries, EVERYTHING.settings, progress_bar=progress_bar))
+    head = variance.fitted(process.kernel).credit_head(process.ridge)
     seconds = time.perf_counter() - start
     head.register_to_config(calibration_subsets=calibration_subsets, calibration_seconds=seconds)
     return head
+
+
+FEATURE_BATCH = 256
+"""Training images looked at a time."""
+
+
+def default_credit_head(generator: Generator, provenance: ProvenanceNetwork, train: ImageSet) -> CreditHead:
+    """Fit the head of `DEFAULT_PROCESS` on what the network sees of the training images; no model is trained again."""
+    device = provenance.device
+    features = []
+    for pixels in train.images.split(FEATURE_BATCH):
+        images = to_unit_range(pixels).to(device)
+        null = torch.full((len(images),), train.num_classes, device=device)
+        look = CreditFeatures(provenance)
+        trace(generator.renoise(images, null, num_inference_steps=NUM_INFERENCE_STEPS, seed=0), look)
+        features.append(look.features().double().cpu())
+    width = provenance.config.width
+    parts = FeatureParts((width, features[0].shape[1] - width))
+    kernel, ridge = DEFAULT_PROCESS.kernel, DEFAULT_PROCESS.ridge
+    fitted = FittedKernel(torch.cat(features), train.labels, kernel, null_label=train.num_classes, parts=parts)
+    return fitted.credit_head(ridge)

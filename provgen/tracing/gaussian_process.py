@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kernel, credit_shares, kernel_matrix
+from provgen.models.credit import CreditHead, GaussianProcess, Kernel, credit_shares, kernel_matrix
 
 BANDWIDTHS = (0.7, 1.0, 1.5)
 """Bandwidths of the kernel, in root mean squared distances between two training images."""
@@ -23,6 +23,10 @@ GRADIENT_SHARES = (0.0, 0.25, 0.5)
 """Shares of cosines of gradients in the kernel."""
 RIDGES = (1.0, 3.0, 10.0)
 """Values of lambda, in units of the mean kernel of an image with itself."""
+DEFAULT_PROCESS = GaussianProcess(Kernel(bandwidth=1.0, across=0.5, shares=(0.5, 0.5)), ridge=3.0)
+"""Process of runs that are not calibrated, the middle of what calibration tries."""
+MAX_READOUT = 2**24
+"""Numbers in a read-out, 64 MB in float32; with more training images its rank is smaller."""
 MAX_LANDMARKS = 2048
 """Training images that others are compared with; with no more training images than that the process is exact."""
 SMALLEST_VARIANCE = 1e-10
@@ -116,28 +120,32 @@ class FittedKernel:
         whitened, readout = self._factors(ridge)
         return credit_shares((self._similarity(features, labels) @ whitened) @ readout)
 
-    def credit_head(self, ridge: float, level_power: float = 1.0) -> CreditHead:
+    def credit_head(self, ridge: float) -> CreditHead:
         """Give the head of one process; it wants gradients only where they count.
 
         With vectors f, A = (sum of f_i f_i^T + lambda I)^-1 and leverages h_i = f_i A f_i, the variance at a query is
         lambda f_q A f_q, and without example i it is larger by lambda (f_q A f_i)^2 / (1 - h_i) (Sherman and Morrison
-        1950, Annals of Mathematical Statistics 21).
+        1950, Annals of Mathematical Statistics 21). Of very many images only the directions of largest variance are
+        kept.
         """
         whitened, readout = self._factors(ridge)
+        kept = self.variances.argsort(descending=True)[: max(1, MAX_READOUT // len(self.vectors))]
         num_gradients = self.parts.num_gradients if self.kernel.gradient_share else 0
         width = sum(self.parts.distances) + num_gradients
         head: CreditHead = CreditHead(
             num_examples=len(self.vectors),
             num_landmarks=len(self.landmarks),
+            rank=len(kept),
             width=width,
             num_classes=self.null_label,
             num_gradients=num_gradients,
-            calibration=asdict(Calibration(GaussianProcess(self.kernel, ridge), level_power)),
+            process=asdict(GaussianProcess(self.kernel, ridge)),
         )
         head.scale.copy_(self.scale[:width])
         head.landmarks.copy_(self.landmarks[:, :width])
         head.landmark_labels.copy_(self.landmark_labels)
-        head.readout.copy_(whitened @ readout)
+        head.projection.copy_(whitened[:, kept])
+        head.readout.copy_(readout[kept])
         return head
 
     def _similarity(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from provgen.data.manifest import Manifest
 from provgen.errors import InputError
 from provgen.run import RunFolder, read_parquet, replace_path, write_parquet, writing
 from provgen.tracing.attribution import Attribution
+from provgen.tracing.explained import Explained, Support
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 TRACE_SCHEMA = pa.schema([
     ("sample", pa.int64()),
@@ -46,10 +47,15 @@ SAMPLE_SCHEMA = pa.schema([
     ("closed_form_step_entropy", pa.list_(pa.float64())),
     ("closed_form_mass_unreachable", pa.float64()),
     ("resamplings", pa.int64()),
+    ("support", pa.string()),
+    ("explained", pa.float64()),
+    ("explained_by_nearest", pa.float64()),
+    ("explained_by_class_mean", pa.float64()),
 ])  # fmt: skip
 """Entropies in nats; null for no class, for no commitment, and for a closed form that was not asked for.
 `resamplings`: how often the sample was drawn again from its seed. `closed_form_mass_unreachable`: posterior that the
-closed form gives to examples the network cannot name."""
+closed form gives to examples the network cannot name. `support`: copy, mixture, no sources or unknown. `explained`:
+share of the sample that training images explain, by their best mixture, by the nearest alone, or by a class mean."""
 
 
 def trace_rows(attribution: Attribution, samples: Sequence[int], manifest: Manifest) -> list[dict[str, Any]]:
@@ -101,6 +107,7 @@ def sample_rows(
         }
         row["mass_not_shown"] = float(attribution.mass_not_shown[query])
         row["step_alpha_bar"] = attribution.alpha_bar.tolist()
+        row |= explained_record(attribution.explained, query)
         if closed_form is not None:
             row |= {f"closed_form_{name}": value for name, value in _evidence(closed_form, query).items()}
             row["closed_form_mass_unreachable"] = float(closed_form.mass_unreachable[query])
@@ -137,6 +144,18 @@ def source_records(attribution: Attribution, query: int, manifest: Manifest) -> 
         for source, (posterior, weight) in zip(sources, pairs, strict=True)
         if weight > 0
     ]
+
+
+def explained_record(explained: Explained, query: int) -> dict[str, Any]:
+    """Give how much of one image is explained, by column."""
+    support = explained.support(query)
+    shares = {
+        "explained": explained.share,
+        "explained_by_nearest": explained.by_nearest,
+        "explained_by_class_mean": explained.by_class_mean,
+    }
+    known = {name: None if support is Support.UNKNOWN else float(share[query]) for name, share in shares.items()}
+    return {"support": str(support), **known}
 
 
 def group_traces(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
@@ -223,6 +242,7 @@ class SampleWriter:
             "digitalSourceType": "trainedAlgorithmicMedia",
             "provgen:schema_version": str(SCHEMA_VERSION),
             "provgen:seed": str(seed),
+            "provgen:support": attribution.explained.describe(query) or str(Support.UNKNOWN),
             "provgen:data_fingerprint": self.manifest.fingerprint,
             "provgen:sources": json.dumps(sources, ensure_ascii=False),
         }

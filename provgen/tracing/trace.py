@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -16,25 +15,9 @@ from provgen.generators.closed_form import Posterior, entropy
 from provgen.generators.protocol import Generator, Step
 from provgen.models.diffusion import last_layer_gradients
 from provgen.models.provenance import ProvenanceNetwork
+from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
 from provgen.tracing.attribution import Attribution
-
-WINDOW = (0.05, 0.9)
-"""Noise levels alpha_bar whose posteriors are averaged. Noisier ones say little about any example; at cleaner ones
-the posterior is a nearest-neighbour look-up of the finished image."""
-
-ALL_LEVELS = (0.0, 1.0)
-"""The window of a generator without noise levels."""
-
-LEAST_ALPHA_BAR = 0.01
-"""Sampling steps noisier than this are not traced: the posterior is still near the prior, and they are a third of
-the steps."""
-
-CLEAR_ALPHA_BAR = 0.9
-"""Levels from which on an image's own features are read off; before, its trajectory is elsewhere. The last level
-of a sampling run counts in any case."""
-
-INVERSE_VARIANCE = 1.0
-"""Power of alpha_bar / (1 - alpha_bar) by which clear levels are weighed, unless calibration finds a better one."""
+from provgen.tracing.explained import Explained, ExplainedLook
 
 Ask = Callable[[Step], Tensor]
 """Gives p(i | step), (query, train)."""
@@ -63,8 +46,8 @@ def trace(steps: Iterable[Step], *looks: Callable[[Step], None]) -> Step:
     return last
 
 
-def ask_network(provenance: ProvenanceNetwork) -> Ask:
-    """Ask the provenance network as traces do, with the beam it was saved with.
+def ask_network(provenance: ProvenanceNetwork, temperatures: Temperatures | None = None) -> Ask:
+    """Ask the provenance network as traces do, under its temperatures (None for 1) and with the beam it was saved with.
 
     What the cells outside the beam hold is left out of unconditional rows, which then sum to less than 1. Conditional
     rows are normalised over what was found, as the share of their class in other cells is not known.
@@ -74,7 +57,7 @@ def ask_network(provenance: ProvenanceNetwork) -> Ask:
     def ask(step: Step) -> Tensor:
         labels = step.class_labels
         logits = provenance.index_logits(step.feature_maps, step.alpha_bars, labels, step.class_logits, beam)
-        probs = logits.softmax(dim=1)
+        probs = _tempered(logits, Tracer.NETWORK, temperatures, step)
         if beam is None:
             return probs
         found = logits.exp().sum(dim=1).clamp_max(1)
@@ -83,9 +66,25 @@ def ask_network(provenance: ProvenanceNetwork) -> Ask:
     return ask
 
 
-def ask_closed_form(posterior: Posterior) -> Ask:
-    """Ask the exact posterior."""
-    return lambda step: posterior.probs(step.query, step.alpha_bars, step.class_labels)
+def ask_closed_form(posterior: Posterior, temperatures: Temperatures | None = None) -> Ask:
+    """Ask the exact posterior under its temperatures (None for 1)."""
+
+    def ask(step: Step) -> Tensor:
+        logits = posterior.logits(step.query, step.alpha_bars, step.class_labels)
+        probs = _tempered(logits, Tracer.CLOSED_FORM, temperatures, step)
+        # A query whose class has no example has no sources, and not all of them alike.
+        return probs.masked_fill((logits == torch.finfo(logits.dtype).min).all(dim=1, keepdim=True), 0)
+
+    return ask
+
+
+def _tempered(logits: Tensor, tracer: Tracer, temperatures: Temperatures | None, step: Step) -> Tensor:
+    """Give the probabilities (query, train) of logits under the temperatures of a step."""
+    if temperatures is None:
+        return logits.softmax(dim=1)
+    temperature = temperatures.temperature(tracer, step.alpha_bars, step.class_labels).to(logits)
+    # Finite: a row of which everything is ruled out would be NaN.
+    return (logits / temperature[:, None]).clamp_min(torch.finfo(logits.dtype).min).softmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,14 @@ class Levels:
     """Noise levels whose posteriors are averaged, ends excluded."""
 
     @classmethod
-    def of(cls, generator: Generator, num_inference_steps: int, every: int) -> Levels:
-        """Choose every so many steps, back from the last, that are not too noisy.
+    def of(cls, generator: Generator, num_inference_steps: int, every: int, window: tuple[float, float]) -> Levels:
+        """Choose every so many steps, back from the last, from where posteriors say more than the prior.
+
+        Args:
+            generator: The generator, with or without noise levels.
+            num_inference_steps: Steps of its sampler.
+            every: Steps from one that is traced to the next.
+            window: Noise levels whose posteriors are averaged, ends excluded.
 
         Raises:
             InputError: None of them is in the window.
@@ -107,15 +112,14 @@ class Levels:
         if not generator.has_noise_levels:
             return cls(None, ALL_LEVELS)
         alpha_bars = generator.alpha_bars(num_inference_steps)
-        first, count = int((alpha_bars < LEAST_ALPHA_BAR).sum()), len(alpha_bars)
+        first, count = int((alpha_bars <= window[0]).sum()), len(alpha_bars)
         numbers = range(first + (count - 1 - first) % every, count, every)
-        chosen = alpha_bars[list(numbers)]
-        if not ((chosen > WINDOW[0]) & (chosen < WINDOW[1])).any():
+        if not (alpha_bars[list(numbers)] < window[1]).any():
             raise InputError(
                 f"trace_every={every} passes over all of {num_inference_steps} steps whose posteriors are averaged; "
                 "give a smaller one"
             )
-        return cls(numbers, WINDOW)
+        return cls(numbers, window)
 
     def has(self, step: Step) -> bool:
         """Whether a step is traced."""
@@ -183,7 +187,13 @@ class MeanPosterior:
         return self._entropy[late_level(self._alpha_bars, self.levels.window)]
 
     def attribution(
-        self, top_k: int, *, is_trajectory: bool, reachable: Tensor, credit: Tensor | None = None
+        self,
+        top_k: int,
+        *,
+        is_trajectory: bool,
+        reachable: Tensor,
+        credit: Tensor | None = None,
+        explained: Explained | None = None,
     ) -> Attribution:
         """Summarise what was added.
 
@@ -191,7 +201,8 @@ class MeanPosterior:
             top_k: Sources per query.
             is_trajectory: Whether the levels are steps of one sampling run.
             reachable: bool (train,), examples that the provenance network can name.
-            credit: Calibrated shares (query, train); without them the posterior is the credit.
+            credit: Shares of credit (query, train); without them the posterior is the credit.
+            explained: How much of the images training images explain; None where these are not at hand.
         """
         posterior = self.posterior()
         weight, index = (posterior if credit is None else credit).topk(top_k, dim=1)
@@ -207,6 +218,7 @@ class MeanPosterior:
             commitment_step=steps.cpu(),
             step_entropy=torch.stack(self._entropy, dim=1).cpu(),
             alpha_bar=torch.tensor(self._alpha_bars),
+            explained=Explained.unknown(len(posterior)) if explained is None else explained.cpu(),
         )
 
     def commitment_step(self) -> Tensor:
@@ -224,55 +236,45 @@ class MeanPosterior:
 
 
 class CreditFeatures:
-    """What a credit head compares images by: means over clear levels of the embedding and the pixels, and gradients."""
+    """What a credit head compares finished images by: the embedding and the pixels of the last step, and gradients."""
 
-    def __init__(self, provenance: ProvenanceNetwork, alpha_bars: Tensor, *, denoiser: Any = None) -> None:
+    def __init__(self, provenance: ProvenanceNetwork, *, denoiser: Any = None) -> None:
         """Start empty.
 
         Args:
             provenance: Network whose embedding is read.
-            alpha_bars: Noise levels of the steps that will be shown, (step,).
             denoiser: UNet2DModel whose last layer's normalised gradients are features too; None for none.
         """
         self.provenance, self.denoiser = provenance, denoiser
-        self.clear_from = alpha_bars.max().clamp_max(CLEAR_ALPHA_BAR)
-        self._seen: list[Tensor] = []
-        self._clearness: list[float] = []
-        self._gradients: Tensor | None = None
+        self._step: Step | None = None
+        self._features: Tensor | None = None
 
     def __call__(self, step: Step) -> None:
-        """Add a step, if it is clear; gradients are those of the first such step."""
-        if step.alpha_bar < self.clear_from:
-            return
-        if self.denoiser is not None and self._gradients is None:
-            # In unit length: those of samples are longer than those of training images, and would count for everything.
-            gradients = last_layer_gradients(self.denoiser, *step.last_layer)
-            self._gradients = F.normalize(gradients.float(), dim=1)
-        embedding = self.provenance.embed(step.feature_maps, step.alpha_bars)
-        pixels = step.feature_maps[0].flatten(1).to(embedding.dtype)
-        alpha_bar = float(step.alpha_bar)
-        # Noising makes an image smaller by sqrt(alpha_bar), and what is seen of it.
-        self._seen.append(torch.cat([embedding, pixels], dim=1) / math.sqrt(alpha_bar))
-        self._clearness.append(alpha_bar / (1 - alpha_bar))
+        """Keep a step; what it costs to look at is spent on the last one alone."""
+        self._step = step
 
     def put(self, rows: Tensor, other: CreditFeatures) -> None:
-        """Put the features of other queries over the same steps in the place of some rows."""
-        self._seen = [old.index_copy(0, rows, new) for old, new in zip(self._seen, other._seen, strict=True)]
-        if self._gradients is not None and other._gradients is not None:
-            self._gradients = self._gradients.index_copy(0, rows, other._gradients)
+        """Put the features of other queries in the place of some rows."""
+        self._features = self.features().index_copy(0, rows, other.features())
 
-    def mean(self, level_power: float) -> Tensor:
-        """Give the features, (query, feature): embedding, pixels, then gradients where there are any.
+    @torch.no_grad()
+    def features(self) -> Tensor:
+        """Give the features, (query, feature): embedding, pixels, then gradients where there are any."""
+        if self._features is None:
+            assert self._step is not None, "every generator has a step"
+            self._features = self._of(self._step)
+        return self._features
 
-        Args:
-            level_power: Power of alpha_bar / (1 - alpha_bar) in the weights of levels; 0 weighs all alike.
-        """
-        seen = torch.stack(self._seen)
-        # In double: powers of the clearness are too large for half precision.
-        weights = torch.tensor(self._clearness, dtype=torch.float64) ** level_power
-        mean: Tensor = torch.tensordot((weights / weights.sum()).to(seen), seen, dims=1)
-        gradients = self._gradients
-        return mean if gradients is None else torch.cat([mean, gradients.to(mean.dtype)], dim=1)
+    def _of(self, step: Step) -> Tensor:
+        # Gradients first: where they need a whole pass, it gives the feature maps as well.
+        gradients = [] if self.denoiser is None else [last_layer_gradients(self.denoiser, *step.last_layer)]
+        embedding = self.provenance.embed(step.feature_maps, step.alpha_bars)
+        pixels = step.feature_maps[0].flatten(1).to(embedding.dtype)
+        # Noising makes an image smaller by sqrt(alpha_bar), and what is seen of it.
+        seen = torch.cat([embedding, pixels], dim=1) / step.alpha_bar.to(embedding).sqrt()
+        # In unit length: those of samples are longer than those of training images, and would count for everything.
+        unit = [F.normalize(gradient.float(), dim=1).to(embedding.dtype) for gradient in gradients]
+        return torch.cat([seen, *unit], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,14 +294,15 @@ class NoisyImages:
 
 
 class Recorder:
-    """Keeps the noisy images of the steps that are not too noisy to be traced, on the CPU."""
+    """Keeps the noisy images of the steps from a noise level on, on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, least_alpha_bar: float) -> None:
+        self.least_alpha_bar = least_alpha_bar
         self._steps: list[tuple[Tensor, int, Tensor]] = []
 
     def __call__(self, step: Step) -> None:
         """Keep a step."""
-        if step.alpha_bar >= LEAST_ALPHA_BAR:
+        if step.alpha_bar >= self.least_alpha_bar:
             self._steps.append((step.query.cpu(), step.timestep, step.alpha_bar.cpu()))
 
     def noisy_images(self) -> NoisyImages:
@@ -322,6 +325,8 @@ class Draw:
     """Trace by the closed form; None where none was given."""
     features: CreditFeatures | None
     """Features of the samples for a credit head; None without one."""
+    explained: ExplainedLook | None
+    """How much of the samples training images explain; None where these are not at hand."""
 
     def put(self, rows: Tensor, again: Draw) -> None:
         """Put other samples in the place of some rows."""
@@ -331,6 +336,8 @@ class Draw:
             self.closed_form.put(rows, again.closed_form)
         if self.features is not None and again.features is not None:
             self.features.put(rows, again.features)
+        if self.explained is not None and again.explained is not None:
+            self.explained.put(rows, again.explained)
 
 
 def resample(draw: Callable[[Tensor], Draw], count: int, *, below: float, most: int) -> tuple[Draw, Tensor]:
@@ -358,7 +365,7 @@ def resample(draw: Callable[[Tensor], Draw], count: int, *, below: float, most: 
     return drawn, times
 
 
-def late_level(alpha_bars: Sequence[float], window: tuple[float, float] = WINDOW) -> int:
+def late_level(alpha_bars: Sequence[float], window: tuple[float, float]) -> int:
     """Give the place of the cleanest of some levels, rising, that is in a window; the last where none is."""
     inside = [place for place, level in enumerate(alpha_bars) if window[0] < level < window[1]]
     return inside[-1] if inside else len(alpha_bars) - 1

@@ -25,7 +25,7 @@ def samples_section(
 ) -> Part:
     """Show the grid (`report.grid`) of the first `shown` of `total` samples and their sources.
 
-    Weights were calibrated on `calibration_subsets` subset models; 0 without a calibration.
+    Weights were calibrated on `calibration_subsets` subset models; 0 for the default ones.
     """
     picture = picture_of_image(
         grid,
@@ -35,7 +35,7 @@ def samples_section(
     traced = "along its own sampling trajectory, from the features the generator computed anyway"
     if not is_trajectory:
         traced = "from the encoder's features of what its latent decodes to"
-    weights = "Weights equal the posterior until a calibration has been fitted."
+    weights = "Weights are shares of leave-one-out variance under default hyperparameters."
     if calibration_subsets:
         weights = f"Weights are shares of credit, calibrated on {calibration_subsets} subset models."
     text = f"Every sample was traced by the provenance network {traced}. {weights}"

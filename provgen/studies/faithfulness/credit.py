@@ -10,15 +10,19 @@ from torch import Tensor
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
-from provgen.models.credit import Calibration, CreditHead, GaussianProcess
+from provgen.models.credit import CreditHead, GaussianProcess
 from provgen.models.diffusion import num_last_layer
 from provgen.pipeline import ProvenancePipeline
-from provgen.studies.faithfulness.attributor import Along, Cache, Queries
-from provgen.tracing.calibrate import AttributionScores, LabelledFeatures, LeaveOneOutVariance, TracedImages
+from provgen.studies.faithfulness.attributor import LEAST_ALPHA_BAR, Along, Cache, Queries
+from provgen.tracing.calibrate import (
+    NUM_INFERENCE_STEPS,
+    AttributionScores,
+    LabelledFeatures,
+    LeaveOneOutVariance,
+    TracedImages,
+)
 from provgen.tracing.gaussian_process import MAX_LANDMARKS, PIXELS, FeatureParts, Grid
-from provgen.tracing.trace import INVERSE_VARIANCE, CreditFeatures, NoisyImages, Recorder, trace
-
-NUM_INFERENCE_STEPS = 50
+from provgen.tracing.trace import CreditFeatures, NoisyImages, Recorder, trace
 
 NETWORK_BATCH = 256
 """Training images noised at a time."""
@@ -57,12 +61,12 @@ class CalibratedTrace:
 
     def __init__(self, credit: CreditHead, features: Features) -> None:
         self.credit, self.features = credit, features
-        self.settings = (credit.calibration,)
+        self.settings = (credit.process,)
 
     def fit(self, train: ImageSet) -> None:
         """Nothing is left to do."""
 
-    def attribute(self, queries: Queries, only: Calibration | None = None) -> AttributionScores[Calibration]:  # noqa: ARG002 - there is one
+    def attribute(self, queries: Queries, only: GaussianProcess | None = None) -> AttributionScores[GaussianProcess]:  # noqa: ARG002 - there is one
         """Ask the credit head."""
         features = self.features(queries).to(self.credit.dtype)
         shares = self.credit(features, queries.class_labels.to(features.device)).cpu()
@@ -82,7 +86,7 @@ def pixel_features(images: Queries | ImageSet) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceFeatures:
-    """What the provenance network sees of images at clear levels, their pixels, and gradients of the last layer."""
+    """What the provenance network sees of images at the last step, their pixels, and gradients of the last layer."""
 
     pipeline: ProvenancePipeline
     """Pipeline of a denoiser with a provenance network."""
@@ -90,8 +94,6 @@ class TraceFeatures:
     """Where images are looked at; training images are noised."""
     has_gradients: bool = True
     """Whether normalised gradients come last."""
-    level_power: float = INVERSE_VARIANCE
-    """Power of alpha_bar / (1 - alpha_bar) in the weights of the clear levels."""
 
     @property
     def parts(self) -> FeatureParts:
@@ -113,20 +115,18 @@ class TraceFeatures:
         """Give the features of images at some steps."""
         pipeline, device = self.pipeline, self.pipeline.device
         unet = pipeline.unet if self.has_gradients else None
-        look = CreditFeatures(pipeline.provenance, noisy.alpha_bars, denoiser=unet)
+        look = CreditFeatures(pipeline.provenance, denoiser=unet)
         steps = (
             pipeline.denoiser.step_at(images.to(device), timestep, class_labels.to(device), number=number)
             for number, (images, timestep) in enumerate(zip(noisy.images, noisy.timesteps, strict=True))
         )
         trace(steps, look)
-        return look.mean(self.level_power)
+        return look.features()
 
 
-def traced_images(
-    pipeline: ProvenancePipeline, train: ImageSet, queries: Mapping[str, Queries], level_power: float
-) -> TracedImages:
-    """Give what traces see of training images, and of queries by kind, under some weights of noise levels."""
-    features = TraceFeatures(pipeline=pipeline, along="trajectory", level_power=level_power)
+def traced_images(pipeline: ProvenancePipeline, train: ImageSet, queries: Mapping[str, Queries]) -> TracedImages:
+    """Give what traces see of training images, and of queries by kind."""
+    features = TraceFeatures(pipeline=pipeline, along="trajectory")
     asked = {kind: LabelledFeatures(features=features(q), labels=q.class_labels) for kind, q in queries.items()}
     labelled = LabelledFeatures(features=features(train), labels=train.labels)
     return TracedImages(train=labelled, queries=asked, parts=features.parts, null_label=train.num_classes)
@@ -134,7 +134,7 @@ def traced_images(
 
 def noised_steps(pipeline: ProvenancePipeline, images: Tensor) -> NoisyImages:
     """Noise images in [-1, 1], (query, channel, height, width), to the levels of the sampler."""
-    recorder, images = Recorder(), images.to(pipeline.device)
+    recorder, images = Recorder(least_alpha_bar=LEAST_ALPHA_BAR), images.to(pipeline.device)
     null = torch.full((len(images),), pipeline.null_label, device=images.device)
     steps = pipeline.denoiser.renoise(images, null, num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
     trace(steps, recorder)

@@ -20,9 +20,17 @@ from provgen.generators.closed_form import image_posterior
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS, make_training_scheduler
 from provgen.pipeline import ProvenancePipeline
 from provgen.studies.faithfulness import baselines, gradients, posteriors
-from provgen.studies.faithfulness.attributor import ALONG, Attributor, Cost, Method, MethodLabel, Queries, Role
+from provgen.studies.faithfulness.attributor import (
+    ALONG,
+    LEAST_ALPHA_BAR,
+    Attributor,
+    Cost,
+    Method,
+    MethodLabel,
+    Queries,
+    Role,
+)
 from provgen.studies.faithfulness.credit import (
-    NUM_INFERENCE_STEPS,
     CalibratedTrace,
     TraceFeatures,
     VarianceAttributor,
@@ -30,7 +38,7 @@ from provgen.studies.faithfulness.credit import (
     pixel_features,
 )
 from provgen.studies.faithfulness.retraining import QueryImages
-from provgen.tracing.calibrate import AttributionScores
+from provgen.tracing.calibrate import NUM_INFERENCE_STEPS, AttributionScores
 from provgen.tracing.gaussian_process import EVERYTHING, PIXELS_AND_GRADIENTS
 from provgen.tracing.trace import NoisyImages, Recorder, trace
 
@@ -116,10 +124,10 @@ def _variance_methods(pipeline: ProvenancePipeline) -> Iterator[Method]:
                 uses_provenance=grid is EVERYTHING,
             )
         if (credit := pipeline.credit) is not None:
-            power, wanted = credit.calibration.level_power, credit.wants_gradients
-            features = TraceFeatures(pipeline=pipeline, along=along, has_gradients=wanted, level_power=power)
+            features = TraceFeatures(pipeline=pipeline, along=along, has_gradients=credit.wants_gradients)
             label = {"along": along, "uses_provenance": True, "role": Role.CALIBRATED_TRACE}
-            yield _method(f"calibrated trace, {along}", CalibratedTrace(credit, features), **label)
+            name = "calibrated trace" if credit.config.calibration_subsets else "default trace"
+            yield _method(f"{name}, {along}", CalibratedTrace(credit, features), **label)
 
 
 def _gradient_methods(trained: TrainedRun, folder: Path, num_timesteps: Sequence[int]) -> Iterator[Method]:
@@ -162,7 +170,7 @@ def _traced(pipeline: ProvenancePipeline, queries: QueryImages, *, is_generated:
 
 def _sampled_steps(pipeline: ProvenancePipeline, queries: QueryImages) -> NoisyImages:
     """Make the samples of `evaluation.sample` again, and give the steps on the way to them."""
-    recorder = Recorder()
+    recorder = Recorder(least_alpha_bar=LEAST_ALPHA_BAR)
     steps = pipeline.denoiser.sample(
         queries.labels.to(pipeline.device),
         null_label=pipeline.null_label,

@@ -12,7 +12,8 @@ from torch import Tensor
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.metrics.statistics import Estimate, mean_estimate, proportion
 from provgen.report.format import markdown_table, percent
-from provgen.tracing.trace import LEAST_ALPHA_BAR, NoisyImages
+from provgen.studies.faithfulness.attributor import LEAST_ALPHA_BAR
+from provgen.tracing.trace import NoisyImages
 
 FIRST = 5
 """Sources that the second column of `precision_table` looks at."""

@@ -113,7 +113,8 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
     }
     for name, attribution in (("", sampled.attribution), ("closed_form_", sampled.closed_form)):
         if attribution is not None:
-            arrays |= {f"{name}{key}": values for key, values in _trace(attribution, is_last=is_last).items()}
+            traced = _trace(attribution, pipeline.window, is_last=is_last)
+            arrays |= {f"{name}{key}": values for key, values in traced.items()}
     if sampled.attribution is not None and is_last:
         arrays |= {"step_entropy": sampled.attribution.step_entropy, "alpha_bar": sampled.attribution.alpha_bar}
         for below in BOUNDS:
@@ -133,10 +134,10 @@ def _ratios(images: Tensor, train: ImageSet) -> Tensor:
     return distance_ratio(nearest(to_unit_range(images).flatten(1), distinct, 2))
 
 
-def _trace(attribution: Attribution, *, is_last: bool) -> dict[str, Tensor]:
+def _trace(attribution: Attribution, window: tuple[float, float], *, is_last: bool) -> dict[str, Tensor]:
     trace = {"entropy": attribution.entropy, "commitment": attribution.commitment_step}
     if is_last:
-        late = late_level(attribution.alpha_bar.tolist())
+        late = late_level(attribution.alpha_bar.tolist(), window)
         trace |= {"top": attribution.posterior[:, 0], "late_entropy": attribution.step_entropy[:, late]}
     return trace
 

@@ -23,6 +23,7 @@ from provgen.data.splits import stratified_subset
 from provgen.generators.losses import generator_losses
 from provgen.generators.protocol import Generator
 from provgen.metrics.copying import distance_ratio, share_memorized
+from provgen.metrics.index_quality import WINDOW
 from provgen.metrics.linear_probe import linear_probe
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.pipeline import ProvenancePipeline
@@ -31,7 +32,6 @@ from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings, flat_settings
 from provgen.settings_file import load_settings
 from provgen.tracing.attribution import Attribution
-from provgen.tracing.trace import WINDOW
 from provgen.training.checkpoint import resume_latest
 from provgen.training.logging import read_metrics
 from provgen.training.trainer import CoTrainer

@@ -1,0 +1,266 @@
+"""Fitting the temperatures of posteriors, and the noise levels at which they say something, to a generator.
+
+T(alpha_bar) = argmin E |D(x_t) - sum_i softmax_i(logits / T) x_i|^2 with D the generator's predicted image: how widely
+training images must be mixed to give what it draws. No model is trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression, minimize_scalar
+from torch import Tensor
+
+from provgen.data.dataset import ImageSet
+from provgen.data.images import to_unit_range
+from provgen.data.random import Stream, seeded_generator
+from provgen.generators.closed_form import Posterior, entropy
+from provgen.generators.protocol import Generator, Step
+from provgen.models.provenance import ProvenanceNetwork
+from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
+from provgen.tracing.explained import Mixtures, explained_shares
+
+STEPS = 16
+"""Noise levels at which temperatures are fitted, the steps of a short sampling run."""
+
+QUERIES = 48
+"""Own samples, and as many held-out images."""
+
+MAX_MATRIX = 2**22
+"""Largest (query, train) matrix; with more training images there are fewer queries."""
+
+JUDGED = 256
+"""Held-out images, and as many of pure noise, that the least explained share is read off."""
+
+NOISES = 2
+"""Parts of the held-out images with a noise of their own each."""
+
+PRIOR = 0.9
+"""Effective share of the possible sources from which on a posterior says no more than the prior."""
+
+DECIDED = 0.01
+"""Share of the variance of samples that is not yet decided at the clean end of the window."""
+
+FLAT = 1e-4
+"""Change of the unexplained share by doubling or halving T up to which T is not defined."""
+
+SCANNED = range(-1, 4)
+"""Octaves around the temperature of the level before that are tried first."""
+
+WIDEST = 24.0
+"""Largest logarithm of T to base 2, either way."""
+
+TAIL = 0.01
+"""Share of the held-out images that may be explained less, and of pure noise that may be explained more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Level:
+    """What is fitted at one noise level."""
+
+    alpha_bar: float
+    octaves: np.ndarray
+    """Logarithm of T to base 2, (tracer, 2), conditional rows first."""
+    information: np.ndarray
+    """By how much the unexplained share rises when T is doubled and halved, (tracer, 2)."""
+    prior_share: float
+    """Effective share of the possible sources that the untempered closed form leaves, the median over queries."""
+    samples: Tensor
+    """Predicted images of own samples, (sample, feature)."""
+
+
+@torch.no_grad()
+def fit_temperatures(
+    generator: Generator,
+    provenance: ProvenanceNetwork,
+    train: ImageSet,
+    holdout: ImageSet,
+    *,
+    closed_form: Posterior,
+    seed: int,
+) -> Temperatures:
+    """Fit temperatures on own samples and noised held-out images, half of them told their class.
+
+    Args:
+        generator: The trained generator.
+        provenance: Its provenance network.
+        train: Its training images.
+        holdout: Images it was not trained on; there may be none.
+        closed_form: Exact posterior over the training images.
+        seed: Seed of the samples and of the noise.
+    """
+    mixtures = Mixtures(closed_form, train, generator.network.device)
+    queries = max(8, min(QUERIES, MAX_MATRIX // len(train)))
+    runs = [*_own_samples(generator, train, queries, seed), *_noised(generator, holdout, queries, seed)]
+    if not runs:
+        untempered: Temperatures = Temperatures(null_label=train.num_classes)
+        return untempered
+    levels: list[_Level] = []
+    for steps in zip(*runs, strict=False):
+        start = levels[-1].octaves if levels else np.zeros((len(Tracer), 2))
+        levels.append(_fit_level(mixtures, provenance, steps, start))
+    low, high = _window(levels, mixtures.mean) if generator.has_noise_levels else ALL_LEVELS
+    table: Temperatures = Temperatures(
+        num_levels=len(levels),
+        null_label=train.num_classes,
+        low=low,
+        high=high,
+        least_explained=_least_explained(generator, mixtures, holdout, train, seed),
+    )
+    table.alpha_bars.copy_(torch.tensor([level.alpha_bar for level in levels]))
+    table.log_temperatures.copy_(torch.from_numpy(_rising(levels)) * np.log(2))
+    return table
+
+
+def _own_samples(generator: Generator, train: ImageSet, count: int, seed: int) -> Iterator[Iterator[Step]]:
+    """Sample a batch, half of it told a class where the generator can be told one."""
+    if generator.can_sample:
+        labels = torch.arange(count) // 2 % max(1, train.num_classes)
+        labels[:: 2 if generator.is_class_conditional else 1] = train.num_classes
+        seeds = [seeded_generator(seed, Stream.TEMPERATURE, number) for number in range(count)]
+        yield generator.sample(
+            labels.to(generator.network.device),
+            null_label=train.num_classes,
+            generator=seeds,
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+        )
+
+
+def _noised(generator: Generator, holdout: ImageSet, count: int, seed: int) -> Iterator[Iterator[Step]]:
+    """Noise held-out images to the levels of the sampler, half of them told their class."""
+    chosen = torch.randperm(len(holdout), generator=seeded_generator(seed, Stream.TEMPERATURE))[:count]
+    labels = holdout.labels[chosen].clone()
+    labels[::2] = holdout.num_classes
+    device = generator.network.device
+    for part, rows in enumerate(torch.arange(len(chosen)).tensor_split(NOISES)):
+        if len(rows):
+            images = to_unit_range(holdout.images[chosen[rows]]).to(device)
+            yield generator.renoise(images, labels[rows].to(device), num_inference_steps=STEPS, seed=seed + part)
+
+
+def _fit_level(mixtures: Mixtures, provenance: ProvenanceNetwork, steps: Sequence[Step], start: np.ndarray) -> _Level:
+    """Fit both tracers at one level, conditional and unconditional rows apart."""
+    labels = torch.cat([step.class_labels for step in steps])
+    exact = torch.cat([mixtures.closed_form.logits(s.query, s.alpha_bars, s.class_labels) for s in steps])
+    possible = (exact > torch.finfo(exact.dtype).min).sum(dim=1)
+    level = _Level(
+        alpha_bar=float(steps[0].alpha_bar),
+        octaves=start.copy(),
+        information=np.zeros_like(start),
+        prior_share=float((entropy(exact.softmax(dim=1)).exp() / possible).median()),
+        samples=steps[0].predicted_image.flatten(1),
+    )
+    if level.prior_share > PRIOR:
+        return level  # all temperatures give the same mixture
+    network = torch.cat([
+        provenance.index_logits(s.feature_maps, s.alpha_bars, s.class_labels, s.class_logits) for s in steps
+    ])  # fmt: skip
+    predicted = torch.cat([step.predicted_image for step in steps]).flatten(1).to(mixtures.images)
+    is_told = labels != mixtures.null_label
+    for tracer, logits in ((Tracer.NETWORK, network), (Tracer.CLOSED_FORM, exact)):
+        for row, rows in enumerate((is_told, ~is_told)):
+            if rows.any():
+                fitted = fit_temperature(mixtures, logits[rows], predicted[rows], start=start[tracer, row])
+                level.octaves[tracer, row], level.information[tracer, row] = fitted
+    return level
+
+
+def fit_temperature(
+    mixtures: Mixtures, logits: Tensor, predicted: Tensor, *, start: float = 0.0
+) -> tuple[float, float]:
+    """Find the temperature whose mixtures are nearest to predicted images.
+
+    Octaves around `start` are tried, and then further ones while they are better; the best is refined by Brent's
+    bounded search.
+
+    Args:
+        mixtures: Mixtures of training images.
+        logits: Logits of a posterior, (query, train).
+        predicted: Predicted images, (query, feature).
+        start: Logarithm of a temperature to base 2.
+
+    Returns:
+        The logarithm of the temperature to base 2, and by how much the unexplained share rises when it is doubled and
+        halved. Where that is next to nothing, the temperature is not defined, and is `start`.
+    """
+    total = float((predicted - mixtures.mean).square().sum())
+
+    def unexplained(octave: float) -> float:
+        return float(mixtures.errors(logits, predicted, 2.0**octave).sum()) / max(total, 1e-12)
+
+    best = _walk(unexplained, start)
+    around = unexplained(best - 1) + unexplained(best + 1) - 2 * unexplained(best)
+    if around < FLAT:
+        return start, 0.0
+    found = minimize_scalar(unexplained, bounds=(best - 1, best + 1), method="bounded", options={"xatol": 0.04})
+    return float(found.x), around
+
+
+def _walk(unexplained: Callable[[float], float], start: float) -> float:
+    """Give the best of octaves around `start`, and beyond while it gets better."""
+    errors = {start + octave: unexplained(start + octave) for octave in SCANNED}
+    best = min(errors, key=lambda octave: errors[octave])
+    for direction in (-1, 1):
+        while abs(best + direction) <= WIDEST:
+            error = errors.get(best + direction)
+            if error is None:
+                error = errors[best + direction] = unexplained(best + direction)
+            if error >= errors[best]:
+                break
+            best += direction
+    return best
+
+
+def _rising(levels: Sequence[_Level]) -> np.ndarray:
+    """Smooth temperatures so that they rise from noise to image, by what is known of each, (tracer, 2, level)."""
+    octaves = np.stack([level.octaves for level in levels], axis=-1)
+    weights = np.stack([level.information for level in levels], axis=-1)
+    for tracer in Tracer:
+        for row in range(2):
+            # A row that nothing was fitted for, such as that of classes where there are none, is as the other.
+            told = row if weights[tracer, row].any() else 1 - row
+            weight = weights[tracer, told].clip(FLAT / 100)
+            octaves[tracer, row] = isotonic_regression(octaves[tracer, told], weights=weight).x
+    return octaves
+
+
+def _window(levels: Sequence[_Level], mean: Tensor) -> tuple[float, float]:
+    """Find the levels from where posteriors say more than the prior to where samples are decided."""
+    places = torch.logit(torch.tensor([level.alpha_bar for level in levels], dtype=torch.float64)).numpy()
+    last = levels[-1].samples
+    variance = float((last - mean).square().sum())
+    left = np.array([float((level.samples - last).square().sum()) / max(variance, 1e-12) for level in levels])
+    low = _crossing(places, np.array([level.prior_share for level in levels]), PRIOR)
+    high = _crossing(places, left, DECIDED)
+    return (low, high) if low < high else (0.0, high)
+
+
+def _crossing(places: np.ndarray, falling: np.ndarray, limit: float) -> float:
+    """Give the alpha_bar at which values at log signal-to-noise ratios fall below a limit for good; 0 if always."""
+    above = (falling > limit).nonzero()[0]
+    if not len(above):
+        return 0.0
+    left, right = above[-1], min(above[-1] + 1, len(falling) - 1)
+    share = (falling[left] - limit) / (falling[left] - falling[right]) if left < right else 0.0
+    return float(1 / (1 + np.exp(-(places[left] + share * (places[right] - places[left])))))
+
+
+def _least_explained(generator: Generator, mixtures: Mixtures, holdout: ImageSet, train: ImageSet, seed: int) -> float:
+    """Give the share below which an image has no sources: held-out images hardly ever fall below it, noise does."""
+    null, random = train.num_classes, seeded_generator(seed, Stream.TEMPERATURE)
+    count = max(8, min(JUDGED, MAX_MATRIX // len(train)))
+    noise = torch.rand((count, *train.images.shape[1:]), generator=random) * 2 - 1
+    chosen = torch.randperm(len(holdout), generator=random)[:count]
+    limits = [0.0]
+    for images, quantile in ((noise, 1 - TAIL), (to_unit_range(holdout.images[chosen]), TAIL)):
+        if len(images):
+            steps = generator.renoise(
+                images.to(mixtures.images), torch.full((len(images),), null), num_inference_steps=STEPS, seed=seed
+            )
+            *_, last = steps
+            limits.append(float(explained_shares(mixtures, last).share.quantile(quantile)))
+    return max(limits)
