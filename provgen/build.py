@@ -47,6 +47,7 @@ from provgen.pipeline import ProvenancePipeline
 from provgen.run import RunFolder, atomic_path, require_run
 from provgen.settings import ProvenanceSettings, Settings, flat_settings
 from provgen.settings_file import load_settings, save_settings
+from provgen.tracing.explained import Mixtures
 from provgen.training.logging import JsonLinesTracker
 from provgen.training.targets import (
     ClassMixing,
@@ -100,6 +101,12 @@ class TrainedRun:
     def generator(self) -> Generator:
         """The trained generator, with the losses it was trained on."""
         return make_generator(self.settings, self.data.train, self.pipeline.network)
+
+    @property
+    def mixtures(self) -> Mixtures:
+        """Mixtures of the training images."""
+        assert self.pipeline.mixtures is not None, "a run has its training images at hand"
+        return self.pipeline.mixtures
 
     def closed_form(self, *, covered: Tensor | None = None) -> Posterior:
         """Make the closed form over the training images, or over those that are `covered`, on the pipeline's device."""

@@ -391,6 +391,7 @@ def temperature_rows(temperatures: Temperatures) -> list[dict[str, Any]]:
             },
         }
         for level, alpha_bar in enumerate(temperatures.alpha_bars)
+        if alpha_bar >= temperatures.window[0]
     ]
 
 

@@ -30,7 +30,7 @@ from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import ALL_LEVELS, Temperatures
 from provgen.models.vae import ImageVae
 from provgen.tracing.attribution import Attribution, check_top_k
-from provgen.tracing.explained import ExplainedLook, Mixtures
+from provgen.tracing.explained import Mixtures, SupportLimits
 from provgen.tracing.trace import (
     CreditFeatures,
     Draw,
@@ -105,7 +105,7 @@ class ProvenancePipeline(DiffusionPipeline):
             temperatures=temperatures,
         )
         self._manifest: Manifest | None = None
-        self._mixtures: Mixtures | None = None
+        self.mixtures: Mixtures | None = None
 
     @property
     def network(self) -> UNet2DModel | ImageVae | ImageClassifier:
@@ -150,9 +150,9 @@ class ProvenancePipeline(DiffusionPipeline):
 
     def with_training_images(self, train: ImageSet) -> ProvenancePipeline:
         """Attach the training images, so that attributions say how much of an image they explain; returns self."""
-        closed_form = self.generator.closed_form(train, dtype=self.network.dtype, device=self.device)
-        least = 0.0 if self.temperatures is None else self.temperatures.config.least_explained
-        self._mixtures = Mixtures(closed_form, train, self.device, least_explained=least)
+        config = None if self.temperatures is None else self.temperatures.config
+        limits = None if config is None else SupportLimits(least=config.least_explained, copy=config.copy)
+        self.mixtures = Mixtures(train, self.device, limits)
         return self
 
     @property
@@ -294,16 +294,15 @@ class ProvenancePipeline(DiffusionPipeline):
         def attributed(batch: Tensor, given: Tensor) -> Attribution:
             posterior = MeanPosterior(ask, levels, only_window=True)
             features = self._credit_features() if has_credit else None
-            explained = None if self._mixtures is None else ExplainedLook(self._mixtures)
             # Features first: where they need a whole pass, the posterior reads its feature maps.
-            looks = [look for look in (features, posterior, explained) if look is not None]
+            looks = [posterior] if features is None else [features, posterior]
             trace(generator.renoise(batch, given, num_inference_steps=num_inference_steps, seed=seed), *looks)
             return posterior.attribution(
                 top_k,
                 is_trajectory=False,
                 reachable=self.manifest.reachable,
                 credit=None if features is None else self._credit(features, given),
-                explained=None if explained is None else explained.explained(),
+                explained=None if self.mixtures is None else self.mixtures.explain(batch),
             )
 
         batches = zip(clean.split(ATTRIBUTE_BATCH), labels.split(ATTRIBUTE_BATCH), strict=True)
@@ -318,7 +317,7 @@ class ProvenancePipeline(DiffusionPipeline):
             reachable=self.manifest.reachable,
         )
         credit = None if drawn.features is None else self._credit(drawn.features, class_labels)
-        explained = None if drawn.explained is None else drawn.explained.explained()
+        explained = None if self.mixtures is None else self.mixtures.explain(drawn.images.clamp(-1, 1))
         exact = None if drawn.closed_form is None else summarise(drawn.closed_form, explained=explained)
         return summarise(drawn.posterior, credit=credit, explained=explained), exact
 
@@ -373,9 +372,8 @@ class _Sampling:
         posterior = MeanPosterior(ask_network(pipeline.provenance, temperatures), levels)
         exact = None if closed_form is None else MeanPosterior(ask_closed_form(closed_form, temperatures), levels)
         features = None if pipeline.credit is None else pipeline._credit_features()
-        explained = None if pipeline._mixtures is None else ExplainedLook(pipeline._mixtures)
-        looks = [look for look in (posterior, exact, features, explained) if look is not None]
-        return Draw(self.images(rows, *looks), posterior, exact, features, explained)
+        looks = [look for look in (posterior, exact, features) if look is not None]
+        return Draw(self.images(rows, *looks), posterior, exact, features)
 
 
 def _check_options(guidance_scale: float, output_type: str, trace_every: int) -> None:

@@ -22,8 +22,14 @@ from provgen.report.format import write_report_json
 from provgen.report.grid import draw_samples, load_pixels
 from provgen.report.html import render_report
 from provgen.report.sections import Part
-from provgen.report.sections.networks import classes_section, generalization_section, index_section, training_section
-from provgen.report.sections.samples import agreement_section, entropy_section, samples_section
+from provgen.report.sections.networks import (
+    classes_section,
+    generalization_section,
+    index_section,
+    temperature_section,
+    training_section,
+)
+from provgen.report.sections.samples import agreement_section, entropy_section, explained_section, samples_section
 from provgen.report.sections.sets import memorization_section, sets_section
 from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
 from provgen.run import RunFolder, atomic_path
@@ -91,6 +97,10 @@ def run_sections(trained: build.TrainedRun, logged: Rows) -> Sections:
     num_covered, lds = int(data.covered.sum()), trained.folder.faithfulness / "retrained.parquet"
     return [
         (bool(evaluations), lambda: index_section(evaluations[-1], num_covered, num_classes)),
+        (
+            trained.pipeline.temperatures is not None and trained.generator.has_noise_levels,
+            lambda: temperature_section(evaluation.temperature_rows(trained.pipeline.temperatures)),
+        ),
         (len(labelled) > 0, lambda: classes_part(trained, labelled)),
         (len(data.holdout) > 0 and has_loss(trained), lambda: generalization_part(trained)),
         (lds.is_file(), lambda: faithfulness_section(read_lds_rows(lds))),
@@ -108,6 +118,7 @@ def sample_sections(trained: build.TrainedRun, samples: Rows, features: str) -> 
         print(f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} needed")
     return [
         (True, lambda: samples_part(trained, samples, traces)),
+        (True, lambda: explained_part(trained, generated)),
         (True, lambda: memorization_part(trained, generated)),
         (size >= FEWEST, lambda: sets_part(trained, generated, features)),
         (len(holdout) >= FEWEST_HELD_OUT, lambda: verdicts_part(trained, samples, traces, generated)),
@@ -127,6 +138,16 @@ def samples_part(trained: build.TrainedRun, samples: Rows, traces: Rows) -> Part
         is_trajectory=trained.generator.has_noise_levels,
         calibration_subsets=0 if credit is None else credit.config.calibration_subsets,
     )
+
+
+def explained_part(trained: build.TrainedRun, generated: Tensor) -> Part:
+    """Measure how much training images explain of generated, held-out and copied images, and of noise."""
+    data, count = trained.data, len(generated)
+    noise = torch.randint(256, generated.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    copies, held_out = some_of(data.train, count).images, some_of(data.holdout, count).images
+    sets = {"generated": generated, "held-out": held_out, "copied": copies, "noise": noise}
+    explain = trained.mixtures.explain
+    return explained_section({name: explain(to_unit_range(images)) for name, images in sets.items() if len(images)})
 
 
 def memorization_part(trained: build.TrainedRun, generated: Tensor) -> Part:

@@ -29,6 +29,8 @@ class Stream(IntEnum):
     """Noise at which it is measured how hard training images are to tell apart; position: the level."""
     TEMPERATURE = 8
     """Samples and images that temperatures are fitted on; position: the sample."""
+    SUPPORT = 10
+    """Images that it is read off how much training images explain."""
     GRADIENT = 9
     """Noise at which gradients of single images are taken; position: the timestep."""
 

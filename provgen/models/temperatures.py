@@ -43,6 +43,7 @@ class Temperatures(ModelMixin, ConfigMixin):
         low: float = ALL_LEVELS[0],  # noqa: ARG002
         high: float = ALL_LEVELS[1],  # noqa: ARG002
         least_explained: float = 0.0,  # noqa: ARG002
+        copy: float = 1.0,  # noqa: ARG002
     ) -> None:
         """Make an empty table.
 
@@ -52,6 +53,7 @@ class Temperatures(ModelMixin, ConfigMixin):
             low: Noise level above which posteriors say more than the prior, in [0, 1).
             high: Noise level below which the image is not yet decided, in (0, 1].
             least_explained: Share of an image that training images must explain, or it has no sources.
+            copy: Share that one training image alone explains of copies.
         """
         super().__init__()
         self.alpha_bars: Tensor

@@ -13,14 +13,17 @@ from provgen.tracing.explained import Explained
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """The top k sources of every query, those with the largest share of credit first."""
+    """The top k sources of every query, those with the largest share of credit first.
+
+    The original of a copy comes before all others.
+    """
 
     example_index: Tensor
     """int64 (query, k)."""
     posterior: Tensor
     """Belief that the example is the query's parent, (query, k)."""
     weight: Tensor
-    """Share of credit, (query, k), falling; equals `posterior` until a calibration is fitted."""
+    """Share of credit, (query, k), falling but for the original of a copy; equals `posterior` without a credit head."""
     mass_not_shown: Tensor
     """Posterior of all examples outside the top k, (query,)."""
     mass_unreachable: Tensor

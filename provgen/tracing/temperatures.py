@@ -21,7 +21,7 @@ from provgen.generators.closed_form import Posterior, entropy
 from provgen.generators.protocol import Generator, Step
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
-from provgen.tracing.explained import Mixtures, explained_shares
+from provgen.tracing.explained import Mixtures, support_limits
 
 STEPS = 16
 """Noise levels at which temperatures are fitted, the steps of a short sampling run."""
@@ -31,9 +31,6 @@ QUERIES = 48
 
 MAX_MATRIX = 2**22
 """Largest (query, train) matrix; with more training images there are fewer queries."""
-
-JUDGED = 256
-"""Held-out images, and as many of pure noise, that the least explained share is read off."""
 
 NOISES = 2
 """Parts of the held-out images with a noise of their own each."""
@@ -52,9 +49,6 @@ SCANNED = range(-1, 4)
 
 WIDEST = 24.0
 """Largest logarithm of T to base 2, either way."""
-
-TAIL = 0.01
-"""Share of the held-out images that may be explained less, and of pure noise that may be explained more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +86,27 @@ def fit_temperatures(
         closed_form: Exact posterior over the training images.
         seed: Seed of the samples and of the noise.
     """
-    mixtures = Mixtures(closed_form, train, generator.network.device)
+    mixtures = Mixtures(train, generator.network.device)
+    limits = support_limits(mixtures, holdout, tuple(train.images.shape[1:]), seed)
     queries = max(8, min(QUERIES, MAX_MATRIX // len(train)))
     runs = [*_own_samples(generator, train, queries, seed), *_noised(generator, holdout, queries, seed)]
     if not runs:
-        untempered: Temperatures = Temperatures(null_label=train.num_classes)
+        untempered: Temperatures = Temperatures(
+            null_label=train.num_classes, least_explained=limits.least, copy=limits.copy
+        )
         return untempered
     levels: list[_Level] = []
     for steps in zip(*runs, strict=False):
         start = levels[-1].octaves if levels else np.zeros((len(Tracer), 2))
-        levels.append(_fit_level(mixtures, provenance, steps, start))
+        levels.append(_fit_level(mixtures, closed_form, provenance, steps, start))
     low, high = _window(levels, mixtures.mean) if generator.has_noise_levels else ALL_LEVELS
     table: Temperatures = Temperatures(
         num_levels=len(levels),
         null_label=train.num_classes,
         low=low,
         high=high,
-        least_explained=_least_explained(generator, mixtures, holdout, train, seed),
+        least_explained=limits.least,
+        copy=limits.copy,
     )
     table.alpha_bars.copy_(torch.tensor([level.alpha_bar for level in levels]))
     table.log_temperatures.copy_(torch.from_numpy(_rising(levels)) * np.log(2))
@@ -142,10 +140,16 @@ def _noised(generator: Generator, holdout: ImageSet, count: int, seed: int) -> I
             yield generator.renoise(images, labels[rows].to(device), num_inference_steps=STEPS, seed=seed + part)
 
 
-def _fit_level(mixtures: Mixtures, provenance: ProvenanceNetwork, steps: Sequence[Step], start: np.ndarray) -> _Level:
+def _fit_level(
+    mixtures: Mixtures,
+    closed_form: Posterior,
+    provenance: ProvenanceNetwork,
+    steps: Sequence[Step],
+    start: np.ndarray,
+) -> _Level:
     """Fit both tracers at one level, conditional and unconditional rows apart."""
     labels = torch.cat([step.class_labels for step in steps])
-    exact = torch.cat([mixtures.closed_form.logits(s.query, s.alpha_bars, s.class_labels) for s in steps])
+    exact = torch.cat([closed_form.logits(s.query, s.alpha_bars, s.class_labels) for s in steps])
     possible = (exact > torch.finfo(exact.dtype).min).sum(dim=1)
     level = _Level(
         alpha_bar=float(steps[0].alpha_bar),
@@ -160,7 +164,7 @@ def _fit_level(mixtures: Mixtures, provenance: ProvenanceNetwork, steps: Sequenc
         provenance.index_logits(s.feature_maps, s.alpha_bars, s.class_labels, s.class_logits) for s in steps
     ])  # fmt: skip
     predicted = torch.cat([step.predicted_image for step in steps]).flatten(1).to(mixtures.images)
-    is_told = labels != mixtures.null_label
+    is_told = labels != provenance.config.num_classes
     for tracer, logits in ((Tracer.NETWORK, network), (Tracer.CLOSED_FORM, exact)):
         for row, rows in enumerate((is_told, ~is_told)):
             if rows.any():
@@ -247,20 +251,3 @@ def _crossing(places: np.ndarray, falling: np.ndarray, limit: float) -> float:
     left, right = above[-1], min(above[-1] + 1, len(falling) - 1)
     share = (falling[left] - limit) / (falling[left] - falling[right]) if left < right else 0.0
     return float(1 / (1 + np.exp(-(places[left] + share * (places[right] - places[left])))))
-
-
-def _least_explained(generator: Generator, mixtures: Mixtures, holdout: ImageSet, train: ImageSet, seed: int) -> float:
-    """Give the share below which an image has no sources: held-out images hardly ever fall below it, noise does."""
-    null, random = train.num_classes, seeded_generator(seed, Stream.TEMPERATURE)
-    count = max(8, min(JUDGED, MAX_MATRIX // len(train)))
-    noise = torch.rand((count, *train.images.shape[1:]), generator=random) * 2 - 1
-    chosen = torch.randperm(len(holdout), generator=random)[:count]
-    limits = [0.0]
-    for images, quantile in ((noise, 1 - TAIL), (to_unit_range(holdout.images[chosen]), TAIL)):
-        if len(images):
-            steps = generator.renoise(
-                images.to(mixtures.images), torch.full((len(images),), null), num_inference_steps=STEPS, seed=seed
-            )
-            *_, last = steps
-            limits.append(float(explained_shares(mixtures, last).share.quantile(quantile)))
-    return max(limits)

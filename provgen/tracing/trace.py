@@ -17,7 +17,7 @@ from provgen.models.diffusion import last_layer_gradients
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
 from provgen.tracing.attribution import Attribution
-from provgen.tracing.explained import Explained, ExplainedLook
+from provgen.tracing.explained import Explained
 
 Ask = Callable[[Step], Tensor]
 """Gives p(i | step), (query, train)."""
@@ -205,8 +205,10 @@ class MeanPosterior:
             explained: How much of the images training images explain; None where these are not at hand.
         """
         posterior = self.posterior()
-        weight, index = (posterior if credit is None else credit).topk(top_k, dim=1)
-        top = posterior.gather(1, index)
+        explained = Explained.unknown(len(posterior)) if explained is None else explained
+        credit = posterior if credit is None else credit
+        index = _copies_first(credit, explained).topk(top_k, dim=1).indices
+        weight, top = credit.gather(1, index), posterior.gather(1, index)
         steps = self.commitment_step() if is_trajectory else torch.full((len(posterior),), -1)
         return Attribution(
             example_index=index.cpu(),
@@ -218,7 +220,7 @@ class MeanPosterior:
             commitment_step=steps.cpu(),
             step_entropy=torch.stack(self._entropy, dim=1).cpu(),
             alpha_bar=torch.tensor(self._alpha_bars),
-            explained=Explained.unknown(len(posterior)) if explained is None else explained.cpu(),
+            explained=explained,
         )
 
     def commitment_step(self) -> Tensor:
@@ -233,6 +235,13 @@ class MeanPosterior:
         numbers = self.levels.numbers or range(len(largest))
         step = numbers.start + numbers.step * (len(largest) - held_to_the_end)
         return torch.where(held_to_the_end > 0, step, -1)
+
+
+def _copies_first(credit: Tensor, explained: Explained) -> Tensor:
+    """Give what sources are ordered by, (query, train): credit, but the original of a copy before all else."""
+    order, copies = credit.clone(), explained.is_copy.to(credit.device)
+    order[copies, explained.nearest.to(credit.device)[copies]] = torch.inf
+    return order
 
 
 class CreditFeatures:
@@ -325,8 +334,6 @@ class Draw:
     """Trace by the closed form; None where none was given."""
     features: CreditFeatures | None
     """Features of the samples for a credit head; None without one."""
-    explained: ExplainedLook | None
-    """How much of the samples training images explain; None where these are not at hand."""
 
     def put(self, rows: Tensor, again: Draw) -> None:
         """Put other samples in the place of some rows."""
@@ -336,8 +343,6 @@ class Draw:
             self.closed_form.put(rows, again.closed_form)
         if self.features is not None and again.features is not None:
             self.features.put(rows, again.features)
-        if self.explained is not None and again.explained is not None:
-            self.explained.put(rows, again.explained)
 
 
 def resample(draw: Callable[[Tensor], Draw], count: int, *, below: float, most: int) -> tuple[Draw, Tensor]:

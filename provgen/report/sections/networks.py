@@ -182,6 +182,41 @@ def _index_metrics(last: Mapping[str, Any], kind: str, num_covered: int, num_cla
     return [*metrics, Metric.from_estimate(f"index_kl_gap_{kind}_nats", gap, "learned provenance", ceiling=0.0)]
 
 
+def temperature_section(rows: Sequence[Mapping[str, Any]]) -> Part:
+    """Show the temperatures of the posteriors by noise level, rows of `evaluation.temperature_rows`."""
+    picture = picture_of_figure(
+        plot_temperatures(rows),
+        alt="Temperature of the closed form and of the network against the log signal-to-noise ratio",
+        caption="Noise on the left, image on the right. 1 is a generator that has learned its images by heart.",
+    )
+    text = (
+        "How widely training images must be mixed to give what the generator draws at each noise level. A copier has "
+        "a temperature of 1 at every level; the more a generator generalizes, the larger it is."
+    )
+    cleanest = rows[-1]
+    metrics = [
+        Metric(f"temperature_{kind}", cleanest[f"closed_form_{kind}"], None, None, None, 1.0, 1, "model fit")
+        for kind in ("conditional", "unconditional")
+    ]
+    return Section("How widely does it mix?", text, [picture]), metrics
+
+
+def plot_temperatures(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot temperatures against the log signal-to-noise ratio, the network dashed."""
+    figure, (axes,) = panel_figure(4.6, 3.0)
+    places = torch.logit(torch.tensor([row["alpha_bar"] for row in rows], dtype=torch.float64)).tolist()
+    for tracer, style in (("closed_form", "-"), ("network", "--")):
+        for kind, color in (("conditional", BLUE), ("unconditional", VERMILION)):
+            values = [row[f"{tracer}_{kind}"] for row in rows]
+            label = f"{tracer.replace('_', ' ')}, {kind}"
+            axes.plot(places, values, style, color=color, marker="o", markersize=3, label=label)
+    axes.axhline(1, **DOTTED)
+    axes.set_yscale("log", base=2)
+    axes.legend(fontsize=7, frameon=False)
+    label_axes(axes, "log signal-to-noise ratio", "temperature")
+    return figure
+
+
 def _has_levels(rows: Sequence[Mapping[str, Any]]) -> bool:
     return len({row["alpha_bar"] for row in rows}) > 1
 

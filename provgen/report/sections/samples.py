@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from provgen.metrics.agreement import agreement, mismatched
-from provgen.metrics.statistics import Estimate
+from provgen.metrics.statistics import Estimate, mean_estimate, proportion
 from provgen.report.figures import plot_entropy
 from provgen.report.format import Metric, interval
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
 from provgen.report.sections import Part
+from provgen.tracing.explained import Explained, Support
 from provgen.tracing.records import group_traces
 
 Rows = Sequence[Mapping[str, Any]]
@@ -40,6 +41,50 @@ def samples_section(
         weights = f"Weights are shares of credit, calibrated on {calibration_subsets} subset models."
     text = f"Every sample was traced by the provenance network {traced}. {weights}"
     return Section("Samples and their sources", text, [picture]), []
+
+
+def explained_section(explained: Mapping[str, Explained]) -> Part:
+    """Show how much training images explain of images that are `generated`, `held-out`, `copied`, and of `noise`."""
+    shares = {name: mean_estimate(of_set.share, seed=0) for name, of_set in explained.items()}
+    kinds = {
+        name: [
+            proportion(sum(of_set.support(q) == kind for q in range(len(of_set.share))), len(of_set.share))
+            for kind in (Support.NONE, Support.COPY)
+        ]
+        for name, of_set in explained.items()
+    }
+    rows: list[list[TableCell]] = [
+        [
+            name,
+            interval(shares[name]),
+            *(interval(mean_estimate(values, seed=0)) for values in (of_set.by_nearest, of_set.by_class_mean)),
+            *map(interval, kinds[name]),
+        ]
+        for name, of_set in explained.items()
+    ]
+    baselines = {name: estimate.value for name, estimate in shares.items()}
+    generated, (none, copies) = shares["generated"], kinds["generated"]
+    metrics = [
+        Metric.from_estimate("explained_share", generated, "similarity", baseline=baselines["noise"], ceiling=1.0),
+        Metric.from_estimate("share_without_sources", none, "similarity", baseline=kinds["noise"][0].value),
+        Metric.from_estimate("share_copies", copies, "similarity", ceiling=kinds["copied"][1].value),
+    ]
+    if "held-out" in shares:
+        held_out = shares["held-out"]
+        metrics.append(
+            Metric.from_estimate(
+                "holdout_explained_share", held_out, "similarity", baseline=baselines["noise"], ceiling=1.0
+            )
+        )
+    limits = explained["generated"]
+    text = (
+        "Weights say who, this says how much: the share of an image's contrast that the best mixture of training "
+        f"images accounts for. Below {float(limits.least[0]):.0%} an image has no sources: hardly any held-out image "
+        f"and no noise lies on the other side. From {float(limits.copy[0]):.0%} by the nearest alone it is a copy."
+    )
+    header = ["images", "explained", "by the nearest alone", "by a class mean", "no sources", "copies"]
+    table = Table(header, rows, "Means and shares with 95 % intervals in brackets.")
+    return Section("How much do training images explain?", text, table=table), metrics
 
 
 def entropy_section(samples: Rows) -> Part:
