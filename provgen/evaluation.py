@@ -21,22 +21,32 @@ from provgen.generators.losses import denoiser_divergence
 from provgen.generators.protocol import Generator, Output
 from provgen.metrics.agreement import beam_recall, shared_sources
 from provgen.metrics.class_quality import ClassQuality, class_quality
-from provgen.metrics.index_quality import LEVELS, WINDOW, IndexQuality, index_hits, index_quality, mean_kl_gap
+from provgen.metrics.index_quality import LEVELS, IndexQuality, index_hits, index_quality, mean_kl_gap
 from provgen.metrics.statistics import Estimate
 from provgen.metrics.verdicts import Evidence, gather_evidence
+from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
 from provgen.models.temperatures import Temperatures, Tracer
 from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
 from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
 from provgen.tracing.calibrate import default_credit_head
-from provgen.tracing.temperatures import fit_temperatures
+from provgen.tracing.temperatures import fit_temperatures, informative_levels
 from provgen.tracing.trace import late_level
 from provgen.training.targets import Mixing
 from provgen.training.trainer import CoTrainer
 
 COMPARED = 10
 """Most probable sources of an image that are compared with the closed form's."""
+
+NUM_LEVELS = 12
+"""Noise levels at which index metrics are measured."""
+
+FEWEST_PROBED, MOST_PROBED = 32, 256
+"""Training images on which they are measured."""
+
+PROBED_PIXELS = 200_000
+"""Numbers in these images together; fewer large ones are taken."""
 
 LATE_IMAGES = 256
 """Held-out images whose entropy samples are compared with, at most."""
@@ -267,14 +277,13 @@ class IndexProbe:
     def beam_recall(self, network: NetworkPosterior, beam: int, k: int) -> Estimate:
         """Share of the `k` best of the exhaustive answer found in the best `beam` cells; unconditional rows.
 
-        Both answers are averaged over the trace window first, as traces are.
+        Both answers are averaged over the levels first, as traces are.
         """
         answers: dict[int | None, list[Tensor]] = {None: [], beam: []}
         for batch in self.batches:
             output, _ = network.forward(dict(self.parts(batch))["unconditional"])
-            if len(self.batches) == 1 or WINDOW[0] < float(output.alpha_bar[0]) < WINDOW[1]:
-                for cells, probs in answers.items():
-                    probs.append(network.index_logits(output, cells).softmax(dim=1))
+            for cells, probs in answers.items():
+                probs.append(network.index_logits(output, cells).softmax(dim=1))
         lowest = torch.finfo(answers[None][0].dtype).min
         whole, searched = (torch.stack(answers[cells]).mean(dim=0).log().clamp_min(lowest) for cells in (None, beam))
         return beam_recall(searched, whole, k)
@@ -300,17 +309,29 @@ class IndexProbe:
         return index_quality(float(alpha_bar[0]), rows, torch.cat(hits))
 
 
-def make_probe(generator: Generator, settings: Settings, data: RunData, num_queries: int = 256) -> IndexProbe:
-    """Make the fixed queries on which the index metrics are measured."""
+def make_probe(generator: Generator, settings: Settings, data: RunData) -> IndexProbe:
+    """Make the fixed queries on which the index metrics are measured, at levels where there is something to know."""
     covered, seed = data.covered.nonzero().flatten(), settings.training.seed
     order = torch.randperm(len(covered), generator=seeded_generator(seed, Stream.PROBE))
-    steps, shape = generator.timesteps(LEVELS), generator.noise_shape
+    num_queries = max(FEWEST_PROBED, min(MOST_PROBED, PROBED_PIXELS // data.train.images[0].numel()))
+    steps, shape = generator.timesteps(probe_levels(generator, data)), generator.noise_shape
     return IndexProbe(
         fixed_batches(data.train, covered[order[:num_queries]], steps, noise_shape=shape, seed=seed),
         null_label=data.train.num_classes,
         is_conditional=generator.is_class_conditional,
         mixing=make_mixing(settings.provenance, data, torch.device("cpu")),
     )
+
+
+def probe_levels(generator: Generator, data: RunData) -> list[float]:
+    """Find the noise levels of the probe; a generator without noise levels has one."""
+    if not generator.has_noise_levels:
+        return [CLEAN_ALPHA_BAR]
+    device = generator.network.device
+    images = (data.holdout if len(data.holdout) else data.train).images[:FEWEST_PROBED]
+    closed_form = generator.closed_form(data.train, dtype=torch.float32, device=device)
+    clean, null_label = to_unit_range(images).to(device), data.train.num_classes
+    return informative_levels(generator, closed_form, clean, null_label=null_label, count=NUM_LEVELS)
 
 
 def make_ceiling(generator: Generator, data: RunData) -> Posterior:
@@ -371,7 +392,7 @@ def evaluate(probe: IndexProbe, trainer: CoTrainer, data: RunData, temperatures:
         "temperatures": temperature_rows(temperatures),
     }
     for rows in sorted({quality.rows for quality in qualities}):
-        measured |= _named(f"kl_gap_{rows}", mean_kl_gap(qualities, rows, WINDOW))
+        measured |= _named(f"kl_gap_{rows}", mean_kl_gap(qualities, rows))
     beam = network.provenance.config.beam
     if beam is not None:
         measured |= _named(f"beam_recall{RECALLED}", probe.beam_recall(network, beam, RECALLED))

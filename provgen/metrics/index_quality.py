@@ -11,9 +11,6 @@ from torch import Tensor
 
 from provgen.metrics.statistics import Estimate, flat_row, mean_estimate
 
-WINDOW = (0.05, 0.9)
-"""Noise levels over which gaps to the closed form are averaged."""
-
 LEVELS = (0.02, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 """Noise levels alpha_bar that are looked at; the nearest timestep of the schedule is taken."""
 
@@ -80,11 +77,7 @@ def index_quality(alpha_bar: float, rows: str, hits: Tensor) -> IndexQuality:
     )
 
 
-def mean_kl_gap(qualities: Sequence[IndexQuality], rows: str, window: tuple[float, float]) -> Estimate:
-    """Mean KL gap in nats over the levels inside the trace window, bootstrapped over queries.
-
-    A generator without noise levels has one level, which is taken.
-    """
-    of_rows = [quality for quality in qualities if quality.rows == rows]
-    inside = [quality.query_gaps for quality in of_rows if window[0] < quality.alpha_bar < window[1]]
-    return mean_estimate(torch.stack(inside or [of_rows[0].query_gaps]).mean(dim=0), seed=0)
+def mean_kl_gap(qualities: Sequence[IndexQuality], rows: str) -> Estimate:
+    """Mean KL gap in nats over all levels of some rows, bootstrapped over queries."""
+    gaps = [quality.query_gaps for quality in qualities if quality.rows == rows]
+    return mean_estimate(torch.stack(gaps).mean(dim=0), seed=0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression, minimize_scalar
+from scipy.special import expit, logit
 from torch import Tensor
 
 from provgen.data.dataset import ImageSet
@@ -40,6 +41,12 @@ PRIOR = 0.9
 
 DECIDED = 0.01
 """Share of the variance of samples that is not yet decided at the clean end of the window."""
+
+NAMED = 1.1
+"""Effective number of sources up to which a posterior names one image."""
+
+ASKED_STEPS = 100
+"""Noise levels that are tried to find the informative ones."""
 
 FLAT = 1e-4
 """Change of the unexplained share by doubling or halving T up to which T is not defined."""
@@ -111,6 +118,31 @@ def fit_temperatures(
     table.alpha_bars.copy_(torch.tensor([level.alpha_bar for level in levels]))
     table.log_temperatures.copy_(torch.from_numpy(_rising(levels)) * np.log(2))
     return table
+
+
+def informative_levels(
+    generator: Generator, closed_form: Posterior, images: Tensor, *, null_label: int, count: int
+) -> list[float]:
+    """Find noise levels at which the untempered closed form says something, evenly spaced in log signal-to-noise.
+
+    They run from where it says no more than the prior to where it names one image.
+
+    Args:
+        generator: Its sampler's levels are tried; its network is not asked.
+        closed_form: Exact posterior over the training images.
+        images: Images in [-1, 1], best held-out ones, (query, channel, height, width).
+        null_label: The label that stands for no label.
+        count: Levels that are given.
+    """
+    null = torch.full((len(images),), null_label, device=images.device)
+    steps = list(generator.renoise(images, null, num_inference_steps=ASKED_STEPS, seed=0))
+    probs = (closed_form.logits(step.query, step.alpha_bars, null).softmax(dim=1) for step in steps)
+    numbers = np.array([float(entropy(p).exp().median()) for p in probs])
+    places = torch.logit(torch.tensor([float(step.alpha_bar) for step in steps], dtype=torch.float64)).numpy()
+    low = max(_crossing(places, numbers / numbers.max(), PRIOR), float(steps[0].alpha_bar))
+    high = max(_crossing(places, numbers, NAMED), low)
+    levels: list[float] = expit(np.linspace(logit(low), logit(high), count)).tolist()
+    return levels
 
 
 def _own_samples(generator: Generator, train: ImageSet, count: int, seed: int) -> Iterator[Iterator[Step]]:
@@ -250,4 +282,4 @@ def _crossing(places: np.ndarray, falling: np.ndarray, limit: float) -> float:
         return 0.0
     left, right = above[-1], min(above[-1] + 1, len(falling) - 1)
     share = (falling[left] - limit) / (falling[left] - falling[right]) if left < right else 0.0
-    return float(1 / (1 + np.exp(-(places[left] + share * (places[right] - places[left])))))
+    return float(expit(places[left] + share * (places[right] - places[left])))

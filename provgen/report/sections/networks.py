@@ -137,7 +137,7 @@ def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -
     table = Table(
         ["alpha_bar", "rows", "gap (nats)", "cross-entropy", "ceiling", "top-1", "ceiling", "top-5", "ceiling"],
         [
-            [f"{row['alpha_bar']:.2f}", row["rows"], float(row["kl_gap"]), *(row[column] for column in columns)]
+            [f"{row['alpha_bar']:.3f}", row["rows"], float(row["kl_gap"]), *(row[column] for column in columns)]
             for row in rows
         ],
         "Parents are averaged over the closed-form posterior; see docs/reference/metrics.md.",
@@ -162,10 +162,10 @@ def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -
 
 
 def _index_metrics(last: Mapping[str, Any], kind: str, num_covered: int, num_classes: int) -> list[Metric]:
-    """Give top-1 and top-5 at the level nearest to 0.9, and the KL gap, of conditional or unconditional rows."""
+    """Give top-1 and top-5 at the level in the middle, and the KL gap, of conditional or unconditional rows."""
     of_kind = [row for row in last["index_quality"] if row["rows"] == kind]
-    level = min(of_kind, key=lambda row: abs(row["alpha_bar"] - 0.9))
-    ending = "_at_alpha_bar_0.9" if _has_levels(last["index_quality"]) else ""
+    level = of_kind[len(of_kind) // 2]
+    ending = "_at_the_middle_level" if _has_levels(last["index_quality"]) else ""
     chance = 1 / num_covered if kind == "unconditional" else max(num_classes, 1) / num_covered
     metrics = [
         Metric.from_estimate(

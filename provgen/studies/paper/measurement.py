@@ -23,7 +23,6 @@ from provgen.data.splits import stratified_subset
 from provgen.generators.losses import generator_losses
 from provgen.generators.protocol import Generator
 from provgen.metrics.copying import distance_ratio, share_memorized
-from provgen.metrics.index_quality import WINDOW
 from provgen.metrics.linear_probe import linear_probe
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.pipeline import ProvenancePipeline
@@ -200,11 +199,10 @@ def _stepper(settings: Settings, data: build.RunData) -> Callable[[int], None]:
 
 
 def _index_metrics(logged: list[dict[str, Any]]) -> Row:
-    """Average the last evaluation over the levels inside the trace window, unconditional rows."""
+    """Average the last evaluation over its levels, unconditional rows."""
     evaluations = [line for line in logged if "index_quality" in line]
     last = evaluations[-1]
-    rows = [quality for quality in last["index_quality"] if quality["rows"] == "unconditional"]
-    inside = [quality for quality in rows if WINDOW[0] < quality["alpha_bar"] < WINDOW[1]] or rows
+    inside = [quality for quality in last["index_quality"] if quality["rows"] == "unconditional"]
     above = [line["step"] for line in evaluations if line["kl_gap_unconditional"] >= HALF_A_NAT]
     reached = [line["step"] for line in evaluations if line["step"] > max(above, default=0)]
     return {
