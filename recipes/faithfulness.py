@@ -39,6 +39,10 @@ def main(
         list[str] | None,
         typer.Option(help='Methods left out, by the start of their names, such as "TRAK"; repeatable.'),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Methods added to an earlier table, by the start of their names; repeatable."),
+    ] = None,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the intervals.")] = 1000,
 ) -> None:
     """Write the table of methods: LDS with interval and ceiling, seconds and bytes."""
@@ -55,15 +59,18 @@ def main(
     queries = trace_queries(trained, retrained.queries)
     folder, steps = trained.folder.faithfulness, timesteps or [10]
     methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
+    earlier = comparison.Predictions.load(folder / "predictions.parquet").rows if only else []
+    settings = dict(Tuned.load(folder / "tuned.json").settings) if only else {}
+    methods = [method for method in methods if not only or method.name.startswith(tuple(only))]
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
+    made = [row for kind in KINDS for row in predictions_of(kind, tuned, models, retrained, split)]
     predictions = comparison.Predictions(
-        rows=[row for kind in KINDS for row in predictions_of(kind, tuned, models, retrained, split)],
-        calibration_subsets=calibration_subsets,
+        rows=comparison.with_added(earlier, made), calibration_subsets=calibration_subsets
     )
     Tuned(
         calibration_queries=split.queries.nonzero().flatten().tolist(),
         timesteps=steps,
-        settings={label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()},
+        settings=settings | {label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()},
     ).save(folder / "tuned.json")
     predictions.save(folder / "predictions.parquet")
     moved = read_moved(trained.folder.leave_out / "effects.parquet")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
+from provgen.generators.closed_form import impossible
 from provgen.studies.faithfulness.attributor import Cache, Queries
 from provgen.tracing.calibrate import AttributionScores, Untuned
 
@@ -152,6 +153,23 @@ class PixelKernel(PixelMethod):
         bandwidths = [setting.share * self.scale for setting in BANDWIDTHS]
         values = [(-squares / (2 * bandwidth**2)).softmax(dim=1) for bandwidth in bandwidths]
         return AttributionScores.in_a_row(values, BANDWIDTHS)
+
+
+class ClassPixelKernel(PixelKernel):
+    """The pixel kernel within the class that was asked for; a query without a class has all images."""
+
+    def fit(self, train: ImageSet) -> None:
+        """Keep the classes as well."""
+        super().fit(train)
+        self.labels, self.null_label = train.labels, train.num_classes
+
+    def attribute(self, queries: Queries, only: Bandwidth | None = None) -> AttributionScores[Bandwidth]:
+        """Weigh by distance, other classes by nothing."""
+        scores = super().attribute(queries, only)
+        ruled_out = impossible(queries.class_labels, self.labels, self.null_label, None)
+        values = scores.values.masked_fill(ruled_out, 0)
+        totals = values.sum(dim=2, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+        return replace(scores, values=values / totals)
 
 
 IMAGES_AT_ONCE = 256

@@ -99,6 +99,15 @@ class Predictions:
         return cls(rows=[_prediction(row) for row in table.to_pylist()], calibration_subsets=subsets)
 
 
+def with_added(earlier: Sequence[Prediction], made: Sequence[Prediction]) -> list[Prediction]:
+    """Add the predictions of methods to earlier ones, in the place of the same methods; earlier ensembles stay."""
+    if not earlier:
+        return list(made)
+    added = {(row.label.name, row.queries): row for row in made if row.label.role != Role.ENSEMBLE}
+    kept = [row for row in earlier if (row.label.name, row.queries) not in added]
+    return [*kept, *added.values()]
+
+
 def _prediction(row: Row) -> Prediction:
     label = {field.name: row[field.name] for field in fields(MethodLabel) if field.name != "name"}
     ranks = torch.tensor(row["double_ranks"], dtype=torch.float64) / 2

@@ -18,6 +18,7 @@ from provgen.data.images import to_uint8, to_unit_range
 from provgen.errors import InputError
 from provgen.generators.closed_form import image_posterior
 from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS, make_training_scheduler
+from provgen.models.temperatures import Tracer
 from provgen.pipeline import ProvenancePipeline
 from provgen.studies.faithfulness import baselines, gradients, posteriors
 from provgen.studies.faithfulness.attributor import (
@@ -82,6 +83,7 @@ def _pixel_methods() -> Iterator[Method]:
     yield _method("pixel cosine", baselines.PixelCosine())
     yield _method("pixel neighbours", baselines.PixelNeighbors())
     yield _method("pixel kernel", baselines.PixelKernel(), is_reference=True)
+    yield _method("pixel kernel of the class", baselines.ClassPixelKernel())
 
 
 def _posterior_methods(trained: TrainedRun) -> Iterator[Method]:
@@ -100,6 +102,14 @@ def _posterior_methods(trained: TrainedRun) -> Iterator[Method]:
         for along in ALONG:
             attributor = posteriors.PosteriorAttributor(make_posterior, along=along, num_bytes=num_bytes)
             yield _method(f"{name}, {along}", attributor, along=along, **label)
+    if (temperatures := trained.pipeline.temperatures) is not None:
+        for name, tracer in (("closed form", Tracer.CLOSED_FORM), ("provenance network", Tracer.NETWORK)):
+            make_posterior, num_bytes, label = made[name]
+            for along in ALONG:
+                tempered = posteriors.TemperedPosterior(
+                    make_posterior, tracer, temperatures, along=along, num_bytes=num_bytes
+                )
+                yield _method(f"tempered {name}, {along}", tempered, along=along, **label)
 
 
 def _closed_form(train: ImageSet) -> posteriors.StepPosterior:

@@ -17,8 +17,9 @@ from provgen.data.dataset import ImageSet
 from provgen.generators.closed_form import Posterior, impossible
 from provgen.models.diffusion import encoder_feature_maps
 from provgen.models.provenance import ProvenanceNetwork
+from provgen.models.temperatures import Temperatures, Tracer
 from provgen.studies.faithfulness.attributor import Along, Cache, Queries
-from provgen.tracing.calibrate import AttributionScores
+from provgen.tracing.calibrate import AttributionScores, Untuned
 from provgen.tracing.trace import NoisyImages
 
 MAX_BYTES = 256 * 2**20
@@ -138,6 +139,50 @@ AVERAGES = tuple(
 
 DEFAULT = Average(is_conditional=True, averaged="probabilities", low=0.05, high=0.9, temperature=1.0)
 """What the pipeline calls the posterior of a trace."""
+
+
+class TemperedPosterior:
+    """What the pipeline calls the posterior: the mean over its window under its temperatures, conditional.
+
+    Nothing is tuned on subset models.
+    """
+
+    settings = (Untuned(),)
+
+    def __init__(
+        self,
+        make_posterior: Callable[[ImageSet], StepPosterior],
+        tracer: Tracer,
+        temperatures: Temperatures,
+        *,
+        along: Along,
+        num_bytes: int,
+    ) -> None:
+        """Take what gives the posterior over a training set, its temperatures, and the bytes that it needs."""
+        self.make_posterior, self.tracer, self.temperatures = make_posterior, tracer, temperatures
+        self.along, self.num_bytes = along, num_bytes
+
+    def fit(self, train: ImageSet) -> None:
+        """Make the posterior."""
+        self.posterior = self.make_posterior(train)
+
+    def attribute(self, queries: Queries, only: Untuned | None = None) -> AttributionScores[Untuned]:  # noqa: ARG002 - there is one
+        """Ask at every level of the window."""
+        noisy, (low, high) = queries.along(self.along), self.temperatures.window
+        inside = ((noisy.alpha_bars > low) & (noisy.alpha_bars < high)).nonzero().flatten()
+        probs = torch.stack([self._probs(noisy, level, queries.class_labels) for level in inside.tolist()])
+        return AttributionScores.in_a_row([probs.mean(dim=0)], self.settings)
+
+    def _probs(self, noisy: NoisyImages, level: int, labels: Tensor) -> Tensor:
+        """Ask at one level, (query, train)."""
+        alpha_bar = noisy.alpha_bars[level]
+        logits = self.posterior(noisy.images[level], noisy.timesteps[level], alpha_bar, labels).float()
+        temperature = self.temperatures.temperature(self.tracer, alpha_bar.expand(len(labels)), labels)
+        return (logits / temperature[:, None].to(logits)).softmax(dim=1)
+
+    def kept(self) -> Cache:
+        """Pixels, or the provenance network."""
+        return Cache(num_bytes=self.num_bytes)
 
 
 class PosteriorAttributor:
