@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
 from provgen import build, cli
 from provgen.data.dataset import ImageSet
@@ -59,23 +60,19 @@ def main(
     queries = trace_queries(trained, retrained.queries)
     folder, steps = trained.folder.faithfulness, timesteps or [10]
     methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
-    earlier = comparison.Predictions.load(folder / "predictions.parquet").rows if only else []
-    settings = dict(Tuned.load(folder / "tuned.json").settings) if only else {}
     methods = [method for method in methods if not only or method.name.startswith(tuple(only))]
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
-    made = [row for kind in KINDS for row in predictions_of(kind, tuned, models, retrained, split)]
-    predictions = comparison.Predictions(
-        rows=comparison.with_added(earlier, made), calibration_subsets=calibration_subsets
-    )
-    Tuned(
-        calibration_queries=split.queries.nonzero().flatten().tolist(),
-        timesteps=steps,
-        settings=settings | {label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()},
-    ).save(folder / "tuned.json")
+    rows = [row for kind in KINDS for row in predictions_of(kind, tuned, models.masks())]
+    if only:
+        rows = comparison.with_added(comparison.Predictions.load(folder / "predictions.parquet").rows, rows)
+    else:
+        rows += [row for kind in KINDS for row in ensembles_of(kind, tuned, models.masks(), retrained, split)]
+        save_tuned(tuned, split, steps, folder / "tuned.json")
+    predictions = comparison.Predictions(rows=rows, calibration_subsets=calibration_subsets)
     predictions.save(folder / "predictions.parquet")
     moved = read_moved(trained.folder.leave_out / "effects.parquet")
-    rows = comparison.compare(predictions, models, moved=moved, resamples=resamples)
-    print(comparison.write_tables(rows, folder, "retrained", calibration_subsets=calibration_subsets))
+    table = comparison.compare(predictions, models, moved=moved, resamples=resamples)
+    print(comparison.write_tables(table, folder, "retrained", calibration_subsets=calibration_subsets))
 
 
 def tune_methods(
@@ -123,15 +120,28 @@ def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> 
         )
 
 
+def save_tuned(tuned: Mapping[MethodLabel, TunedScores], split: Split, steps: list[int], path: Path) -> None:
+    """Write the settings that were chosen, which leaving sources out goes by."""
+    settings = {label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()}
+    calibration_queries = split.queries.nonzero().flatten().tolist()
+    Tuned(calibration_queries=calibration_queries, timesteps=steps, settings=settings).save(path)
+
+
 def predictions_of(
-    kind: str, tuned: Mapping[MethodLabel, TunedScores], models: RetrainedFolder, retrained: Retrained, split: Split
+    kind: str, tuned: Mapping[MethodLabel, TunedScores], masks: Tensor
 ) -> Iterator[comparison.Prediction]:
-    """Give what every method and ensemble predicts of all subsets for one kind of query."""
-    masks = models.masks()
+    """Give what every method predicts of all subsets, masks (subset, train), for one kind of query."""
+    for label, method in tuned.items():
+        if kind in method.scores:
+            setting, scores = str(method.settings[kind]), method.scores[kind]
+            yield comparison.predict(scores, masks, label=label, queries=kind, setting=setting, cost=method.cost)
+
+
+def ensembles_of(
+    kind: str, tuned: Mapping[MethodLabel, TunedScores], masks: Tensor, retrained: Retrained, split: Split
+) -> Iterator[comparison.Prediction]:
+    """Give what ensembles of the methods predict, with the provenance network and without."""
     methods = {label: method for label, method in tuned.items() if kind in method.scores}
-    for label, method in methods.items():
-        setting, scores = str(method.settings[kind]), method.scores[kind]
-        yield comparison.predict(scores, masks, label=label, queries=kind, setting=setting, cost=method.cost)
     outputs = -retrained.losses[kind].mean(dim=0)[split.queries][:, split.subsets]
     for title in (ENSEMBLE, WITHOUT_NETWORK):
         chosen = {

@@ -163,11 +163,9 @@ def default_credit_head(generator: Generator, provenance: ProvenanceNetwork, tra
     """Fit the head of `DEFAULT_PROCESS` on what the network sees of the training images; no model is trained again."""
     device = provenance.device
     features = []
-    for pixels in train.images.split(FEATURE_BATCH):
-        images = to_unit_range(pixels).to(device)
-        null = torch.full((len(images),), train.num_classes, device=device)
-        look = CreditFeatures(provenance)
-        trace(generator.renoise(images, null, num_inference_steps=NUM_INFERENCE_STEPS, seed=0), look)
+    for pixels, labels in zip(train.images.split(FEATURE_BATCH), train.labels.split(FEATURE_BATCH), strict=True):
+        images, look = to_unit_range(pixels).to(device), CreditFeatures(provenance)
+        trace(generator.renoise(images, labels.to(device), num_inference_steps=NUM_INFERENCE_STEPS, seed=0), look)
         features.append(look.features().double().cpu())
     width = provenance.config.width
     parts = FeatureParts((width, features[0].shape[1] - width))

@@ -100,12 +100,9 @@ class Predictions:
 
 
 def with_added(earlier: Sequence[Prediction], made: Sequence[Prediction]) -> list[Prediction]:
-    """Add the predictions of methods to earlier ones, in the place of the same methods; earlier ensembles stay."""
-    if not earlier:
-        return list(made)
-    added = {(row.label.name, row.queries): row for row in made if row.label.role != Role.ENSEMBLE}
-    kept = [row for row in earlier if (row.label.name, row.queries) not in added]
-    return [*kept, *added.values()]
+    """Add the predictions of methods to earlier ones, in the place of the same methods."""
+    added = {(row.label.name, row.queries): row for row in made}
+    return [*(row for row in earlier if (row.label.name, row.queries) not in added), *added.values()]
 
 
 def _prediction(row: Row) -> Prediction:
