@@ -99,7 +99,9 @@ def run_sections(trained: build.TrainedRun, logged: Rows) -> Sections:
         (bool(evaluations), lambda: index_section(evaluations[-1], num_covered, num_classes)),
         (
             trained.pipeline.temperatures is not None and trained.generator.has_noise_levels,
-            lambda: temperature_section(evaluation.temperature_rows(trained.pipeline.temperatures)),
+            lambda: temperature_section(
+                evaluation.temperature_rows(trained.pipeline.temperatures), trained.pipeline.window
+            ),
         ),
         (len(labelled) > 0, lambda: classes_part(trained, labelled)),
         (len(data.holdout) > 0 and has_loss(trained), lambda: generalization_part(trained)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import exp, log
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
 from provgen.report.figures import (
     BLUE,
     DOTTED,
+    FAINT,
     GREEN,
     VERMILION,
     draw_band,
@@ -182,27 +184,32 @@ def _index_metrics(last: Mapping[str, Any], kind: str, num_covered: int, num_cla
     return [*metrics, Metric.from_estimate(f"index_kl_gap_{kind}_nats", gap, "learned provenance", ceiling=0.0)]
 
 
-def temperature_section(rows: Sequence[Mapping[str, Any]]) -> Part:
-    """Show the temperatures of the posteriors by noise level, rows of `evaluation.temperature_rows`."""
+def temperature_section(rows: Sequence[Mapping[str, Any]], window: tuple[float, float]) -> Part:
+    """Show the temperatures of the posteriors by noise level, rows of `evaluation.temperature_rows`.
+
+    Metrics are geometric means over the levels in the `window` of noise levels whose posteriors are averaged.
+    """
     picture = picture_of_figure(
-        plot_temperatures(rows),
+        plot_temperatures(rows, window),
         alt="Temperature of the closed form and of the network against the log signal-to-noise ratio",
-        caption="Noise on the left, image on the right. 1 is a generator that has learned its images by heart.",
+        caption="Noise on the left, image on the right; the grey span is the window that traces average over. 1 is a "
+        "generator that has learned its images by heart.",
     )
     text = (
         "How widely training images must be mixed to give what the generator draws at each noise level. A copier has "
-        "a temperature of 1 at every level; the more a generator generalizes, the larger it is."
+        "a temperature of 1; the more a generator generalizes, the larger it is. At cleaner levels than the window "
+        "the image is decided, and the temperature says how locally the generator removes noise."
     )
-    cleanest = rows[-1]
-    metrics = [
-        Metric(f"temperature_{kind}", cleanest[f"closed_form_{kind}"], None, None, None, 1.0, 1, "model fit")
-        for kind in ("conditional", "unconditional")
-    ]
+    inside = [row for row in rows if window[0] < row["alpha_bar"] < window[1]] or rows
+    metrics = []
+    for kind in ("conditional", "unconditional"):
+        mean = exp(sum(log(row[f"closed_form_{kind}"]) for row in inside) / len(inside))
+        metrics.append(Metric(f"temperature_{kind}", mean, None, None, None, 1.0, len(inside), "model fit"))
     return Section("How widely does it mix?", text, [picture]), metrics
 
 
-def plot_temperatures(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Plot temperatures against the log signal-to-noise ratio, the network dashed."""
+def plot_temperatures(rows: Sequence[Mapping[str, Any]], window: tuple[float, float]) -> Figure:
+    """Plot temperatures against the log signal-to-noise ratio, the network dashed, the window grey."""
     figure, (axes,) = panel_figure(4.6, 3.0)
     places = torch.logit(torch.tensor([row["alpha_bar"] for row in rows], dtype=torch.float64)).tolist()
     for tracer, style in (("closed_form", "-"), ("network", "--")):
@@ -210,6 +217,7 @@ def plot_temperatures(rows: Sequence[Mapping[str, Any]]) -> Figure:
             values = [row[f"{tracer}_{kind}"] for row in rows]
             label = f"{tracer.replace('_', ' ')}, {kind}"
             axes.plot(places, values, style, color=color, marker="o", markersize=3, label=label)
+    axes.axvspan(*torch.logit(torch.tensor(window, dtype=torch.float64)).tolist(), color=FAINT, alpha=0.15, linewidth=0)
     axes.axhline(1, **DOTTED)
     axes.set_yscale("log", base=2)
     axes.legend(fontsize=7, frameon=False)
