@@ -57,7 +57,7 @@ def explained_section(explained: Mapping[str, Explained]) -> Part:
         [
             name,
             interval(shares[name]),
-            *(interval(mean_estimate(values, seed=0)) for values in (of_set.by_nearest, of_set.by_class_mean)),
+            *(float(values.mean()) for values in (of_set.by_nearest, of_set.by_class_mean)),
             *map(interval, kinds[name]),
         ]
         for name, of_set in explained.items()
@@ -82,7 +82,7 @@ def explained_section(explained: Mapping[str, Explained]) -> Part:
         f"images accounts for. Below {float(limits.least[0]):.0%} an image has no sources: hardly any held-out image "
         f"and no noise lies on the other side. From {float(limits.copy[0]):.0%} by the nearest alone it is a copy."
     )
-    header = ["images", "explained", "by the nearest alone", "by a class mean", "no sources", "copies"]
+    header = ["images", "explained", "by the nearest", "by a class mean", "no sources", "copies"]
     table = Table(header, rows, "Means and shares with 95 % intervals in brackets.")
     return Section("How much do training images explain?", text, table=table), metrics
 
