@@ -231,7 +231,9 @@ def fit_temperature(
     best = _walk(unexplained, start)
     around = unexplained(best - 1) + unexplained(best + 1) - 2 * unexplained(best)
     if around < FLAT:
-        return start, 0.0
+        # Either nothing depends on T, or the wider the better, as for a network that has not learned anything yet.
+        is_better = unexplained(start) - unexplained(best) > FLAT
+        return (best, FLAT) if is_better else (start, 0.0)
     found = minimize_scalar(unexplained, bounds=(best - 1, best + 1), method="bounded", options={"xatol": 0.04})
     return float(found.x), around
 
@@ -245,7 +247,7 @@ def _walk(unexplained: Callable[[float], float], start: float) -> float:
             error = errors.get(best + direction)
             if error is None:
                 error = errors[best + direction] = unexplained(best + direction)
-            if error >= errors[best]:
+            if error > errors[best] - FLAT / 10:
                 break
             best += direction
     return best
