@@ -1,16 +1,21 @@
 """From trained networks to what is looked at: averaged weights, fixed queries, class metrics with known answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from provgen import build, evaluation
+from provgen.data.manifest import Manifest
+from provgen.errors import InputError
 from provgen.generators.losses import denoiser_divergence, generator_losses
 from provgen.metrics.index_quality import LEVELS, mean_kl_gap
+from provgen.models.temperatures import Temperatures, Tracer
+from provgen.pipeline import ProvenancePipeline
 from provgen.run import RunFolder
-from provgen.tracing.trace import WINDOW
+from provgen.tracing.calibrate import default_credit_head
 
 KINDS = ("diffusion", "vae", "none")
 
@@ -53,20 +58,51 @@ def test_the_probe_asks_covered_examples_alone_at_the_levels_of_the_kind(kind, g
     data = build.open_data(settings, RunFolder(tmp_path))
     generator = generator_of(kind, data.train)
     probe, again = (evaluation.make_probe(generator, settings, data) for _ in range(2))
-    assert len(probe.batches) == (len(LEVELS) if kind == "diffusion" else 1)
+    assert len(probe.batches) == (12 if kind == "diffusion" else 1)
     for batch, other in zip(probe.batches, again.batches, strict=True):
         assert torch.equal(batch.indices.sort().values, data.covered.nonzero().flatten())
         assert torch.equal(batch.noise, other.noise)
         assert torch.equal(batch.indices, other.indices)
-    few = evaluation.make_probe(generator, settings, data, num_queries=5)
-    assert torch.equal(few.batches[0].indices, probe.batches[0].indices[:5])
     assert probe.is_conditional == (kind == "diffusion")
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 256), (32, 195), (64, 48), (128, 32)])
+def test_large_images_are_probed_fewer(size, expected, random_images, generator_of, tiny_settings):
+    """At most 200 000 numbers in all, but 32 images in any case."""
+    images = random_images(300, size=size)
+    holdout = images.select(torch.arange(0))
+    data = build.RunData(train=images, holdout=holdout, manifest=Manifest.of(images, holdout))
+    generator = generator_of("none", random_images(4))
+    probe = evaluation.make_probe(generator, tiny_settings("generator.kind=none"), data)
+    assert [len(batch.indices) for batch in probe.batches] == [expected]
+
+
+@pytest.mark.parametrize("has_holdout", [True, False])
+def test_probe_levels_run_from_knowing_nothing_to_naming_one_image(has_holdout, generator_of, tiny_data):
+    """The effective number of sources of noised images by hand: nearly all at the first level, one at the last."""
+    generator, train = generator_of("diffusion", tiny_data.train), tiny_data.train
+    data = tiny_data if has_holdout else replace(tiny_data, holdout=tiny_data.holdout.select(torch.arange(0)))
+    levels = evaluation.probe_levels(generator, data)
+    assert len(levels) == 12
+    places = torch.logit(torch.tensor(levels, dtype=torch.float64))
+    torch.testing.assert_close(places.diff(), places.diff().mean().expand(11))
+    assert places.diff()[0] > 0
+    images = (data.holdout if has_holdout else train).images[:32].double() / 127.5 - 1
+    rows = train.images.double().flatten(1) / 127.5 - 1
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    effective = []
+    for level in (levels[0], levels[-1]):
+        noisy = (level**0.5 * images + (1 - level) ** 0.5 * noise).flatten(1)
+        probs = (-torch.cdist(noisy, level**0.5 * rows).square() / (2 * (1 - level))).softmax(dim=1)
+        effective.append(float(torch.special.entr(probs).sum(dim=1).exp().median()))
+    assert 0.8 * 40 < effective[0] < 40
+    assert 1 <= effective[1] < 1.5
 
 
 @pytest.fixture
 def few_levels(monkeypatch):
-    """Three levels inside the trace window."""
-    monkeypatch.setattr(evaluation, "LEVELS", (0.1, 0.4, 0.8))
+    """Three levels."""
+    monkeypatch.setattr(evaluation, "NUM_LEVELS", 3)
 
 
 @pytest.mark.usefixtures("few_levels")
@@ -171,8 +207,37 @@ def test_a_generator_without_provenance_network_saves_no_pipeline(trainer_of, tm
     for head in ("none", "class_independent"):
         folder = RunFolder(tmp_path / head)
         trainer, _, data = trainer_of(f"provenance.index_head={head}")
-        evaluation.save_pipeline(trainer, data, folder)
+        evaluation.save_pipeline(trainer, data, folder, temperatures=None, has_credit=False)
         assert folder.pipeline.is_dir() == (head != "none")
+
+
+@pytest.mark.parametrize("has_credit", [False, True])
+def test_a_pipeline_is_saved_with_its_temperatures_and_at_the_end_with_credit(has_credit, trainer_of, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    trainer, _, data = trainer_of()
+    given = Temperatures(num_levels=2, null_label=10, low=0.2, high=0.6)
+    given.log_temperatures.copy_(torch.arange(8.0).view(2, 2, 2))
+    evaluation.save_pipeline(trainer, data, folder, temperatures=given, has_credit=has_credit)
+    loaded = ProvenancePipeline.from_pretrained(folder.pipeline)
+    assert loaded.window == (0.2, 0.6)
+    assert torch.equal(loaded.temperatures.log_temperatures, given.log_temperatures)
+    assert (loaded.credit is not None) == has_credit
+    if has_credit:
+        network = evaluation.averaged_posterior(trainer)
+        expected = default_credit_head(network.generator, network.provenance, data.train)
+        torch.testing.assert_close(loaded.credit.state_dict(), expected.state_dict())
+
+
+def test_without_temperatures_a_pipeline_has_those_that_fit_the_averaged_weights(trainer_of):
+    trainer, _, data = trainer_of()
+    network = evaluation.averaged_posterior(trainer)
+    expected = evaluation.fit(network.generator, network.provenance, data)
+    found = evaluation.make_pipeline(trainer, data).temperatures
+    assert found.window == expected.window
+    assert torch.equal(found.log_temperatures, expected.log_temperatures)
+    assert found.log_temperatures.any()
+    again = evaluation.make_pipeline(trainer, data, temperatures=expected)
+    assert again.temperatures is expected
 
 
 @pytest.mark.usefixtures("few_levels")
@@ -180,18 +245,56 @@ def test_a_generator_without_provenance_network_saves_no_pipeline(trainer_of, tm
 def test_an_evaluation_holds_every_level_the_gaps_and_the_recall_of_a_beam(head, trainer_of):
     trainer, settings, data = trainer_of(f"provenance.index_head={head}", "provenance.beam=2")
     probe = evaluation.make_probe(trainer.generator, settings, data)
-    measured = evaluation.evaluate(probe, trainer, data)
     network = evaluation.averaged_posterior(trainer)
+    temperatures = evaluation.fit(network.generator, network.provenance, data)
+    measured = evaluation.evaluate(probe, trainer, data, temperatures)
     qualities = probe.measure(network, evaluation.make_ceiling(network.generator, data))
     assert measured["index_quality"] == [quality.as_row() for quality in qualities]
+    assert len(qualities) == 2 * 3
+    assert measured["temperatures"] == evaluation.temperature_rows(temperatures)
     for rows in ("conditional", "unconditional"):
-        assert measured[f"kl_gap_{rows}"] == mean_kl_gap(qualities, rows, WINDOW).value
+        assert measured[f"kl_gap_{rows}"] == mean_kl_gap(qualities, rows).value
         assert measured[f"kl_gap_{rows}_low"] <= measured[f"kl_gap_{rows}"] <= measured[f"kl_gap_{rows}_high"]
     assert ("beam_recall10" in measured) == (head == "two_stage")
     if head == "two_stage":
         assert measured["beam_recall10"] == probe.beam_recall(network, 2, 10).value
         assert 0 < measured["beam_recall10_low"] <= measured["beam_recall10_high"] <= 1
     json.dumps(measured, allow_nan=False)
+
+
+def test_rows_of_temperatures_are_those_from_the_window_on():
+    table = Temperatures(num_levels=3, low=0.2)
+    table.alpha_bars.copy_(torch.tensor([0.1, 0.25, 0.5]))
+    table.log_temperatures[Tracer.NETWORK] = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]).log()
+    table.log_temperatures[Tracer.CLOSED_FORM] = torch.tensor([[1.5, 3.0, 6.0], [12.0, 24.0, 48.0]]).log()
+    names = ("alpha_bar", "network_conditional", "network_unconditional")
+    names += ("closed_form_conditional", "closed_form_unconditional")
+    expected = [(0.25, 2, 16, 3, 24), (0.5, 4, 32, 6, 48)]
+    assert evaluation.temperature_rows(table) == [pytest.approx(dict(zip(names, row, strict=True))) for row in expected]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_so_large_a_share_of_held_out_images_has_less_late_entropy_than_the_limit(kind, share, trained_of):
+    trained = trained_of(kind)
+    holdout, pipeline = trained.data.holdout, trained.pipeline
+    limit = evaluation.late_entropy_limit(trained, share)
+    labels = holdout.labels if kind == "diffusion" else None
+    traced = pipeline.attribute(holdout.images, top_k=1, class_labels=labels)
+    # Outside images are traced inside the window alone, so the last level is its cleanest.
+    late = traced.step_entropy[:, -1]
+    # Where many are as sure as one another, no more are below, and no fewer are at most there.
+    below, at_most = ((late < limit + by).double().mean().item() for by in (-1e-6, 1e-6))
+    assert below <= share + 0.5 / len(holdout)
+    assert at_most >= share - 0.5 / len(holdout)
+    assert evaluation.late_entropy_limit(trained, 0.0) == pytest.approx(float(late.min()), rel=1e-5)
+    assert evaluation.late_entropy_limit(trained, 1.0) == pytest.approx(float(late.max()), rel=1e-5)
+
+
+def test_without_held_out_images_there_is_no_limit(trained):
+    data = replace(trained.data, holdout=trained.data.holdout.select(torch.arange(0)))
+    with pytest.raises(InputError, match="this run has none"):
+        evaluation.late_entropy_limit(replace(trained, data=data), 0.01)
 
 
 def test_evidence_is_taken_from_whole_posteriors(trained):
@@ -229,7 +332,7 @@ def test_classes_are_sampled_in_turn(num_classes, is_conditional, expected, rand
 def test_a_network_is_asked_about_what_its_generator_made_of_a_batch(kind, trained_of):
     trained = trained_of(kind)
     network, data = evaluation.posterior_of(trained), trained.data
-    batch = evaluation.make_probe(network.generator, trained.settings, data, num_queries=6).batches[0]
+    batch = evaluation.make_probe(network.generator, trained.settings, data).batches[0]
     output, predicted = network.forward(batch)
     expected = trained.generator.forward(batch)
     torch.testing.assert_close(output.query, expected.query)
@@ -238,7 +341,7 @@ def test_a_network_is_asked_about_what_its_generator_made_of_a_batch(kind, train
     ).index_logits
     torch.testing.assert_close(predicted.index_logits, logits)
     torch.testing.assert_close(network.index_logits(output), logits)
-    assert predicted.index_logits.shape == (6, len(data.train))
+    assert predicted.index_logits.shape == (40, len(data.train))
     assert not predicted.index_logits.requires_grad
 
 

@@ -9,8 +9,8 @@ import torch
 from provgen.data.images import to_pil, to_uint8
 from provgen.data.manifest import Manifest
 from provgen.models.classifier import CLEAN_ALPHA_BAR
+from provgen.models.temperatures import Tracer
 from provgen.pipeline import ProvenancePipeline
-from provgen.tracing.trace import LEAST_ALPHA_BAR
 
 FAST = {"num_inference_steps": 10, "output_type": "pt"}
 LABELS = [3, 1, None]
@@ -32,19 +32,30 @@ def three(trained):
     return trained.pipeline(LABELS, generator=seeds(0, 1, 2), top_k=5, closed_form=closed_form, **FAST)
 
 
+def tensors_of(attribution):
+    """All tensors of an attribution, those of what is explained among them."""
+    return {**vars(attribution), **vars(attribution.explained), "explained": attribution.explained.share}
+
+
 def assert_same(first, second):
-    assert all(torch.equal(value, getattr(second, name)) for name, value in vars(first).items())
+    torch.testing.assert_close(tensors_of(first), tensors_of(second), rtol=0, atol=0, equal_nan=True)
 
 
 def assert_close(first, second, rows, tolerance):
-    for name in ("posterior", "entropy", "mass_not_shown", "step_entropy"):
-        actual, expected = getattr(first, name), getattr(second, name)[rows]
-        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    for name in ("posterior", "entropy", "mass_not_shown", "step_entropy", "weight", "explained", "by_nearest"):
+        actual, expected = tensors_of(first)[name], tensors_of(second)[name][rows]
+        # Kernels are of differences of squares, which are rounded otherwise in another batch.
+        torch.testing.assert_close(actual, expected, rtol=0, atol=max(tolerance, 1e-4 if name == "weight" else 0))
 
 
-def test_saving_and_loading_gives_identical_images_and_traces(pipe, three, tmp_path):
+def of_posteriors_alone(pipe):
+    """The same pipeline without a credit head and without training images: what it names is what it believes."""
+    return ProvenancePipeline(**(pipe.components | {"credit": None})).with_manifest(pipe.manifest)
+
+
+def test_saving_and_loading_gives_identical_images_and_traces(pipe, three, trained, tmp_path):
     pipe.save_pretrained(tmp_path / "copy")
-    loaded = ProvenancePipeline.from_pretrained(tmp_path / "copy")
+    loaded = ProvenancePipeline.from_pretrained(tmp_path / "copy").with_training_images(trained.data.train)
     loaded.set_progress_bar_config(disable=True)
     again = loaded(LABELS, generator=seeds(0, 1, 2), top_k=5, **FAST)
     assert torch.equal(again.images, three.images)
@@ -104,15 +115,18 @@ def test_a_trace_is_complete(three, trained):
         assert attribution.example_index.shape == (3, 5)
         shown = attribution.posterior.sum(1)
         torch.testing.assert_close(shown + attribution.mass_not_shown, torch.ones(3), rtol=0, atol=1e-5)
-        assert (attribution.posterior.diff(dim=1) <= 0).all()
+        assert not attribution.explained.is_copy.any(), "the original of a copy would come first"
+        assert (attribution.weight.diff(dim=1) <= 0).all()
         assert attribution.step_entropy.shape == (3, len(attribution.alpha_bar))
         assert (attribution.alpha_bar.diff() > 0).all()
         levels = trained.pipeline.generator.alpha_bars(10)
-        torch.testing.assert_close(attribution.alpha_bar, levels[levels >= LEAST_ALPHA_BAR])
+        torch.testing.assert_close(attribution.alpha_bar, levels[levels > trained.pipeline.window[0]])
         labels = trained.data.train.labels
         for row, label in enumerate(LABELS[:2]):
             named = labels[attribution.example_index[row][attribution.posterior[row] > 0]]
             assert (named == label).all(), "a labelled trace stays inside its class"
+    assert torch.equal(three.closed_form.weight, three.closed_form.posterior)
+    assert not torch.allclose(three.attribution.weight, three.attribution.posterior, atol=1e-3)
 
 
 def test_all_examples_can_be_shown(pipe, trained):
@@ -228,7 +242,8 @@ def test_images_that_do_not_fit_are_refused(images, pipe, message_of):
 def test_the_closed_form_finds_every_training_image(is_labelled, pipe, trained):
     train = trained.data.train
     labels = train.labels if is_labelled else None
-    found = pipe.attribute(train.images, top_k=3, class_labels=labels, closed_form=trained.closed_form())
+    believed = of_posteriors_alone(pipe)
+    found = believed.attribute(train.images, top_k=3, class_labels=labels, closed_form=trained.closed_form())
     assert torch.equal(found.example_index[:, 0], torch.arange(len(train)))
     assert (found.posterior[:, 0] > found.posterior[:, 1]).all()
     assert (found.commitment_step == -1).all()
@@ -271,14 +286,100 @@ def test_pil_images_and_tensors_are_attributed_alike(pipe, trained):
 def test_a_label_restricts_what_an_outside_image_is_traced_to(pipe, trained):
     train = trained.data.train
     labels = [(int(label) + 1) % 10 for label in train.labels[:5]]
-    found = pipe.attribute(train.images[:5], top_k=1, class_labels=labels)
+    found = of_posteriors_alone(pipe).attribute(train.images[:5], top_k=1, class_labels=labels)
     assert train.labels[found.example_index[:, 0]].tolist() == labels
+    # Credit may be due to other classes, and an original comes first, but neither is believed to be the parent.
+    credited = pipe.attribute(train.images[:5], top_k=len(train), class_labels=labels)
+    is_other = train.labels[credited.example_index] != torch.tensor(labels)[:, None]
+    assert credited.posterior[is_other].max() == 0
+    assert credited.example_index[:, 0].tolist() == list(range(5))
+    assert credited.explained.is_copy.all()
 
 
 def test_attributing_uses_levels_inside_the_window_alone(pipe, trained):
     found = pipe.attribute(trained.data.train.images[:1], num_inference_steps=20)
-    assert ((found.alpha_bar > 0.05) & (found.alpha_bar < 0.9)).all()
+    low, high = pipe.window
+    levels = pipe.generator.alpha_bars(20)
+    assert torch.equal(found.alpha_bar, levels[(levels > low) & (levels < high)])
+    assert (low, high) == (pipe.temperatures.config.low, pipe.temperatures.config.high)
+    assert 0 < low < high < 1
     assert len(found.alpha_bar) == found.step_entropy.shape[1] > 3
+
+
+def test_without_credit_the_weight_is_the_posterior(pipe, three):
+    believed = of_posteriors_alone(pipe)
+    believed.set_progress_bar_config(disable=True)
+    plain = believed(LABELS, generator=seeds(0, 1, 2), top_k=40, **FAST)
+    assert torch.equal(plain.images, three.images)
+    assert torch.equal(plain.attribution.weight, plain.attribution.posterior)
+    assert plain.attribution.explained.share.isnan().all(), "not known without training images"
+    # The same posteriors as with credit, in another order.
+    whole = pipe(LABELS, generator=seeds(0, 1, 2), top_k=40, **FAST).attribution
+    dense = [torch.zeros(3, 40).scatter(1, a.example_index, a.posterior) for a in (whole, plain.attribution)]
+    assert torch.equal(*dense)
+
+
+def test_without_temperatures_posteriors_are_plain_and_all_levels_are_averaged(pipe, trained):
+    """Fold by hand the softmax of the network's own logits at every level of the sampler."""
+    plain = ProvenancePipeline(**(pipe.components | {"credit": None, "temperatures": None}))
+    plain = plain.with_manifest(pipe.manifest)
+    images, null = trained.data.train.images[:3], torch.full((3,), 10)
+    found = plain.attribute(images, top_k=40, num_inference_steps=10)
+    with torch.no_grad():
+        steps = pipe.generator.renoise(images.float() / 127.5 - 1, null, num_inference_steps=10, seed=0)
+        probs = [pipe.provenance.index_logits(s.feature_maps, s.alpha_bars, null).softmax(dim=1) for s in steps]
+    dense = torch.zeros(3, 40).scatter(1, found.example_index, found.posterior)
+    torch.testing.assert_close(dense, torch.stack(probs).mean(dim=0))
+    assert len(found.alpha_bar) == 10
+
+
+@pytest.mark.parametrize("is_closed_form", [False, True])
+def test_posteriors_are_tempered_at_every_level_and_averaged_over_the_window(is_closed_form, pipe, trained):
+    """Fold by hand with the pipeline's own temperatures and window."""
+    images, labels = trained.data.train.images[:4], torch.tensor([0, 10, 3, 10])
+    closed_form = trained.closed_form()
+    tracer = Tracer.CLOSED_FORM if is_closed_form else Tracer.NETWORK
+    given = {"closed_form": closed_form} if is_closed_form else {}
+    found = pipe.attribute(images, top_k=40, class_labels=labels, num_inference_steps=20, **given)
+    total = []
+    with torch.no_grad():
+        steps = pipe.generator.renoise(images.float() / 127.5 - 1, labels, num_inference_steps=20, seed=0)
+        for step in steps:
+            if pipe.window[0] < step.alpha_bar < pipe.window[1]:
+                temperature = pipe.temperatures.temperature(tracer, step.alpha_bars, labels)
+                logits = pipe.provenance.index_logits(step.feature_maps, step.alpha_bars, labels)
+                if is_closed_form:
+                    logits = closed_form.logits(step.query, step.alpha_bars, labels)
+                total.append((logits.double() / temperature.double()[:, None]).softmax(dim=1))
+    dense = torch.zeros(4, 40).scatter(1, found.example_index, found.posterior.float())
+    torch.testing.assert_close(dense, torch.stack(total).mean(dim=0).float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])
+def test_what_is_explained_is_of_the_very_images_and_a_copy_names_its_original_first(kind, trained_of):
+    trained = trained_of(kind)
+    train, pipeline = trained.data.train, trained.pipeline
+    found = pipeline.attribute(train.images, top_k=1)
+    torch.testing.assert_close(found.explained.by_nearest, torch.ones(len(train)))
+    # Two images may be the same but for their brightness.
+    others = pipeline.mixtures.images[found.example_index[:, 0]] - pipeline.mixtures.images
+    torch.testing.assert_close(others.std(dim=1), torch.zeros(len(train)), atol=1e-5, rtol=0)
+    noise = torch.randint(256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        vars(pipeline.attribute(noise, top_k=1).explained), vars(pipeline.mixtures.explain(noise.float() / 127.5 - 1))
+    )
+    config = pipeline.temperatures.config
+    assert (float(found.explained.least[0]), float(found.explained.copy[0])) == pytest.approx(
+        (config.least_explained, config.copy)
+    )
+
+
+def test_samples_are_explained_as_images_from_outside_are(pipe, three):
+    outside = pipe.attribute(three.images, top_k=1).explained
+    for name in ("share", "by_nearest", "by_class_mean"):
+        inside = getattr(three.attribution.explained, name)
+        torch.testing.assert_close(inside, getattr(outside, name), atol=0.02, rtol=0)
+    assert three.closed_form.explained is three.attribution.explained
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +424,7 @@ def test_seeds_decide_the_images_of_an_autoencoder(trained_of, decoded):
 def test_saving_and_loading_other_kinds_gives_identical_traces(kind, trained_of, decoded, tmp_path):
     trained = trained_of(kind)
     trained.pipeline.save_pretrained(tmp_path / "copy")
-    loaded = ProvenancePipeline.from_pretrained(tmp_path / "copy")
+    loaded = ProvenancePipeline.from_pretrained(tmp_path / "copy").with_training_images(trained.data.train)
     images = trained.data.train.images[:6]
     assert_same(loaded.attribute(images), trained.pipeline.attribute(images))
     if kind == "vae":
@@ -331,7 +432,7 @@ def test_saving_and_loading_other_kinds_gives_identical_traces(kind, trained_of,
         assert torch.equal(again.images, decoded.images)
         assert_same(again.attribution, decoded.attribution)
     component = "vae" if kind == "vae" else "classifier"
-    files = {"model_index.json", "manifest.parquet", component, "provenance"}
+    files = {"model_index.json", "manifest.parquet", component, "provenance", "temperatures", "credit"}
     assert {path.name for path in (tmp_path / "copy").iterdir()} == files
     suffixes = {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors", ".parquet"}
@@ -346,7 +447,7 @@ def test_outside_images_are_traced_by_every_kind_whatever_is_in_the_batch(kind, 
     assert_close(part, whole, [4, 1], 1e-5)
     assert torch.equal(part.example_index, whole.example_index[[4, 1]])
     labels = [(int(label) + 1) % 10 for label in trained.data.train.labels[:6]]
-    is_conditional = trained.pipeline.attribute(images, top_k=1, class_labels=labels)
+    is_conditional = of_posteriors_alone(trained.pipeline).attribute(images, top_k=1, class_labels=labels)
     assert trained.data.train.labels[is_conditional.example_index[:, 0]].tolist() == labels
     exact = trained.pipeline.attribute(images, top_k=4, closed_form=trained.closed_form())
     assert not torch.allclose(exact.entropy, whole.entropy, atol=1e-4)
@@ -355,7 +456,8 @@ def test_outside_images_are_traced_by_every_kind_whatever_is_in_the_batch(kind, 
 def test_without_a_generator_the_closed_form_finds_every_training_image(trained_of):
     trained = trained_of("none")
     train = trained.data.train
-    found = trained.pipeline.attribute(train.images, top_k=2, closed_form=trained.closed_form())
+    believed = of_posteriors_alone(trained.pipeline)
+    found = believed.attribute(train.images, top_k=2, closed_form=trained.closed_form())
     assert torch.equal(found.example_index[:, 0], torch.arange(len(train)))
     torch.testing.assert_close(found.posterior[:, 0], torch.ones(len(train)))
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from provgen.data.splits import entropy_coverage
-from provgen.generators.closed_form import COVERAGE_ALPHA_BARS, ClosedFormPosterior, posterior_entropies
-from provgen.tracing.trace import WINDOW
+from provgen.generators.closed_form import ClosedFormPosterior, posterior_entropies
 
 
 def posterior_over(images) -> ClosedFormPosterior:
@@ -22,10 +21,6 @@ def planted(generator):
     spread = torch.rand(14, 1, 16, 16, generator=generator, dtype=torch.float64) * 2 - 1
     near = 0.02 * torch.randn(8, 1, 16, 16, generator=generator, dtype=torch.float64)
     return torch.cat([spread[:12], spread[12:].repeat_interleave(4, dim=0) + near])
-
-
-def test_levels_lie_in_the_trace_window():
-    assert all(WINDOW[0] < alpha_bar < WINDOW[1] for alpha_bar in COVERAGE_ALPHA_BARS)
 
 
 @pytest.mark.parametrize("alpha_bar", [0.1, 0.4, 0.8])

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from provgen.generators.diffusion import predicted_image
 from provgen.generators.protocol import LastLayer, Output, Step
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.diffusion import encoder_shapes
@@ -171,6 +172,34 @@ def test_steps_of_an_image_do_not_depend_on_its_batch(kind, make, pixels):
     assert torch.equal(first, reseeded) == (kind == "none"), "other noise, where there is any"
 
 
+@torch.no_grad()
+def test_the_image_that_a_denoiser_predicts_by_hand(make, pixels):
+    """x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a), cut to the range of images; of the clean image and its own noise."""
+    generator, labels = make("diffusion"), torch.arange(12) % 4
+    for step in generator.renoise(pixels, labels, num_inference_steps=10, seed=0):
+        noise = generator.network(step.query, step.timestep, class_labels=labels).sample
+        level = step.alpha_bar.double()
+        expected = (step.query.double() - (1 - level).sqrt() * noise.double()) / level.sqrt()
+        torch.testing.assert_close(step.predicted_image.double(), expected.clamp(-1, 1), rtol=1e-3, atol=1e-3)
+    level = torch.tensor(0.3)
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    noisy = level.sqrt() * pixels + (1 - level).sqrt() * noise
+    torch.testing.assert_close(predicted_image(noisy, noise, level), pixels, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_other_kinds_predict_the_very_image_that_they_look_at(make, pixels):
+    labels = torch.full((12,), NULL)
+    (step,) = make("none").renoise(pixels, labels, num_inference_steps=10, seed=0)
+    assert torch.equal(step.predicted_image, pixels)
+    vae = make("vae")
+    for step in vae.renoise(pixels, labels, num_inference_steps=10, seed=0):
+        torch.testing.assert_close(step.predicted_image, vae.network.decode(step.query).sample)
+    asked = {"null_label": NULL, "generator": torch.Generator().manual_seed(0), "num_inference_steps": 10}
+    *_, last = vae.sample(labels, guidance_scale=1.0, **asked)
+    assert torch.equal(last.predicted_image, last.images)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_hold_no_gradients(kind, make, pixels):
     generator = make(kind)
@@ -180,6 +209,7 @@ def test_steps_hold_no_gradients(kind, make, pixels):
         assert not any(feature_map.requires_grad for feature_map in step.feature_maps)
         if step.decode is not None:
             assert not step.last_layer.output.requires_grad
+        assert not step.predicted_image.requires_grad
     assert torch.is_grad_enabled(), "steps leave the caller's mode alone"
 
 
@@ -194,16 +224,21 @@ def test_what_costs_a_pass_is_made_when_it_is_read_and_once():
         passes.append("decode")
         return LastLayer(torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1))
 
+    def predict():
+        passes.append("predict")
+        return torch.full((2, 1, 1, 1), 0.5)
+
     step = Step(
         number=0, timestep=7, alpha_bar=torch.tensor(0.5), query=torch.zeros(2, 1, 1, 1),
-        class_labels=torch.zeros(2, dtype=torch.int64), encode=encode, decode=decode,
+        class_labels=torch.zeros(2, dtype=torch.int64), encode=encode, predict=predict, decode=decode,
     )  # fmt: skip
     assert step.alpha_bars.tolist() == [0.5, 0.5]
     assert passes == []
     for _ in range(2):
         assert step.feature_maps[0].shape == (2, 1, 1, 1)
         assert step.last_layer.inputs.sum() == 2
-    assert passes == ["encode", "decode"]
+        assert step.predicted_image.sum() == 1
+    assert passes == ["encode", "decode", "predict"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Index metrics of posteriors worked out by hand, and the mean gap over a window."""
+"""Index metrics of posteriors worked out by hand, and the mean gap over noise levels."""
 
 import math
 
@@ -7,8 +7,6 @@ import torch
 
 from provgen.metrics.index_quality import IndexQuality, index_hits, index_quality, mean_kl_gap
 from provgen.metrics.statistics import Estimate
-
-WINDOW = (0.05, 0.9)
 
 POSTERIOR = torch.tensor([[0.5, 0.25, 0.25, 0.0, 0.0, 0.0], [0.0, 0.1, 0.2, 0.3, 0.25, 0.15]], dtype=torch.float64)
 NETWORK = torch.tensor([[0.25, 0.5, 0.05, 0.1, 0.06, 0.04], [0.5, 0.1, 0.2, 0.1, 0.05, 0.05]], dtype=torch.float64)
@@ -74,21 +72,19 @@ def quality_of(alpha_bar, rows, *gaps) -> IndexQuality:
     return IndexQuality(alpha_bar=alpha_bar, rows=rows, query_gaps=torch.tensor(gaps), **zero)
 
 
-def test_the_mean_gap_is_over_the_window_and_one_kind_of_rows():
-    low, high = WINDOW
+def test_the_mean_gap_is_over_all_levels_and_one_kind_of_rows():
     qualities = [
-        quality_of(low / 2, "unconditional", 9.0, 10.0),
-        quality_of(0.1, "unconditional", 1.0, 2.0),
-        quality_of(0.8, "unconditional", 2.0, 3.0),
-        quality_of(high + 0.05, "unconditional", 9.0, 10.0),
+        quality_of(0.001, "unconditional", 1.0, 2.0),
         quality_of(0.5, "conditional", 9.0, 10.0),
+        quality_of(0.8, "unconditional", 2.0, 3.0),
+        quality_of(0.999, "unconditional", 6.0, 7.0),
     ]
-    found = mean_kl_gap(qualities, "unconditional", WINDOW)
-    assert found.value == 2.0
-    assert (found.low, found.high) == (1.5, 2.5)
-    assert mean_kl_gap(qualities, "unconditional", (0.05, 0.5)).value == 1.5, "another window has other levels"
+    found = mean_kl_gap(qualities, "unconditional")
+    assert found.value == 3.5
+    assert (found.low, found.high) == (3, 4)
+    assert mean_kl_gap(qualities, "conditional").value == 9.5
 
 
 @pytest.mark.parametrize("rows", ["unconditional", "conditional"])
 def test_a_generator_without_noise_levels_has_the_gap_of_its_one_level(rows):
-    assert mean_kl_gap([quality_of(0.9999, rows, 1.0, 4.0)], rows, WINDOW).value == 2.5
+    assert mean_kl_gap([quality_of(0.9999, rows, 1.0, 4.0)], rows).value == 2.5

@@ -1,7 +1,6 @@
 """The table of methods: everything in it can be recomputed from the files, and the second call costs less."""
 
 import shutil
-from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +18,7 @@ from provgen.studies.faithfulness.leave_out import NOTHING, LeaveOutFolder, Left
 from provgen.studies.faithfulness.methods import make_methods, trace_queries
 from provgen.studies.faithfulness.retraining import RetrainedFolder
 from provgen.studies.faithfulness.tuning import Split, Tuned
-from provgen.tracing.calibrate import LevelPower, fit_credit_head
+from provgen.tracing.calibrate import fit_credit_head
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +133,18 @@ def test_the_second_call_finds_its_gradients_and_says_the_same(root, run_recipe,
     assert {(row["method"], row["queries"]): row["lds"] for row in table_of(root)} == before
 
 
+def test_methods_that_are_added_alone_take_their_own_place(root, run_recipe, tmp_path):
+    """Made again alone, a method says the same; all others, ensembles and tuned settings stay as they were."""
+    copy = shutil.copytree(root, tmp_path / "run")
+    before = {(row["method"], row["queries"]): row["lds"] for row in table_of(copy)}
+    tuned = (copy / "faithfulness" / "tuned.json").read_bytes()
+    assert run_recipe("faithfulness", "--run", copy, *CALL, "--only", "default trace", "--only", "tempered") == 0
+    after = {(row["method"], row["queries"]): row["lds"] for row in table_of(copy)}
+    assert after == before
+    assert {"default trace, trajectory", "tempered closed form, noised"} < {name for name, _ in after}
+    assert (copy / "faithfulness" / "tuned.json").read_bytes() == tuned
+
+
 @pytest.mark.parametrize("start", ["TARK", "pixel", "random"])
 def test_only_methods_that_are_there_and_not_compared_with_are_skipped(root, run_recipe, capsys, start):
     assert run_recipe("faithfulness", "--run", root, *CALL, "--skip", start) == 2
@@ -164,10 +175,10 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     after = build.open_trained_run(copy, torch.device("cpu"))
     assert after.pipeline.credit.config.calibration_subsets == 2
     # Another choice than calibration's: one that needs everything a trace can see.
-    choices = iter((GaussianProcess(Kernel(1.0, 0.5, (0.5, 0.5), 0.25), 3.0), LevelPower(2.0)))
+    chosen = GaussianProcess(Kernel(1.0, 0.5, (0.5, 0.5), 0.25), 3.0)
     queries = trace_queries(after, RetrainedFolder(copy / "retrained").load().queries)
-    images = partial(traced_images, after.pipeline, after.data.train, queries)
-    head = fit_credit_head(images, lambda _: next(choices), calibration_subsets=2)
+    images = traced_images(after.pipeline, after.data.train, queries)
+    head = fit_credit_head(images, lambda _: chosen, calibration_subsets=2)
     head.save_pretrained(copy / "pipeline" / "credit")
     after = build.open_trained_run(copy, torch.device("cpu"))
     labels, count = [0, 1, 2], len(after.data.train)
@@ -184,9 +195,11 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     assert (new.attribution.weight.diff(dim=1) <= 0).all()
     torch.testing.assert_close(new.attribution.weight.sum(dim=1), torch.ones(3))
     assert not torch.allclose(new.attribution.weight, new.attribution.posterior, atol=1e-3)
+    weights = [a.weight.gather(1, places) for a, places in ((old.attribution, order), (new.attribution, other))]
+    assert not torch.allclose(*weights, atol=1e-3), "no longer the default ones"
     # What is compared with other methods is what the pipeline says, along the trajectory and of images from outside.
     methods = {method.name: method.attributor for method in make_methods(after, tmp_path, num_timesteps=())}
-    chosen = after.pipeline.credit.calibration
+    assert after.pipeline.credit.process == chosen
     along = methods["calibrated trace, trajectory"].attribute(queries["generated"]).under(chosen)[:3]
     weights = torch.zeros(3, count).scatter(1, new.attribution.example_index, new.attribution.weight)
     torch.testing.assert_close(along, weights, atol=1e-5, rtol=1e-3)
@@ -196,8 +209,6 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     noised = methods["calibrated trace, noised"].attribute(queries["holdout"]).under(chosen)
     torch.testing.assert_close(noised, weights, atol=1e-5, rtol=1e-3)
 
-    after.pipeline([0], top_k=3, num_inference_steps=10)  # so few steps that none is clear, but the last one
-    after.pipeline.attribute(held_out.images, top_k=3, num_inference_steps=10)
     assert run_recipe("faithfulness", "--run", copy, *CALL) == 0
     compared = {(row["method"], row["queries"]): row["over the trace"] for row in table_of(copy)}
     assert compared["calibrated trace, trajectory", "generated"] == 0

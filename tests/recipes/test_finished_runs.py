@@ -6,8 +6,14 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+from provgen import build
+from provgen.data.images import to_unit_range
+from provgen.evaluation import temperature_rows
+from provgen.models.temperatures import Tracer
+from provgen.report.grid import load_pixels
 from provgen.run import RunFolder
 from provgen.settings_file import load_settings
 from provgen.tracing.records import read_parts
@@ -44,7 +50,7 @@ def test_a_finished_run_holds_the_files_of_the_design(finished):
         *[f"{p}.safetensors" for p in parts],
     }
     assert {path.name for path in finished.pipeline.iterdir()} == {
-        "model_index.json", "manifest.parquet", "unet", "provenance", "scheduler"
+        "model_index.json", "manifest.parquet", "unet", "provenance", "scheduler", "temperatures", "credit"
     }  # fmt: skip
     images = {f"{number:05d}.png" for number in range(NUM_IMAGES)}
     assert {path.name for path in finished.samples.iterdir()} == {*images, "grid.png", "part-0.parquet"}
@@ -70,10 +76,41 @@ def test_traces_name_sources_of_the_samples_class(finished):
     assert [sample["seed"] for sample in samples] == list(range(NUM_IMAGES))
     assert [(row["sample"], row["rank"]) for row in traces] == [(s, r) for s in range(NUM_IMAGES) for r in range(4)]
     # Four training images a class and four sources a sample: all of its class, whose posteriors make one.
+    exact = read_parts(finished.closed_form_traces, ["sample", "rank"])
+    for row in exact:
+        assert label_of[row["example_index"]] == samples[row["sample"]]["class_label"]
     for sample in samples:
-        rows = [row for row in traces if row["sample"] == sample["sample"]]
-        assert {label_of[row["example_index"]] for row in rows} == {sample["class_label"]}
+        rows = [row for row in exact if row["sample"] == sample["sample"]]
         assert sum(row["posterior"] for row in rows) == pytest.approx(1, abs=1e-5)
+    # Credit may be due to images of other classes, but they are not believed to be the parent.
+    for row in traces:
+        assert row["posterior"] == 0 or label_of[row["example_index"]] == samples[row["sample"]]["class_label"]
+    for sample in samples:
+        weights = [row["weight"] for row in traces if row["sample"] == sample["sample"]]
+        assert weights == sorted(weights, reverse=True)
+        assert 0 < sum(weights) < 1
+
+
+def test_samples_say_how_much_of_them_training_images_explain(finished):
+    """In their table, in their files and in the report: as measured on the finished images."""
+    trained = build.open_trained_run(finished.root, torch.device("cpu"))
+    samples = read_parts(finished.samples, ["sample"])
+    pixels = load_pixels(finished, samples, trained.data.manifest)
+    found = trained.pipeline.mixtures.explain(to_unit_range(pixels))
+    columns = {"explained": found.share, "explained_by_nearest": found.by_nearest}
+    columns["explained_by_class_mean"] = found.by_class_mean
+    for name, expected in columns.items():
+        measured = torch.tensor([sample[name] for sample in samples])
+        torch.testing.assert_close(measured, expected, atol=0.02, rtol=0)
+    for number, sample in enumerate(samples):
+        assert sample["support"] == found.support(number)
+        with Image.open(finished.root / sample["path"]) as image:
+            said = image.text["provgen:support"]
+        assert f"{sample['explained']:.0%} explained" in said or sample["support"] == "copy"
+    (metric,) = [metric for metric in metrics_of(finished) if metric["name"] == "explained_share"]
+    assert metric["value"] == pytest.approx(float(found.share.mean()))
+    assert metric["n"] == NUM_IMAGES
+    assert "How much do training images explain?" in finished.report_html.read_text(encoding="utf-8")
 
 
 def test_images_carry_their_sources(finished):
@@ -103,6 +140,14 @@ def test_metrics_hold_the_losses_and_the_last_index_quality(finished):
     for row in quality[-1]:
         assert row["kl_gap"] > -1e-6
         assert row["top1"] <= row["top1_ceiling"] + 1e-9
+    # The last temperatures are those that were saved.
+    (temperatures,) = [row["temperatures"] for row in rows if "temperatures" in row]
+    saved = build.open_trained_run(finished.root, torch.device("cpu")).pipeline.temperatures
+    assert temperatures == temperature_rows(saved)
+    for name, row in (("conditional", 0), ("unconditional", 1)):
+        fitted = [each[f"closed_form_{name}"] for each in temperatures]
+        assert fitted == sorted(fitted)
+        assert fitted[-1] == pytest.approx(float(saved.log_temperatures[Tracer.CLOSED_FORM, row, -1].exp()))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +168,7 @@ def test_a_run_of_an_autoencoder_holds_the_same_files(decoded):
     parts = {"vae", "vae_ema", "provenance", "provenance_ema", "optimizer"}
     assert {path.stem for path in checkpoint.glob("*.safetensors")} == parts
     assert {path.name for path in decoded.pipeline.iterdir()} == {
-        "model_index.json", "manifest.parquet", "vae", "provenance"
+        "model_index.json", "manifest.parquet", "vae", "provenance", "temperatures", "credit"
     }  # fmt: skip
     samples = read_parts(decoded.samples, ["sample"])
     assert [sample["class_label"] for sample in samples] == [None] * 6
@@ -175,11 +220,15 @@ def test_files_are_attributed_by_every_kind(kind, root_of, trained_of, tmp_path,
         assert run_recipe("attribute", *arguments, *more) == 0
         output = json.loads(capsys.readouterr().out)
         assert output["method"] == method
-        sources = output["images"][0]["sources"]
+        assert output["schema_version"] == 2
+        copied = output["images"][0]
+        assert copied["support"] == "copy"
+        assert copied["explained"] == copied["explained_by_nearest"] == pytest.approx(1, abs=1e-4)
+        assert 0 <= copied["explained_by_class_mean"] < 0.95
+        sources = copied["sources"]
+        assert sources[0]["example_index"] == 7
         # The closed form of a clean image is one copy; others have no posterior, and are no sources.
         assert len(sources) == (1 if (kind, method) == ("none", "closed form") else 3)
-    if kind == "none":
-        assert output["images"][0]["sources"][0]["example_index"] == 7
 
 
 def test_an_autoencoder_is_not_asked_for_a_class(decoded, run_recipe, assert_one_line):

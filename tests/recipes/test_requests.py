@@ -5,11 +5,14 @@ import shutil
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
-from provgen import cli
+from provgen import build, cli
+from provgen.evaluation import late_entropy_limit
 from provgen.run import RunFolder
 from provgen.tracing.records import read_parts
+from provgen.tracing.trace import late_level
 from provgen.training.logging import read_metrics
 
 
@@ -101,6 +104,37 @@ def test_a_step_that_gives_no_number_is_reported_and_not_saved(tmp_path, tiny_ov
     assert run_recipe("train", *tiny_overrides, f"output_dir={root}", *lost, "training.log_every=1") == 2
     assert_one_line("training.learning_rate")
     assert not (root / "checkpoints").exists()
+
+
+def test_samples_surer_than_a_share_of_held_out_images_are_drawn_again(trained_root, tmp_path, run_recipe, capsys):
+    """As many as are surer when nothing is drawn again, and they keep their seeds."""
+    root = copy_of(trained_root, tmp_path)
+    trained = build.open_trained_run(root, torch.device("cpu"))
+    arguments = ("--run", root, "--num-images", 10, "--top-k", 2)
+    assert run_recipe("generate_and_attribute", *arguments) == 0
+    plain = read_parts(RunFolder(root).samples, ["sample"])
+    late = late_level(plain[0]["step_alpha_bar"], trained.pipeline.window)
+    limit = late_entropy_limit(trained, 0.9)
+    is_sure = [sample["step_entropy"][late] < limit for sample in plain]
+    assert 0 < sum(is_sure) < 10
+    capsys.readouterr()
+    assert run_recipe("generate_and_attribute", *arguments, "--resample-below", 0.9) == 0
+    said = capsys.readouterr().out
+    assert f"{sum(is_sure)} of them were resampled" in said
+    again = read_parts(RunFolder(root).samples, ["sample"])
+    assert [sample["resamplings"] > 0 for sample in again] == is_sure
+    counts = [sum(sample["support"] == support for sample in again) for support in ("copy", "no sources")]
+    assert f"{counts[0]} of them are copies; {counts[1]} have no sources" in said
+    for share in (-0.1, 1.5):
+        assert run_recipe("generate_and_attribute", *arguments, "--resample-below", share) == 2
+
+
+def test_attributing_a_file_says_how_much_of_it_is_explained(trained_root, tmp_path, trained, run_recipe, capsys):
+    Image.fromarray(trained.data.train.images[7, 0].numpy()).save(tmp_path / "seven.png")
+    assert run_recipe("attribute", "--run", trained_root, tmp_path / "seven.png", "--top-k", 3) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'seven.png'}: a copy: 100% explained by one training image alone" in said
+    assert said.index("a copy") < said.index("entropy") < said.index("posterior not shown")
 
 
 def test_attributing_a_file_prints_its_sources_as_json(trained_root, tmp_path, trained, run_recipe, capsys):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from provgen.errors import InputError
-from provgen.report.grid import sample_grid
+from provgen.report.grid import _sample_caption, sample_grid
 
 
 def flat(color, size=8):
@@ -88,6 +88,21 @@ def test_grayscale_images_fewer_sources_and_no_sources_are_drawn():
     page = sample_grid([flat("red"), flat("blue")], [[gray], []], [["1.00"], []], ["a", "b"])
     assert place(page, (77, 77, 77))[2:] == (56, 56)
     assert place(page, (0, 0, 255))[1] > place(page, (255, 0, 0))[1]
+
+
+@pytest.mark.parametrize(
+    ("support", "explained", "expected"),
+    [
+        ("copy", 0.987, "copy, 99%"),
+        ("mixture", 0.625, "62% explained"),
+        ("no sources", 0.0312, "no sources, 3%"),
+        ("unknown", None, ""),
+    ],
+)
+def test_captions_say_the_class_and_how_much_of_a_sample_is_explained(support, explained, expected, random_images):
+    sample = {"class_label": 1, "support": support, "explained": explained}
+    assert _sample_caption(sample, random_images(4)) == (f"b\n{expected}" if expected else "b")
+    assert _sample_caption(sample | {"class_label": None}, random_images(4)) == expected
 
 
 def test_an_empty_grid_is_refused():

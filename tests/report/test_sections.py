@@ -1,5 +1,6 @@
 """Sections of the report: what stands in tables, metrics and figures is what was measured."""
 
+import math
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -10,8 +11,15 @@ from PIL import Image
 from provgen.metrics.set_measures import SetMeasure
 from provgen.metrics.statistics import Estimate
 from provgen.metrics.verdicts import KINDS, Evidence, Limits, Verdict
-from provgen.report.sections.networks import generalization_section, index_section, loss_ratios, plot_by_level
-from provgen.report.sections.samples import agreement_section
+from provgen.report.sections.networks import (
+    generalization_section,
+    index_section,
+    loss_ratios,
+    plot_by_level,
+    plot_temperatures,
+    temperature_section,
+)
+from provgen.report.sections.samples import agreement_section, explained_section
 from provgen.report.sections.sets import READ, memorization_section, plot_set_measures, sets_section
 from provgen.report.sections.verdicts import (
     PANELS,
@@ -21,6 +29,7 @@ from provgen.report.sections.verdicts import (
     verdicts_section,
     write_verdicts,
 )
+from provgen.tracing.explained import Explained
 
 
 def by_name(metrics):
@@ -82,19 +91,83 @@ def quality(alpha_bar, rows, top1):
     return {"alpha_bar": alpha_bar, "rows": rows, **numbers}
 
 
-def test_the_index_is_reported_at_little_noise_beside_chance_and_ceiling():
-    levels = [quality(level, kind, level / 3) for kind in ("conditional", "unconditional") for level in (0.3, 0.87)]
+def test_the_index_is_reported_at_the_middle_level_beside_chance_and_ceiling():
+    places = (0.3, 0.87, 0.95)
+    levels = [quality(level, kind, level / 3) for kind in ("conditional", "unconditional") for level in places]
     gaps = {f"kl_gap_{kind}{end}": 0.5 for kind in ("conditional", "unconditional") for end in ("", "_low", "_high")}
     section, metrics = index_section({"index_quality": levels, **gaps}, 40, 10)
-    top1 = by_name(metrics)["index_top1_conditional_at_alpha_bar_0.9"]
+    top1 = by_name(metrics)["index_top1_conditional_at_the_middle_level"]
     assert (top1.value, top1.n, top1.ceiling) == (0.87 / 3, 30, 0.9)
     assert top1.baseline == 10 / 40, "one of the four images of the class"
-    assert by_name(metrics)["index_top5_unconditional_at_alpha_bar_0.9"].baseline == 5 / 40
+    assert by_name(metrics)["index_top5_unconditional_at_the_middle_level"].baseline == 5 / 40
     assert by_name(metrics)["index_kl_gap_conditional_nats"].ceiling == 0
     assert len(section.table.rows) == len(levels)
     alone = index_section({"index_quality": levels[:1], **gaps}, 40, 10)
     assert "index_top1_conditional" in by_name(alone[1]), "a generator without noise levels has one"
     assert not alone[0].figures
+
+
+def test_temperatures_are_drawn_where_they_were_fitted_and_reported_over_the_window():
+    names = [f"{tracer}_{kind}" for tracer in ("closed_form", "network") for kind in ("conditional", "unconditional")]
+    rows = [
+        {"alpha_bar": level, **{name: base * factor for factor, name in enumerate(names, 1)}}
+        for level, base in ((0.1, 1.0), (0.5, 2.0), (0.9, 8.0))
+    ]
+    section, metrics = temperature_section(rows, (0.2, 0.95))
+    # The geometric mean of 2 and 8 is 4.
+    found = {metric.name: (metric.value, metric.n, metric.baseline, metric.ceiling) for metric in metrics}
+    assert found == {
+        "temperature_conditional": (pytest.approx(4), 2, None, 1.0),
+        "temperature_unconditional": (pytest.approx(8), 2, None, 1.0),
+    }
+    everywhere = temperature_section(rows, (0.95, 0.97))[1]
+    assert [metric.value for metric in everywhere] == pytest.approx([16 ** (1 / 3), 2 * 16 ** (1 / 3)])
+    assert len(section.figures) == 1
+    (axes,) = plot_temperatures(rows, (0.2, 0.95)).axes
+    drawn = {line.get_label(): line for line in axes.lines}
+    for factor, name in enumerate(names, 1):
+        line = drawn[name.replace("closed_form_", "closed form, ").replace("network_", "network, ")]
+        assert line.get_ydata().tolist() == [factor, 2 * factor, 8 * factor]
+        assert line.get_xdata().tolist() == pytest.approx([-math.log(9), 0, math.log(9)])
+    assert axes.get_yscale() == "log"
+    (span,) = axes.patches
+    assert sorted(span.get_corners()[:, 0])[::2] == pytest.approx([math.log(0.2 / 0.8), math.log(0.95 / 0.05)])
+
+
+def shares(rows, least=0.25, copy=0.95) -> Explained:
+    """What is explained of images, (query, 3): share, by the nearest, by a class mean."""
+    share, by_nearest, by_class_mean = torch.tensor(rows).T
+    ones = torch.ones(len(rows))
+    nearest = torch.zeros(len(rows), dtype=torch.int64)
+    return Explained(
+        share=share, by_nearest=by_nearest, by_class_mean=by_class_mean, nearest=nearest, least=least * ones,
+        copy=copy * ones,
+    )  # fmt: skip
+
+
+def test_what_is_explained_stands_between_noise_and_copies():
+    sets = {
+        "generated": shares([[0.5, 0.25, 0.125], [0.75, 0.5, 0.25], [0.125, 0.0, 0.0], [1.0, 0.96, 0.25]]),
+        "held-out": shares([[0.5, 0.25, 0.25], [1.0, 0.5, 0.5]]),
+        "copied": shares([[1.0, 1.0, 0.5]] * 3),
+        "noise": shares([[0.0625, 0.0, 0.0]] * 3),
+    }
+    section, metrics = explained_section(sets)
+    found = {metric.name: (metric.value, metric.baseline, metric.ceiling, metric.n) for metric in metrics}
+    assert found == {
+        "explained_share": (0.59375, 0.0625, 1.0, 4),
+        "share_without_sources": (0.25, 1.0, None, 4),
+        "share_copies": (0.25, None, 1.0, 4),
+        "holdout_explained_share": (0.75, 0.0625, 1.0, 2),
+    }
+    assert [row[0] for row in section.table.rows] == list(sets)
+    cells = {row[0]: [float(str(cell).split()[0]) for cell in row[1:]] for row in section.table.rows}
+    assert cells["generated"] == pytest.approx([0.594, 0.4275, 0.15625, 0.25, 0.25])
+    assert cells["copied"] == pytest.approx([1, 1, 0.5, 0, 1])
+    assert "Below 25% an image has no sources" in section.text
+    assert "From 95% by the nearest alone it is a copy" in section.text
+    without = explained_section({name: of_set for name, of_set in sets.items() if name != "held-out"})[1]
+    assert "holdout_explained_share" not in by_name(without)
 
 
 def traces(*sources):

@@ -8,6 +8,7 @@ from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.baselines import (
     BANDWIDTHS,
     Bandwidth,
+    ClassPixelKernel,
     Neighbors,
     PixelCosine,
     PixelKernel,
@@ -23,6 +24,7 @@ METHODS = {
     "cosine": PixelCosine,
     "neighbors": PixelNeighbors,
     "kernel": PixelKernel,
+    "class kernel": ClassPixelKernel,
 }
 
 
@@ -61,14 +63,14 @@ def test_shapes_names_and_no_query_depends_on_its_batch(name, train, queries):
     torch.testing.assert_close(first.values, scores.values[:, :1])
 
 
-@pytest.mark.parametrize("name", ["class", "cosine", "neighbors", "kernel"])
+@pytest.mark.parametrize("name", ["class", "cosine", "neighbors", "kernel", "class kernel"])
 def test_the_order_of_training_images_does_not_matter(name, train, queries):
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     moved = fitted(name, train.select(order)).attribute(queries)
     torch.testing.assert_close(moved.values, fitted(name, train).attribute(queries).values[..., order])
 
 
-@pytest.mark.parametrize("name", ["cosine", "neighbors", "kernel"])
+@pytest.mark.parametrize("name", ["cosine", "neighbors", "kernel", "class kernel"])
 def test_a_training_image_names_itself_and_a_mixture_its_larger_part(name, train, queries):
     for values in fitted(name, train).attribute(queries).values:
         assert values[[0, 1, 2], [7, 30, 2]].tolist() == values.max(dim=1).values.tolist()
@@ -110,6 +112,20 @@ def test_the_kernel_by_hand_and_in_its_limits(train, queries):
     assert values[4] / values[9] == pytest.approx(float(ratio))
     assert BANDWIDTHS[0].share < 0.3 < BANDWIDTHS[-1].share
     assert method.attribute(queries).values[0, 0, 7] == pytest.approx(1)
+
+
+def test_the_kernel_of_a_class_is_that_of_all_images_restricted_to_the_class(train, queries):
+    whole, found = (fitted(name, train).attribute(queries) for name in ("kernel", "class kernel"))
+    assert found.settings == whole.settings
+    assert found.distance_to_default == whole.distance_to_default
+    is_own = (train.labels == queries.class_labels[:, None]) | (queries.class_labels == 3)[:, None]
+    inside = whole.values * is_own
+    torch.testing.assert_close(found.values, inside / inside.sum(dim=2, keepdim=True))
+    torch.testing.assert_close(found.values[:, 2], whole.values[:, 2], msg="the class of the last is not known")
+    assert found.values[-1, 0, train.labels != train.labels[7]].max() == 0
+    # So far from its class that the kernel of all images is 0 there: nothing is said, and nothing is not a number.
+    far = queries_of(queries.images[:1], [(int(train.labels[7]) + 1) % 3])
+    assert fitted("class kernel", train).attribute(far).values.isfinite().all()
 
 
 def test_guessing_is_reproducible_and_depends_on_the_seed(train, queries):

@@ -5,7 +5,7 @@ import torch
 
 from provgen.metrics.datamodeling import datamodeling_scores, predicted_outputs
 from provgen.studies.faithfulness.attributor import Cost, MethodLabel, Role
-from provgen.studies.faithfulness.comparison import Predictions, predict, trace_of
+from provgen.studies.faithfulness.comparison import Predictions, predict, trace_of, with_added
 
 
 def rand(*shape, seed=0):
@@ -48,6 +48,19 @@ def test_ranks_give_the_correlation_of_the_scores_on_any_of_the_subsets(kept):
     expected = datamodeling_scores(predicted_outputs(scores, masks[some]), outputs)
     found = datamodeling_scores(after.rows[0].ranks[:, some], outputs)
     torch.testing.assert_close(found, expected)
+
+
+def test_methods_are_added_in_the_place_of_the_same_methods_of_the_same_queries(kept):
+    scores, masks, before, _ = kept
+
+    def made(name, kind, sign=1):
+        return predict(sign * scores, masks, label=MethodLabel(name=name), queries=kind, setting="new", cost=None)
+
+    again, other, new = made("a", "holdout", -1), made("a", "generated"), made("c", "holdout")
+    joined = with_added(before.rows, [again, other, new])
+    assert joined == [before.rows[1], again, other, new]
+    assert with_added([], [again, new]) == [again, new]
+    assert with_added(before.rows, []) == list(before.rows)
 
 
 def test_the_trace_is_the_best_there_is():

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from provgen.models.temperatures import Temperatures
+from provgen.pipeline import ProvenancePipeline
 from provgen.studies.faithfulness import retraining
 from provgen.studies.faithfulness.attributor import Method, MethodLabel
 from provgen.studies.faithfulness.baselines import BANDWIDTHS, PixelKernel
@@ -165,13 +167,32 @@ def test_a_run_that_generates_other_images_is_refused(trained_of, message_of):
 
 
 def test_the_posterior_along_the_trajectory_is_the_trace(scored):
+    """Under the window and the temperature of the default average, and without a credit head."""
     trained, _, found = scored
+    temperatures = Temperatures(null_label=10, low=DEFAULT.low, high=DEFAULT.high)
+    parts = trained.pipeline.components | {"credit": None, "temperatures": temperatures}
+    pipeline = ProvenancePipeline(**parts).with_manifest(trained.pipeline.manifest)
+    pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
-    output = trained.pipeline([0, 1, 2, 3], generator=generators, top_k=3)
+    output = pipeline([0, 1, 2, 3], generator=generators, top_k=3)
     scores = found["provenance network, trajectory"].scores["generated"]
     torch.testing.assert_close(
         scores.gather(1, output.attribution.example_index), output.attribution.posterior, atol=1e-5, rtol=1e-4
     )
+
+
+def test_the_default_trace_is_the_weight_that_the_pipeline_gives(scored):
+    """Along the trajectory of samples, and of images from outside."""
+    trained, _, found = scored
+    assert not any(name.startswith("calibrated trace") for name in found)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    generated = trained.pipeline([0, 1, 2, 3], generator=generators, top_k=40, output_type="pt").attribution
+    held_out = retraining.make_queries(trained, 4)["holdout"]
+    outside = trained.pipeline.attribute(held_out.images, class_labels=held_out.labels, top_k=40)
+    for name, kind, attribution in (("trajectory", "generated", generated), ("noised", "holdout", outside)):
+        weights = torch.zeros(4, 40).scatter(1, attribution.example_index, attribution.weight)
+        scores = found[f"default trace, {name}"].scores[kind]
+        torch.testing.assert_close(scores, weights, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("steps", [0, 3, 2000])

@@ -4,8 +4,8 @@ import torch
 
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
+from provgen.studies.faithfulness.attributor import LEAST_ALPHA_BAR
 from provgen.studies.faithfulness.planted import ideal_samples
-from provgen.tracing.trace import LEAST_ALPHA_BAR
 
 
 def sample(images, labels, *, num_classes, noise, asked, steps=50):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from provgen.models.credit import Calibration, CreditHead, GaussianProcess, Kernel, kernel_matrix
+from provgen.models.credit import CreditHead, GaussianProcess, Kernel, kernel_matrix
 from provgen.studies.faithfulness.attributor import Queries
 from provgen.studies.faithfulness.credit import CalibratedTrace, VarianceAttributor, pixel_features
 from provgen.tracing import gaussian_process
@@ -128,8 +128,57 @@ def test_few_landmarks_are_nearly_as_good_on_points_that_few_describe(monkeypatc
     exact = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)(queries, asked)
     monkeypatch.setattr(gaussian_process, "MAX_LANDMARKS", 25)
     few = FittedKernel(points, labels, kernel, null_label=1).credit_head(1.0)
-    assert few.readout.shape == (25, 60)
+    assert few.landmarks.shape == (25, 2)
+    assert few.readout.shape == (few.projection.shape[1], 60)
     torch.testing.assert_close(few(queries, asked), exact, atol=2e-3, rtol=0.05)
+
+
+def test_a_head_of_few_directions_is_nearly_as_good_on_points_that_few_describe(monkeypatch):
+    """With all directions it is the exact one; of very many images those of largest variance are kept."""
+    points, ridge = rand(60, 2), 1.0
+    labels, queries = torch.zeros(60).long(), rand(8, 2, seed=3)
+    fitted = FittedKernel(points, labels, Kernel(bandwidth=2.0, across=1.0), null_label=1)
+    exact, asked = fitted.credit(queries, torch.zeros(8).long(), ridge), torch.zeros(8).long()
+    whole = fitted.credit_head(ridge)
+    assert whole.readout.shape == (len(fitted.variances), 60)
+    torch.testing.assert_close(whole(queries.float(), asked).double(), exact, atol=1e-5, rtol=1e-3)
+    errors = []
+    for rank in (6, 12):
+        monkeypatch.setattr(gaussian_process, "MAX_READOUT", rank * 60 + 59)
+        few = fitted.credit_head(ridge)
+        assert (few.projection.shape, few.readout.shape, few.config.rank) == ((60, rank), (rank, 60), rank)
+        shares = few(queries.float(), asked).double()
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(8).double())
+        for found, expected in zip(shares, exact, strict=True):
+            assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.9
+        errors.append(float((shares - exact).abs().max()))
+    assert errors[0] > errors[1]
+    # Fewer than any read-out holds: one direction, whose read-outs at two examples are in one ratio for all queries.
+    monkeypatch.setattr(gaussian_process, "MAX_READOUT", 1)
+    one = fitted.credit_head(ridge)(queries.float(), asked)
+    assert fitted.credit_head(ridge).config.rank == 1
+    torch.testing.assert_close(one, one[:1].expand(8, -1))
+
+
+@pytest.mark.parametrize("across", [0.0, 0.5])
+def test_directions_are_kept_by_variance_with_few_landmarks_as_well(across, points, labels, monkeypatch):
+    """Of landmarks alone the vectors are turned first, so that what is left out is the least."""
+    monkeypatch.setattr(gaussian_process, "MAX_LANDMARKS", 12)
+    fitted = FittedKernel(points, labels, Kernel(bandwidth=2.0, across=across), null_label=NULL)
+    gram = fitted.vectors.T @ fitted.vectors
+    torch.testing.assert_close(gram, torch.diag(gram.diagonal()), atol=1e-9, rtol=0)
+    torch.testing.assert_close(gram.diagonal(), fitted.variances)
+    monkeypatch.setattr(gaussian_process, "MAX_READOUT", 5 * 20)
+    head = fitted.credit_head(0.5)
+    asked, queries = torch.tensor([0, 1, 2, NULL]), rand(4, 5, seed=1)
+    # By hand: the five directions of largest variance, with leverages of all of them.
+    largest = fitted.variances.sort(descending=True).indices[:5]
+    near = kernel_of(fitted, queries, asked, fitted.landmarks / fitted.scale, fitted.landmark_labels)
+    weights = (near @ fitted.whitening[:, largest]) / (fitted.variances[largest] + 0.5)
+    leverages = (fitted.vectors.square() / (fitted.variances + 0.5)).sum(dim=1)
+    squares = (weights @ fitted.vectors[:, largest].T).square() / (1 - leverages)
+    expected = (squares / squares.sum(dim=1, keepdim=True)).float()
+    torch.testing.assert_close(head(queries.float(), asked), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_query_far_from_everything_has_equal_sources(points, labels):
@@ -144,7 +193,7 @@ def test_the_head_is_saved_and_loaded(points, labels, tmp_path):
     again = CreditHead.from_pretrained(tmp_path)
     queries, asked = rand(3, 5, seed=4).float(), torch.tensor([0, 1, NULL])
     assert torch.equal(again(queries, asked), head(queries, asked))
-    assert again.calibration == head.calibration == Calibration(GaussianProcess(kernel, 1.0))
+    assert again.process == head.process == GaussianProcess(kernel, 1.0)
 
 
 def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_images):
@@ -161,12 +210,12 @@ def test_the_attributor_asks_every_process_or_the_one_that_is_wanted(random_imag
     for process in everything.settings[::11]:
         assert torch.equal(method.attribute(queries, process).values[0], everything.under(process))
     process = everything.settings[13]
-    head = method.variance.fitted(process.kernel).credit_head(process.ridge, level_power=2)
+    head = method.variance.fitted(process.kernel).credit_head(process.ridge)
     by_head = head(images.flatten(1), some.labels)
     torch.testing.assert_close(everything.under(process), by_head, atol=1e-5, rtol=1e-3)
     head.register_to_config(calibration_seconds=3.0)
     calibrated = CalibratedTrace(head, pixel_features)
-    assert torch.equal(calibrated.attribute(queries).under(Calibration(process, 2)), by_head)
+    assert torch.equal(calibrated.attribute(queries).under(process), by_head)
     assert calibrated.kept().seconds == 3, "the set-up of a calibrated trace is its calibration"
     assert method.attribute(queries, everything.settings[0]).distance_to_default == everything.distance_to_default[:1]
     assert method.kept().num_bytes == 4 * 15 * (64 + 15)

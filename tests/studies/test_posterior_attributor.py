@@ -7,18 +7,22 @@ import torch
 
 from provgen.generators.diffusion import DiffusionGenerator
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
-from provgen.studies.faithfulness.attributor import Queries
+from provgen.models.temperatures import Temperatures, Tracer
+from provgen.studies.faithfulness.attributor import LEAST_ALPHA_BAR, Queries
 from provgen.studies.faithfulness.posteriors import (
     AVERAGES,
     DEFAULT,
     Average,
     PosteriorAttributor,
+    TemperedPosterior,
     closed_form_steps,
     network_steps,
 )
+from provgen.tracing.calibrate import Untuned
 from provgen.tracing.trace import Levels, MeanPosterior, Recorder, ask_closed_form, ask_network, trace
 
 NULL, STEPS = 3, 20
+WINDOW = (DEFAULT.low, DEFAULT.high)
 UNCONDITIONAL = replace(DEFAULT, is_conditional=False)
 LABELS = torch.tensor([0, 2, NULL])
 
@@ -51,7 +55,7 @@ def noised(generator, images, *looks):
 
 @pytest.fixture(scope="module")
 def queries(generator):
-    trajectory, noisy = Recorder(), Recorder()
+    trajectory, noisy = (Recorder(least_alpha_bar=LEAST_ALPHA_BAR) for _ in range(2))
     clean = sampled(generator, trajectory)
     noised(generator, clean, noisy)
     return Queries(images=clean, class_labels=LABELS, noisy=noisy.noisy_images(), trajectory=trajectory.noisy_images())
@@ -94,7 +98,7 @@ def test_what_is_recorded_is_what_is_generated(generator, queries):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["network", "closed form"])
 def test_along_the_trajectory_the_default_is_the_trace(name, generator, images, queries, posteriors, asks):
-    look = MeanPosterior(asks[name], Levels.of(generator, STEPS, 1))
+    look = MeanPosterior(asks[name], Levels.of(generator, STEPS, 1, WINDOW))
     sampled(generator, look)
     scores = attributed(posteriors[name], images, queries, "trajectory")
     torch.testing.assert_close(scores.under(DEFAULT), look.posterior(), atol=1e-5, rtol=1e-4)
@@ -103,10 +107,39 @@ def test_along_the_trajectory_the_default_is_the_trace(name, generator, images, 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["network", "closed form"])
 def test_noised_again_the_default_is_the_trace_of_an_outside_image(name, generator, images, queries, posteriors, asks):
-    look = MeanPosterior(asks[name], Levels.of(generator, STEPS, 1), only_window=True)
+    look = MeanPosterior(asks[name], Levels.of(generator, STEPS, 1, WINDOW), only_window=True)
     noised(generator, queries.images, look)
     scores = attributed(posteriors[name], images, queries, "noised")
     torch.testing.assert_close(scores.under(DEFAULT), look.posterior(), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("along", ["trajectory", "noised"])
+@pytest.mark.parametrize("name", ["network", "closed form"])
+def test_under_temperatures_it_is_the_trace_under_temperatures(
+    name, along, generator, images, queries, posteriors, networks, closed_form_of
+):
+    temperatures = Temperatures(num_levels=2, null_label=NULL, low=0.1, high=0.7)
+    temperatures.alpha_bars.copy_(torch.tensor([0.05, 0.9]))
+    temperatures.log_temperatures.copy_(torch.arange(8.0).view(2, 2, 2) / 4)
+    tracer = {"network": Tracer.NETWORK, "closed form": Tracer.CLOSED_FORM}[name]
+    method = TemperedPosterior(posteriors[name], tracer, temperatures, along=along, num_bytes=7)
+    method.fit(images)
+    ask = {
+        "network": ask_network(networks[1], temperatures),
+        "closed form": ask_closed_form(closed_form_of(images, torch.float32), temperatures),
+    }[name]
+    look = MeanPosterior(ask, Levels.of(generator, STEPS, 1, temperatures.window))
+    if along == "trajectory":
+        sampled(generator, look)
+    else:
+        noised(generator, queries.images, look)
+    found = method.attribute(queries)
+    (scores,) = found.values
+    torch.testing.assert_close(scores, look.posterior(), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(scores, attributed(posteriors[name], images, queries, along).under(DEFAULT), atol=1e-2)
+    assert found.settings == method.settings == (Untuned(),)
+    assert method.kept().num_bytes == 7
 
 
 def test_a_class_excludes_others_unless_it_is_not_known(images, queries, posteriors):

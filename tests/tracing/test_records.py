@@ -12,7 +12,25 @@ from provgen.data.manifest import Manifest
 from provgen.run import RunFolder
 from provgen.tracing import records
 from provgen.tracing.attribution import Attribution
+from provgen.tracing.explained import Explained
 from provgen.tracing.records import SampleWriter, publish, staging_folder, start_staging
+
+
+def explained_of(rows) -> Explained:
+    """Shares of every kind in turn: a copy, a mixture, no sources, unknown."""
+    turn = rows % 4
+    known = Explained(
+        share=torch.tensor([1.0, 0.75, 0.125, 0.5])[turn],
+        by_nearest=torch.tensor([0.96875, 0.5, 0.0625, 0.25])[turn],
+        by_class_mean=torch.tensor([0.375, 0.25, 0.03125, 0.25])[turn],
+        nearest=rows % 12,
+        least=torch.full((len(rows),), 0.25),
+        copy=torch.full((len(rows),), 0.95),
+    )
+    unknown = Explained.unknown(len(rows))
+    names = [name for name in vars(known) if name != "nearest"]
+    shares = {name: torch.where(turn == 3, getattr(unknown, name), getattr(known, name)) for name in names}
+    return replace(known, **shares)
 
 
 def attribution_of(count, *, first=0, k=3) -> Attribution:
@@ -29,6 +47,7 @@ def attribution_of(count, *, first=0, k=3) -> Attribution:
         commitment_step=torch.where(rows % 2 == 0, rows, -1),
         step_entropy=rows[:, None] + torch.tensor([2.0, 1.0]),
         alpha_bar=torch.tensor([0.25, 0.75]),
+        explained=explained_of(rows),
     )
 
 
@@ -106,7 +125,17 @@ def test_samples_come_back_with_their_evidence(generate, folder):
         "closed_form_step_entropy": [5.0, 4.0],
         "closed_form_mass_unreachable": pytest.approx(0.15),
         "resamplings": 1,
+        "support": "unknown",
+        "explained": None,
+        "explained_by_nearest": None,
+        "explained_by_class_mean": None,
     }
+    names = ("support", "explained", "explained_by_nearest", "explained_by_class_mean")
+    assert [tuple(row[name] for name in names) for row in rows[:3]] == [
+        ("copy", 1, 0.96875, 0.375),
+        ("mixture", 0.75, 0.5, 0.25),
+        ("no sources", 0.125, 0.0625, 0.03125),
+    ]
     assert rows[4]["commitment_step"] == rows[4]["closed_form_commitment_step"] == 4
     assert len(records.read_parts(folder.closed_form_traces, ["sample"])) == 10
 
@@ -127,7 +156,7 @@ def test_files_have_the_schema_and_its_version_even_without_rows(kind, schema, g
     for part in parts:
         stored = pq.ParquetFile(part).schema_arrow
         assert stored.equals(schema)
-        assert stored.metadata[b"schema_version"] == b"3"
+        assert stored.metadata[b"schema_version"] == b"4"
     assert (
         schema.names[:5]
         == {
@@ -178,7 +207,17 @@ def test_pngs_hold_their_pixels_and_name_their_sources(generate, folder, manifes
     assert [source["weight"] for source in sources] == [0.25, 0.125, 0.0625]
     assert [source["reachable"] for source in sources] == [True, False, True]
     assert sources[0]["class_name"] == "a"
-    assert text["provgen:schema_version"] == "3"
+    assert text["provgen:schema_version"] == "4"
+    described = []
+    for sample in range(4):
+        with Image.open(folder.samples / f"{sample:05d}.png") as image:
+            described.append(image.text["provgen:support"])
+    assert described == [
+        "a copy: 97% explained by one training image alone",
+        "75% explained by training images",
+        "no sources: 12% explained by training images",
+        "unknown",
+    ]
 
 
 def test_reading_what_is_not_there_says_what_to_run(folder, message_of):

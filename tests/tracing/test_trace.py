@@ -1,4 +1,4 @@
-"""Looks fed with steps worked out by hand: commitment, window, top k, features of clear levels, records, redraws."""
+"""Looks fed with steps worked out by hand: commitment, window, top k, features of the last step, records, redraws."""
 
 import math
 
@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from provgen.generators.protocol import LastLayer, Step
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.diffusion import last_layer_gradients
+from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
+from provgen.tracing.explained import Explained
 from provgen.tracing.trace import (
-    ALL_LEVELS,
-    CLEAR_ALPHA_BAR,
-    LEAST_ALPHA_BAR,
-    WINDOW,
     CreditFeatures,
     Draw,
     Levels,
@@ -26,6 +24,7 @@ from provgen.tracing.trace import (
     trace,
 )
 
+WINDOW = (0.05, 0.9)
 EVERY_STEP = Levels(None, WINDOW)
 
 
@@ -38,6 +37,7 @@ def step_of(query, alpha_bar, number=0, **more) -> Step:
         query=query,
         class_labels=torch.zeros(len(query), dtype=torch.int64),
         encode=more.pop("encode", list),
+        predict=more.pop("predict", lambda: query),
         **more,
     )
 
@@ -132,7 +132,7 @@ def test_the_late_entropy_is_that_of_the_cleanest_level_of_the_window():
 
 @pytest.mark.parametrize(("levels", "expected"), [([0.2, 0.85, 0.97], 1), ([0.2], 0), ([0.01, 0.95, 0.99], 2)])
 def test_the_late_level_is_the_cleanest_of_the_window_or_else_the_last(levels, expected):
-    assert late_level(levels) == expected
+    assert late_level(levels, WINDOW) == expected
 
 
 def test_outside_images_have_no_commitment():
@@ -217,6 +217,35 @@ def test_credit_ranks_the_sources_and_the_posterior_stays_what_it_is():
     assert attribution.mass_not_shown.tolist() == [pytest.approx(0.1)]
 
 
+def test_the_original_of_a_copy_comes_before_all_others_and_keeps_its_own_weight():
+    """Three queries, of which the first and the last are copies of the source with the least credit."""
+    rows = [FIRST, FIRST, SECOND]
+    credit = torch.tensor([[0.2, 0.1, 0.7], [0.2, 0.1, 0.7], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    by_nearest = torch.tensor([0.97, 0.94, 0.95])
+    explained = Explained(
+        share=torch.ones(3),
+        by_nearest=by_nearest,
+        by_class_mean=torch.zeros(3),
+        nearest=torch.tensor([1, 1, 0]),
+        least=torch.full((3,), 0.2),
+        copy=torch.full((3,), 0.95),
+    )
+    look = posterior_of(rows, rows)
+    found = look.attribution(2, is_trajectory=True, reachable=ALL, credit=credit, explained=explained)
+    assert found.example_index.tolist() == [[1, 2], [2, 0], [0, 2]]
+    assert found.weight.tolist() == [[0.1, 0.7], [0.7, 0.2], [0.2, 0.5]]
+    assert found.posterior.tolist() == [pytest.approx(row) for row in ([0.1, 0.1], [0.1, 0.8], [0.1, 0.1])]
+    assert found.explained is explained
+    plain = look.attribution(1, is_trajectory=True, reachable=ALL, explained=explained)
+    assert plain.example_index.tolist() == [[1], [0], [0]], "without a credit head as well"
+
+
+def test_what_is_explained_is_not_known_without_training_images():
+    found = one_query(FIRST).attribution(1, is_trajectory=True, reachable=ALL).explained
+    assert found.share.isnan().all()
+    assert found.nearest.tolist() == [-1]
+
+
 def test_everything_shown_leaves_nothing_and_never_less_than_nothing():
     rows = torch.rand(50, 7, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
     look = MeanPosterior(ask, EVERY_STEP)
@@ -242,26 +271,33 @@ def test_a_row_of_zeros_has_no_entropy_and_no_source_that_holds_it():
     assert attribution.mass_not_shown.tolist() == [1]
 
 
+@pytest.mark.parametrize("window", [WINDOW, (0.3, 0.95), ALL_LEVELS])
 @pytest.mark.parametrize("steps", [20, 50, 1000])
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_every_so_many_steps_are_chosen_back_from_the_last(steps, every, random_images, generator_of):
+def test_every_so_many_steps_are_chosen_back_from_the_last(window, steps, every, random_images, generator_of):
     denoising = generator_of("diffusion", random_images(4))
-    levels = Levels.of(denoising, steps, every)
+    levels = Levels.of(denoising, steps, every, window)
     alpha_bars = denoising.alpha_bars(steps)
-    traced = [n for n in range(steps) if alpha_bars[n] >= LEAST_ALPHA_BAR and (steps - 1 - n) % every == 0]
+    traced = [n for n in range(steps) if alpha_bars[n] > window[0] and (steps - 1 - n) % every == 0]
     assert list(levels.numbers) == traced
-    assert levels.window == WINDOW
+    assert levels.window == window
+
+
+def test_a_level_on_the_edge_of_the_window_is_not_traced(random_images, generator_of):
+    denoising = generator_of("diffusion", random_images(4))
+    edge = float(denoising.alpha_bars(20)[7])
+    assert Levels.of(denoising, 20, 1, (edge, 0.9)).numbers == range(8, 20)
 
 
 @pytest.mark.parametrize("kind", ["vae", "none"])
 def test_without_noise_levels_every_step_is_traced_and_averaged(kind, random_images, generator_of):
-    levels = Levels.of(generator_of(kind, random_images(4)), 50, 3)
+    levels = Levels.of(generator_of(kind, random_images(4)), 50, 3, WINDOW)
     assert levels.averages(CLEAN_ALPHA_BAR)
     assert all(levels.has(step_of(torch.zeros(1, 1), CLEAN_ALPHA_BAR, number)) for number in range(9))
 
 
 def test_passing_over_every_step_that_counts_is_refused(random_images, generator_of, message_of):
-    message = message_of(Levels.of, generator_of("diffusion", random_images(4)), 20, 20)
+    message = message_of(Levels.of, generator_of("diffusion", random_images(4)), 20, 20, WINDOW)
     assert "trace_every=20 passes over all of 20 steps" in message
 
 
@@ -271,6 +307,37 @@ def test_the_closed_form_is_asked_about_the_query_of_the_step(random_images, clo
     step = step_of(noisy, 0.3)
     expected = closed_form_of(images).probs(noisy, torch.full((5,), 0.3), torch.zeros(5, dtype=torch.int64))
     torch.testing.assert_close(ask_closed_form(closed_form_of(images))(step), expected)
+
+
+def test_the_closed_form_under_a_temperature_is_its_posterior_to_the_power_of_its_inverse(
+    random_images, closed_form_of
+):
+    images = random_images(6)
+    noisy = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    step = step_of(noisy, 0.3)
+    step.class_labels = torch.tensor([0, 1, 3, 3])
+    temperatures = Temperatures(null_label=3)
+    temperatures.log_temperatures[Tracer.NETWORK] = 7.0  # the other tracer's, which must not count
+    temperatures.log_temperatures[Tracer.CLOSED_FORM] = torch.tensor([[2.5], [4.0]]).log()
+    powers = closed_form_of(images).probs(noisy, step.alpha_bars, step.class_labels)
+    powers = powers ** (1 / torch.tensor([[2.5], [2.5], [4.0], [4.0]], dtype=torch.float64))
+    found = ask_closed_form(closed_form_of(images), temperatures)(step)
+    torch.testing.assert_close(found, powers / powers.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("temperature", [None, 0.01, 1.0, 300.0])
+def test_a_class_without_examples_has_no_sources_under_any_temperature(temperature, random_images, closed_form_of):
+    images = random_images(4, num_classes=3)
+    closed_form = closed_form_of(images.select(torch.tensor([0, 1, 3])))  # of classes 0, 1 and 0 again
+    step = step_of(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 0.3)
+    step.class_labels = torch.tensor([2, 0])
+    temperatures = None if temperature is None else Temperatures(null_label=3)
+    if temperatures is not None:
+        temperatures.log_temperatures.fill_(math.log(temperature))
+    found = ask_closed_form(closed_form, temperatures)(step)
+    assert not found[0].any()
+    assert found[1, 1] == 0
+    assert float(found[1].sum()) == pytest.approx(1)
 
 
 class Embedding:
@@ -284,80 +351,69 @@ class Embedding:
 def features_of(seen, levels, pixels=None, *, denoiser=None, decode=None) -> CreditFeatures:
     """Look at embeddings (step, query, feature) and pixels at the levels of a sampling run."""
     pixels = torch.zeros(*seen.shape[:2], 1, 1, 1, dtype=seen.dtype) if pixels is None else pixels
-    look = CreditFeatures(Embedding(), torch.tensor(levels, dtype=torch.float64), denoiser=denoiser)
+    look = CreditFeatures(Embedding(), denoiser=denoiser)
     for number, level in enumerate(levels):
         maps = [pixels[number], seen[number]]
         look(step_of(pixels[number], level, number, encode=lambda maps=maps: maps, decode=decode))
     return look
 
 
-def test_features_are_the_best_guess_from_noisy_ones():
-    """Under x_t = sqrt(a) x + sqrt(1 - a) eps, weights of a / (1 - a) give the least squares estimate of x."""
-    levels = [0.9, 0.95, 0.99]
-    noisy = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    look = features_of(noisy, levels)
-    design = torch.tensor([[(level / (1 - level)) ** 0.5] for level in levels], dtype=torch.float64)
-    seen = torch.stack([at / (1 - level) ** 0.5 for at, level in zip(noisy, levels, strict=True)]).flatten(1)
-    expected = torch.linalg.lstsq(design, seen).solution.view(4, 6)
-    torch.testing.assert_close(look.mean(1)[:, :6], expected, atol=1e-5, rtol=1e-5)
-    # All alike, and under so high a power the cleanest alone.
-    clean = noisy / torch.tensor(levels).double().sqrt()[:, None, None]
-    torch.testing.assert_close(look.mean(0)[:, :6], clean.mean(dim=0), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(look.mean(40)[:, :6], clean[2], atol=1e-6, rtol=1e-6)
-
-
 def test_features_are_the_embedding_then_the_pixels():
     draws = torch.Generator().manual_seed(0)
     seen, pixels = torch.randn(1, 4, 3, generator=draws), torch.randn(1, 4, 1, 2, 2, generator=draws)
-    found = features_of(seen, [0.96], pixels).mean(1)
+    found = features_of(seen, [0.96], pixels).features()
     torch.testing.assert_close(found, torch.cat([seen[0], pixels[0].flatten(1)], dim=1) / 0.96**0.5)
 
 
 def test_features_in_half_precision_are_nearly_those_in_double():
-    """With many steps the weights of clear levels are beyond half precision."""
     seen = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    half, double = features_of(seen.half(), [0.99, 0.9999]), features_of(seen, [0.99, 0.9999])
-    assert half.mean(2).dtype == torch.float16
-    torch.testing.assert_close(half.mean(2), double.mean(2).half(), atol=2e-3, rtol=2e-3)
+    half, double = features_of(seen.half(), [0.9, 0.9999]).features(), features_of(seen, [0.9, 0.9999]).features()
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half, double.half(), atol=2e-3, rtol=2e-3)
 
 
-def test_only_clear_levels_are_looked_at_and_the_last_in_any_case():
+@pytest.mark.parametrize("last", [0.3, 0.8, 0.99])
+def test_only_the_last_step_is_looked_at_and_only_when_it_is_asked_for(last):
     seen = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    below = CLEAR_ALPHA_BAR - 0.01
-    both = features_of(seen, [0.5, below, 0.95, 0.99])
-    torch.testing.assert_close(both.mean(0), features_of(seen[2:], [0.95, 0.99]).mean(0))
-    last = features_of(seen, [0.1, 0.3, 0.5, 0.8])
-    torch.testing.assert_close(last.mean(1)[:, :3], seen[3] / 0.8**0.5, atol=1e-6, rtol=1e-6)
+    passes, look = [], CreditFeatures(Embedding())
+    for number, level in enumerate([0.1, 0.2, 0.25, last]):
+        maps = [torch.zeros(2, 1, 1, 1, dtype=torch.float64), seen[number]]
+        look(step_of(maps[0], level, number, encode=lambda maps=maps, n=number: passes.append(n) or maps))
+    assert passes == []
+    for _ in range(2):
+        torch.testing.assert_close(look.features()[:, :3], seen[3] / last**0.5)
+    assert passes == [3]
 
 
-def test_gradients_are_the_directions_of_the_first_clear_level(random_images, tiny_networks):
+def test_gradients_are_the_directions_of_the_last_step(random_images, tiny_networks):
     denoiser, _ = tiny_networks(random_images(4))
     draws, passes = torch.Generator().manual_seed(0), []
-    inputs = torch.randn(3, 2, denoiser.conv_out.in_channels, 8, 8, generator=draws)
-    layers = [LastLayer(given, denoiser.conv_out(given).detach()) for given in inputs]
+    inputs = torch.randn(2, denoiser.conv_out.in_channels, 8, 8, generator=draws)
+    layer = LastLayer(inputs, denoiser.conv_out(inputs).detach())
 
     def decode():
         passes.append(0)
-        return layers[len(passes) - 1]
+        return layer
 
     seen = torch.randn(3, 2, 3, generator=draws)
     look = features_of(seen, [0.5, 0.95, 0.99], denoiser=denoiser, decode=decode)
+    gradients = last_layer_gradients(denoiser, *layer)
+    plain = features_of(seen, [0.5, 0.95, 0.99]).features()
+    torch.testing.assert_close(look.features(), torch.cat([plain, F.normalize(gradients, dim=1)], dim=1))
+    torch.testing.assert_close(look.features()[:, 4:].norm(dim=1), torch.ones(2))
     assert len(passes) == 1, "one pass of the decoder, at one level"
-    gradients = last_layer_gradients(denoiser, *layers[0])
-    expected = torch.cat([features_of(seen, [0.5, 0.95, 0.99]).mean(1), F.normalize(gradients, dim=1)], dim=1)
-    torch.testing.assert_close(look.mean(1), expected)
-    torch.testing.assert_close(look.mean(1)[:, 4:].norm(dim=1), torch.ones(2))
 
 
-def test_a_recorder_keeps_the_steps_that_are_not_too_noisy():
-    levels = [LEAST_ALPHA_BAR / 2, LEAST_ALPHA_BAR, 0.5]
+@pytest.mark.parametrize("least", [0.01, 0.2])
+def test_a_recorder_keeps_the_steps_that_are_not_too_noisy(least):
+    levels = [least / 2, least, 0.5]
     images = torch.randn(3, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    recorder = Recorder()
+    recorder = Recorder(least_alpha_bar=least)
     trace([step_of(images[n], level, n, timestep=900 - n) for n, level in enumerate(levels)], recorder)
     kept = recorder.noisy_images()
     assert torch.equal(kept.images, images[1:])
     assert kept.timesteps.tolist() == [899, 898]
-    assert kept.alpha_bars.tolist() == pytest.approx([LEAST_ALPHA_BAR, 0.5])
+    assert kept.alpha_bars.tolist() == pytest.approx([least, 0.5])
     first = kept.first(2)
     assert isinstance(first, NoisyImages)
     assert torch.equal(first.images, images[1:, :2])
@@ -379,10 +435,11 @@ def test_putting_a_draw_in_place_gives_those_rows_all_of_it():
     expected_seen = torch.stack([seen[0], -7 - seen[1], seen[2], -7 - seen[0]])
     expected = drawn([FIRST, FIRST, SECOND, UNDECIDED], expected_seen)
     assert torch.equal(whole.images, expected.images)
-    assert torch.equal(whole.features.mean(1), expected.features.mean(1))
+    assert torch.equal(whole.features.features(), expected.features.features())
     for one, other in ((whole.posterior, expected.posterior), (whole.closed_form, expected.closed_form)):
         first, second = (look.attribution(3, is_trajectory=True, reachable=ALL) for look in (one, other))
-        assert all(torch.equal(value, getattr(second, name)) for name, value in vars(first).items())
+        names = [name for name in vars(first) if name != "explained"]
+        assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
 def test_putting_a_draw_without_looks_puts_its_images_and_its_posterior():

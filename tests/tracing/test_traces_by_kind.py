@@ -5,11 +5,8 @@ import torch
 
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.diffusion import record_feature_maps
+from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
 from provgen.tracing.trace import (
-    ALL_LEVELS,
-    CLEAR_ALPHA_BAR,
-    LEAST_ALPHA_BAR,
-    WINDOW,
     CreditFeatures,
     Levels,
     MeanPosterior,
@@ -23,6 +20,7 @@ NULL = 3
 ALL = torch.ones(12, dtype=torch.bool)
 CPU = torch.device("cpu")
 LABELS = [0, NULL, 2]
+WINDOW = (0.05, 0.9)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +62,13 @@ def sampling(generator, labels, *, steps=10, guidance_scale=1.0):
 
 def sampled(generator, asks, labels, *, steps=10, every=1):
     """Sample; give the images and one mean posterior for each `ask`."""
-    looks = [MeanPosterior(ask, Levels.of(generator, steps, every)) for ask in asks]
+    looks = [MeanPosterior(ask, Levels.of(generator, steps, every, WINDOW)) for ask in asks]
     return trace(sampling(generator, labels, steps=steps), *looks).images, looks
 
 
 def outside(generator, ask, pixels, labels, *, steps=50, every=1, seed=0):
     """Trace images from outside, as a pipeline does."""
-    look = MeanPosterior(ask, Levels.of(generator, steps, every), only_window=True)
+    look = MeanPosterior(ask, Levels.of(generator, steps, every, WINDOW), only_window=True)
     trace(generator.renoise(pixels, torch.as_tensor(labels), num_inference_steps=steps, seed=seed), look)
     return look
 
@@ -99,10 +97,10 @@ def test_a_denoiser_is_traced_step_by_step_on_what_it_was_given(
         alpha_bar = scheduler.alphas_cumprod[timestep].expand(3)
         with record_feature_maps(diffusion.network) as feature_maps:
             noise = diffusion.network(noisy, timestep, class_labels=torch.tensor(LABELS)).sample
-        if alpha_bar[0] >= LEAST_ALPHA_BAR:
+        if alpha_bar[0] > WINDOW[0]:
             probs = softmax_of(provenance, feature_maps, alpha_bar, LABELS)
             entropies.append(torch.special.entr(probs).sum(1))
-            if WINDOW[0] < alpha_bar[0] < WINDOW[1]:
+            if alpha_bar[0] < WINDOW[1]:
                 network_sum, in_window = network_sum + probs, in_window + 1
                 exact_sum = exact_sum + closed_form_of(images).probs(noisy, alpha_bar, torch.tensor(LABELS))
         noisy = scheduler.step(noise, timestep, noisy).prev_sample
@@ -166,16 +164,14 @@ def directions_of(unet, images, timestep, labels):
     return found / found.norm(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize(("steps", "clear"), [(50, 4), (20, 1), (10, 1)])
+@pytest.mark.parametrize("steps", [50, 10])
 @torch.no_grad()
-def test_credit_features_are_those_of_clear_levels_and_gradients_of_the_first(
-    diffusion, provenance, pixels, steps, clear
-):
+def test_credit_features_are_those_of_the_last_step_and_its_gradients(diffusion, provenance, pixels, steps):
     """Along the trajectory, of an outside image, and of noisy images recorded beforehand."""
-    unet, alpha_bars = diffusion.network, diffusion.alpha_bars(steps)
+    unet = diffusion.network
 
     def looks():
-        return [CreditFeatures(provenance, alpha_bars, denoiser=unet), CreditFeatures(provenance, alpha_bars)]
+        return [CreditFeatures(provenance, denoiser=unet), CreditFeatures(provenance)]
 
     def replayed(noisy, labels):
         """Look at recorded images again, each as a step of its own."""
@@ -185,44 +181,47 @@ def test_credit_features_are_those_of_clear_levels_and_gradients_of_the_first(
         return again
 
     def check(features, plain, noisy, labels):
-        first = len(noisy.alpha_bars) - clear
-        assert (noisy.alpha_bars[first:] >= alpha_bars.max().clamp_max(CLEAR_ALPHA_BAR)).all()
-        wanted = directions_of(unet, noisy.images[first], noisy.timesteps[first], labels)
-        found = features.mean(0.5)
+        last, timestep, level = noisy.images[-1], noisy.timesteps[-1], noisy.alpha_bars[-1]
+        wanted = directions_of(unet, last, timestep, labels)
+        found = features.features()
         torch.testing.assert_close(found[:, -wanted.shape[1] :], wanted)
-        torch.testing.assert_close(plain.mean(0.5), found[:, : -wanted.shape[1]])
+        torch.testing.assert_close(plain.features(), found[:, : -wanted.shape[1]])
         for again, expected in zip(replayed(noisy, labels), (features, plain), strict=True):
-            torch.testing.assert_close(again.mean(0.5), expected.mean(0.5))
-        levels = noisy.alpha_bars[first:].double()
-        weights = (levels / (1 - levels)).sqrt()
-        by_hand = sum(
-            weight / level.sqrt() * torch.cat([embedded(images, timestep, labels), images.flatten(1)], dim=1)
-            for weight, level, images, timestep in zip(
-                weights, levels, noisy.images[first:], noisy.timesteps[first:], strict=True
-            )
-        )
-        torch.testing.assert_close(plain.mean(0.5).double(), (by_hand / weights.sum()).double(), rtol=1e-3, atol=1e-4)
-
-    def embedded(images, timestep, labels):
+            torch.testing.assert_close(again.features(), expected.features())
         with record_feature_maps(unet) as feature_maps:
-            unet(images, timestep, class_labels=labels)
-        return provenance.embed(feature_maps, diffusion.scheduler.alphas_cumprod[timestep].expand(len(images)))
+            unet(last, timestep, class_labels=labels)
+        embedded = provenance.embed(feature_maps, level.expand(len(last)))
+        by_hand = torch.cat([embedded, last.flatten(1)], dim=1) / level.sqrt()
+        torch.testing.assert_close(plain.features(), by_hand, rtol=1e-3, atol=1e-4)
 
-    labels, recorder, along = torch.tensor(LABELS), Recorder(), looks()
+    labels, recorder, along = torch.tensor(LABELS), Recorder(least_alpha_bar=0.01), looks()
     images = trace(sampling(diffusion, LABELS, steps=steps, guidance_scale=3.0), *along, recorder).images
     assert torch.equal(trace(sampling(diffusion, LABELS, steps=steps, guidance_scale=3.0)).images, images)
     check(*along, recorder.noisy_images(), labels)
 
-    null, recorder, noised = torch.full((12,), NULL), Recorder(), looks()
+    null, recorder, noised = torch.full((12,), NULL), Recorder(least_alpha_bar=0.01), looks()
     trace(diffusion.renoise(pixels, null, num_inference_steps=steps, seed=0), *noised, recorder)
     check(*noised, recorder.noisy_images(), null)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("kind", "labels"), [("vae", [NULL] * 3), ("none", None)])
+def test_credit_features_of_other_kinds_are_the_embedding_and_the_image(kind, labels, of_kind, provenance, pixels):
+    generator, look = of_kind(kind), CreditFeatures(provenance)
+    null = torch.full((12,), NULL)
+    steps = generator.renoise(pixels, null, num_inference_steps=50, seed=0) if labels is None else None
+    last = trace(sampling(generator, labels) if steps is None else steps, look)
+    image = pixels if last.images is None else last.images
+    found, level = look.features(), torch.tensor(CLEAN_ALPHA_BAR)
+    embedded = provenance.embed(last.feature_maps, level.expand(len(image)))
+    torch.testing.assert_close(found, torch.cat([embedded, image.flatten(1)], dim=1) / level.sqrt())
+
+
+@torch.no_grad()
 def test_a_recorder_keeps_what_the_denoiser_was_given(diffusion, sampler_of):
-    recorder, steps = Recorder(), []
+    recorder, steps = Recorder(least_alpha_bar=0.01), []
     trace(sampling(diffusion, LABELS, steps=20), recorder, steps.append)
-    kept = [step for step in steps if step.alpha_bar >= LEAST_ALPHA_BAR]
+    kept = [step for step in steps if step.alpha_bar >= 0.01]
     noisy = recorder.noisy_images()
     assert 0 < len(kept) < 20
     assert torch.equal(noisy.images, torch.stack([step.query for step in kept]))
@@ -255,7 +254,7 @@ def test_a_sample_of_an_autoencoder_is_traced_on_its_decoded_image_and_its_laten
     torch.testing.assert_close(network.posterior(), expected)
     expected = exact_of(vae, images).probs(latents, alpha_bar, torch.full((3,), NULL))
     torch.testing.assert_close(exact.posterior(), expected)
-    assert Levels.of(vae, 10, 1) == Levels(None, ALL_LEVELS)
+    assert Levels.of(vae, 10, 1, WINDOW) == Levels(None, ALL_LEVELS)
 
 
 @torch.no_grad()
@@ -338,3 +337,21 @@ def test_a_search_leaves_out_what_it_did_not_look_at(of_kind, images, tiny_netwo
     torch.testing.assert_close(probs[1][:6], probs[None][:6] * found[:6], rtol=1e-4, atol=1e-7)
     assert (probs[1][:6].sum(dim=1) < 0.999).any(), "other cells hold something"
     torch.testing.assert_close(probs[1][6:].sum(dim=1), torch.ones(6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beam", [None, 2])
+def test_a_network_under_a_temperature_keeps_what_its_beam_leaves_out(beam, of_kind, images, tiny_networks, pixels):
+    """Probabilities to the power 1/T, normalised to the mass of the unconditional posterior that was looked at."""
+    _, provenance = tiny_networks(images, head=HEAD, beam=beam)
+    labels = torch.tensor([NULL] * 6 + [0, 1, 2] * 2)
+    (step,) = of_kind("none").renoise(pixels, labels, num_inference_steps=50, seed=0)
+    temperatures = Temperatures(null_label=NULL)
+    temperatures.log_temperatures[Tracer.CLOSED_FORM] = 5.0  # the other tracer's, which must not count
+    temperatures.log_temperatures[Tracer.NETWORK] = torch.tensor([[0.5], [3.0]]).log()
+    plain, found = ask_network(provenance)(step), ask_network(provenance, temperatures)(step)
+    powers = plain ** (1 / torch.tensor([3.0] * 6 + [0.5] * 6))[:, None]
+    expected = powers * (plain.sum(dim=1) / powers.sum(dim=1))[:, None]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found, plain, atol=1e-3)
+    assert (found[:6].sum(dim=1) < 0.999).any() == (beam is not None)
