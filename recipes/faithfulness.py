@@ -60,11 +60,13 @@ def main(
     queries = trace_queries(trained, retrained.queries)
     folder, steps = trained.folder.faithfulness, timesteps or [10]
     methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
-    methods = [method for method in methods if not only or method.name.startswith(tuple(only))]
+    earlier = comparison.Predictions.load(folder / "predictions.parquet") if only else None
+    if earlier is not None:
+        methods = added(methods, only or [], earlier, calibration_subsets)
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
     rows = [row for kind in KINDS for row in predictions_of(kind, tuned, models.masks())]
-    if only:
-        rows = comparison.with_added(comparison.Predictions.load(folder / "predictions.parquet").rows, rows)
+    if earlier is not None:
+        rows = comparison.with_added(earlier.rows, rows)
     else:
         rows += [row for kind in KINDS for row in ensembles_of(kind, tuned, models.masks(), retrained, split)]
         save_tuned(tuned, split, steps, folder / "tuned.json")
@@ -105,6 +107,26 @@ def without(methods: Sequence[Method], skipped: Sequence[str]) -> list[Method]:
             names = "; ".join(method.name for method in methods if not method.label.is_reference)
             raise InputError(f"--skip {start!r} must be the start of one of: {names}")
     return [method for method in methods if not method.name.startswith(tuple(skipped))]
+
+
+def added(
+    methods: Sequence[Method], only: Sequence[str], earlier: comparison.Predictions, calibration_subsets: int
+) -> list[Method]:
+    """Choose the methods whose names start so, to be added to earlier predictions.
+
+    Raises:
+        InputError: There is none, or the earlier ones were tuned on another number of subset models.
+    """
+    if earlier.calibration_subsets != calibration_subsets:
+        raise InputError(
+            f"the earlier table was tuned on {earlier.calibration_subsets} subset models, and --calibration-subsets is "
+            f"{calibration_subsets}; give the same number, or leave out --only to make the table anew"
+        )
+    for start in only:
+        if not any(method.name.startswith(start) for method in methods):
+            names = "; ".join(method.name for method in methods)
+            raise InputError(f"--only {start!r} must be the start of one of: {names}")
+    return [method for method in methods if method.name.startswith(tuple(only))]
 
 
 def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> None:

@@ -38,12 +38,15 @@ from provgen.studies.faithfulness.planted import (
 )
 from provgen.studies.faithfulness.posteriors import DEFAULT, closed_form_steps, network_steps
 from provgen.tracing.calibrate import NUM_INFERENCE_STEPS, Untuned
-from provgen.tracing.trace import late_level
 
 LEVELS = (0.5, 0.8, 0.95)
 """alpha_bars a that give the bandwidths sqrt((1 - a) / a) of the kernel density."""
 
 MARK = "-marked"
+
+
+CLEAN_LEVEL = 0.9
+"""Noise level below which the cleanest is taken by itself."""
 
 
 def main(
@@ -100,8 +103,8 @@ def ideal_denoiser(trained: build.TrainedRun, pixels: Tensor, groups: Tensor, la
     images, trajectory = ideal_samples(closed_form, scheduler, noise, labels, num_inference_steps=steps)
     distances, parents = torch.cdist(images.flatten(1), pixels.flatten(1)).min(dim=1)
     queries = Queries(images=images, class_labels=labels, noisy=trajectory, trajectory=trajectory)
-    # The cleanest level of the window by itself.
-    late = late_level(trajectory.alpha_bars.tolist(), trained.pipeline.window)
+    # A level by itself at which samples are decided, as this denoiser copies.
+    late = int((trajectory.alpha_bars < CLEAN_LEVEL).sum()) - 1
     late_query = (trajectory.images[late], trajectory.timesteps[late], trajectory.alpha_bars[late], labels)
     asked = {
         "provenance network": network_steps(trained.pipeline.unet, trained.pipeline.provenance),

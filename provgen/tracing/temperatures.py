@@ -51,7 +51,7 @@ ASKED_STEPS = 100
 FLAT = 1e-4
 """Change of the unexplained share by doubling or halving T up to which T is not defined."""
 
-SCANNED = range(-1, 4)
+SCANNED = (-1, 0, 1, 2, 3, 6, 10)
 """Octaves around the temperature of the level before that are tried first."""
 
 WIDEST = 24.0
@@ -221,7 +221,7 @@ def fit_temperature(
 
     Returns:
         The logarithm of the temperature to base 2, and by how much the unexplained share rises when it is doubled and
-        halved. Where that is next to nothing, the temperature is not defined, and is `start`.
+        halved. Where nothing depends on the temperature it is not defined, and is `start`.
     """
     total = float((predicted - mixtures.mean).square().sum())
 
@@ -274,7 +274,7 @@ def _window(levels: Sequence[_Level], mean: Tensor) -> tuple[float, float]:
     left = np.array([float((level.samples - last).square().sum()) / max(variance, 1e-12) for level in levels])
     low = _crossing(places, np.array([level.prior_share for level in levels]), PRIOR)
     high = _crossing(places, left, DECIDED)
-    return (low, high) if low < high else (0.0, high)
+    return (low, high) if low < high else ALL_LEVELS
 
 
 def _crossing(places: np.ndarray, falling: np.ndarray, limit: float) -> float:

@@ -217,7 +217,8 @@ def plot_temperatures(rows: Sequence[Mapping[str, Any]], window: tuple[float, fl
             values = [row[f"{tracer}_{kind}"] for row in rows]
             label = f"{tracer.replace('_', ' ')}, {kind}"
             axes.plot(places, values, style, color=color, marker="o", markersize=3, label=label)
-    axes.axvspan(*torch.logit(torch.tensor(window, dtype=torch.float64)).tolist(), color=FAINT, alpha=0.15, linewidth=0)
+    span = torch.logit(torch.tensor(window, dtype=torch.float64)).clamp(places[0], places[-1]).tolist()
+    axes.axvspan(*span, color=FAINT, alpha=0.15, linewidth=0)
     axes.axhline(1, **DOTTED)
     axes.set_yscale("log", base=2)
     axes.legend(fontsize=7, frameon=False)

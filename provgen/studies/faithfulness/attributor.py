@@ -14,7 +14,7 @@ from provgen.tracing.calibrate import AttributionScores
 from provgen.tracing.trace import NoisyImages
 
 LEAST_ALPHA_BAR = 0.01
-"""Noise level from which on methods may look at an image."""
+"""Noise level from which on methods may look at an image, unless the window of its trace begins before."""
 
 Along = Literal["trajectory", "noised"]
 """Where an image is looked at: at the steps that the sampler passed through, or noised again."""

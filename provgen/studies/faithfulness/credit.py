@@ -132,9 +132,15 @@ def traced_images(pipeline: ProvenancePipeline, train: ImageSet, queries: Mappin
     return TracedImages(train=labelled, queries=asked, parts=features.parts, null_label=train.num_classes)
 
 
+def least_alpha_bar(pipeline: ProvenancePipeline) -> float:
+    """Give the noise level from which on images are recorded: the window of a trace is always within."""
+    low = pipeline.window[0]
+    return min(LEAST_ALPHA_BAR, low) if low > 0 else LEAST_ALPHA_BAR
+
+
 def noised_steps(pipeline: ProvenancePipeline, images: Tensor) -> NoisyImages:
     """Noise images in [-1, 1], (query, channel, height, width), to the levels of the sampler."""
-    recorder, images = Recorder(least_alpha_bar=LEAST_ALPHA_BAR), images.to(pipeline.device)
+    recorder, images = Recorder(least_alpha_bar=least_alpha_bar(pipeline)), images.to(pipeline.device)
     null = torch.full((len(images),), pipeline.null_label, device=images.device)
     steps = pipeline.denoiser.renoise(images, null, num_inference_steps=NUM_INFERENCE_STEPS, seed=0)
     trace(steps, recorder)

@@ -23,7 +23,6 @@ from provgen.pipeline import ProvenancePipeline
 from provgen.studies.faithfulness import baselines, gradients, posteriors
 from provgen.studies.faithfulness.attributor import (
     ALONG,
-    LEAST_ALPHA_BAR,
     Attributor,
     Cost,
     Method,
@@ -35,6 +34,7 @@ from provgen.studies.faithfulness.credit import (
     CalibratedTrace,
     TraceFeatures,
     VarianceAttributor,
+    least_alpha_bar,
     noised_steps,
     pixel_features,
 )
@@ -180,7 +180,7 @@ def _traced(pipeline: ProvenancePipeline, queries: QueryImages, *, is_generated:
 
 def _sampled_steps(pipeline: ProvenancePipeline, queries: QueryImages) -> NoisyImages:
     """Make the samples of `evaluation.sample` again, and give the steps on the way to them."""
-    recorder = Recorder(least_alpha_bar=LEAST_ALPHA_BAR)
+    recorder = Recorder(least_alpha_bar=least_alpha_bar(pipeline))
     steps = pipeline.denoiser.sample(
         queries.labels.to(pipeline.device),
         null_label=pipeline.null_label,

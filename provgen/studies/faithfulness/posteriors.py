@@ -138,7 +138,7 @@ AVERAGES = tuple(
 )
 
 DEFAULT = Average(is_conditional=True, averaged="probabilities", low=0.05, high=0.9, temperature=1.0)
-"""What the pipeline calls the posterior of a trace."""
+"""What methods that are tuned start from."""
 
 
 class TemperedPosterior:

@@ -32,6 +32,7 @@ from provgen.studies.memorization.curves import (
     resampling_effect,
 )
 from provgen.tracing.attribution import Attribution
+from provgen.tracing.calibrate import NUM_INFERENCE_STEPS
 from provgen.tracing.trace import late_level
 from provgen.training.trainer import CoTrainer
 
@@ -116,7 +117,7 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
             traced = _trace(attribution, pipeline.window, is_last=is_last)
             arrays |= {f"{name}{key}": values for key, values in traced.items()}
     if sampled.attribution is not None and is_last:
-        arrays |= {"step_entropy": sampled.attribution.step_entropy, "alpha_bar": sampled.attribution.alpha_bar}
+        arrays |= _at_every_step(sampled.attribution, pipeline.generator.alpha_bars(NUM_INFERENCE_STEPS))
         for below in BOUNDS:
             again = evaluation.sample(pipeline, data, count=num_images, resample_below=below)
             ratio, resamplings = resampled_names(below)
@@ -132,6 +133,16 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
 def _ratios(images: Tensor, train: ImageSet) -> Tensor:
     distinct = distinct_rows(to_unit_range(train.images).flatten(1))
     return distance_ratio(nearest(to_unit_range(images).flatten(1), distinct, 2))
+
+
+def _at_every_step(attribution: Attribution, alpha_bars: Tensor) -> dict[str, Tensor]:
+    """Give entropies at all sampling steps; those that are too noisy to be traced have that of the first that is not.
+
+    Models have windows of their own, and are compared at the same steps.
+    """
+    traced = attribution.step_entropy
+    before = traced[:, :1].expand(-1, len(alpha_bars) - traced.shape[1])
+    return {"step_entropy": torch.cat([before, traced], dim=1), "alpha_bar": alpha_bars}
 
 
 def _trace(attribution: Attribution, window: tuple[float, float], *, is_last: bool) -> dict[str, Tensor]:
