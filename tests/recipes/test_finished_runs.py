@@ -227,8 +227,7 @@ def test_files_are_attributed_by_every_kind(kind, root_of, trained_of, tmp_path,
         assert 0 <= copied["explained_by_class_mean"] < 0.95
         sources = copied["sources"]
         assert sources[0]["example_index"] == 7
-        # The closed form of a clean image is one copy; others have no posterior, and are no sources.
-        assert len(sources) == (1 if (kind, method) == ("none", "closed form") else 3)
+        assert len(sources) == 3
 
 
 def test_an_autoencoder_is_not_asked_for_a_class(decoded, run_recipe, assert_one_line):

@@ -217,7 +217,7 @@ def plot_temperatures(rows: Sequence[Mapping[str, Any]], window: tuple[float, fl
             values = [row[f"{tracer}_{kind}"] for row in rows]
             label = f"{tracer.replace('_', ' ')}, {kind}"
             axes.plot(places, values, style, color=color, marker="o", markersize=3, label=label)
-    span = torch.logit(torch.tensor(window, dtype=torch.float64)).clamp(places[0], places[-1]).tolist()
+    span = torch.logit(torch.tensor(window, dtype=torch.float64), eps=1e-6).tolist()
     axes.axvspan(*span, color=FAINT, alpha=0.15, linewidth=0)
     axes.axhline(1, **DOTTED)
     axes.set_yscale("log", base=2)
