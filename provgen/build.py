@@ -47,7 +47,7 @@ from provgen.pipeline import ProvenancePipeline
 from provgen.run import RunFolder, atomic_path, require_run
 from provgen.settings import ProvenanceSettings, Settings, flat_settings
 from provgen.settings_file import load_settings, save_settings
-from provgen.tracing.explained import Mixtures
+from provgen.tracing.attribution import Mixtures
 from provgen.training.logging import JsonLinesTracker
 from provgen.training.targets import (
     ClassMixing,

@@ -29,8 +29,7 @@ from provgen.models.credit import CreditHead
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import ALL_LEVELS, Temperatures
 from provgen.models.vae import ImageVae
-from provgen.tracing.attribution import Attribution, check_top_k
-from provgen.tracing.explained import Mixtures, SupportLimits
+from provgen.tracing.attribution import Attribution, Mixtures, SupportLimits, check_top_k
 from provgen.tracing.trace import (
     CreditFeatures,
     Draw,

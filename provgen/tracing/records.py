@@ -16,8 +16,7 @@ from provgen.data.images import save_png
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
 from provgen.run import RunFolder, read_parquet, replace_path, write_parquet, writing
-from provgen.tracing.attribution import Attribution
-from provgen.tracing.explained import Explained, Support
+from provgen.tracing.attribution import Attribution, Explained, Support
 
 SCHEMA_VERSION = 4
 

@@ -22,7 +22,7 @@ from provgen.generators.closed_form import Posterior, entropy
 from provgen.generators.protocol import Generator, Step
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
-from provgen.tracing.explained import Mixtures, support_limits
+from provgen.tracing.attribution import Mixtures, support_limits
 
 STEPS = 16
 """Noise levels at which temperatures are fitted, the steps of a short sampling run."""

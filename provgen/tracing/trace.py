@@ -16,8 +16,7 @@ from provgen.generators.protocol import Generator, Step
 from provgen.models.diffusion import last_layer_gradients
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
-from provgen.tracing.attribution import Attribution
-from provgen.tracing.explained import Explained
+from provgen.tracing.attribution import Attribution, Explained
 
 Ask = Callable[[Step], Tensor]
 """Gives p(i | step), (query, train)."""

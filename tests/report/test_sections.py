@@ -29,7 +29,7 @@ from provgen.report.sections.verdicts import (
     verdicts_section,
     write_verdicts,
 )
-from provgen.tracing.explained import Explained
+from provgen.tracing.attribution import Explained
 
 
 def by_name(metrics):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from provgen.tracing.attribution import Attribution, check_top_k
-from provgen.tracing.explained import Explained
+from provgen.tracing.attribution import Attribution, Explained, check_top_k
 
 
 def attribution_of(rows: torch.Tensor) -> Attribution:

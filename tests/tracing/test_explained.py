@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from provgen.data.images import to_unit_range
 from provgen.tracing import explained
-from provgen.tracing.explained import LEAST_COPY, Explained, Mixtures, Support, SupportLimits, support_limits
+from provgen.tracing.attribution import LEAST_COPY, Explained, Mixtures, Support, SupportLimits, support_limits
 
 CPU = torch.device("cpu")
 SHARES = ("share", "by_nearest", "by_class_mean")

@@ -11,8 +11,7 @@ from PIL import Image
 from provgen.data.manifest import Manifest
 from provgen.run import RunFolder
 from provgen.tracing import records
-from provgen.tracing.attribution import Attribution
-from provgen.tracing.explained import Explained
+from provgen.tracing.attribution import Attribution, Explained
 from provgen.tracing.records import SampleWriter, publish, staging_folder, start_staging
 
 

@@ -15,7 +15,7 @@ from provgen.generators.protocol import LastLayer
 from provgen.models.diffusion import make_sampling_scheduler, make_training_scheduler
 from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
 from provgen.tracing import temperatures
-from provgen.tracing.explained import Mixtures, support_limits
+from provgen.tracing.attribution import Mixtures, support_limits
 from provgen.tracing.temperatures import fit_temperature, fit_temperatures, informative_levels
 
 NULL = 3

@@ -10,7 +10,7 @@ from provgen.generators.protocol import LastLayer, Step
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.diffusion import last_layer_gradients
 from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
-from provgen.tracing.explained import Explained
+from provgen.tracing.attribution import Explained
 from provgen.tracing.trace import (
     CreditFeatures,
     Draw,

@@ -15,7 +15,7 @@ from provgen.report.figures import plot_entropy
 from provgen.report.format import Metric, interval
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
 from provgen.report.sections import Part
-from provgen.tracing.explained import Explained, Support
+from provgen.tracing.attribution import Explained, Support
 from provgen.tracing.records import group_traces
 
 Rows = Sequence[Mapping[str, Any]]
