@@ -378,14 +378,16 @@ def _class_quality(
     return float(alpha_bar[0]), quality
 
 
-def evaluate(probe: IndexProbe, trainer: CoTrainer, data: RunData, temperatures: Temperatures) -> dict[str, Any]:
-    """Measure the index metrics of the averaged weights, as they are logged.
+def evaluate(probe: IndexProbe, trainer: CoTrainer, data: RunData) -> tuple[dict[str, Any], Temperatures]:
+    """Fit the temperatures of the averaged weights, and measure the index metrics.
 
     Returns:
-        `index_quality` and `temperatures`, lists of rows; the mean KL gaps with their intervals, in nats; for a
-        two-stage head, how much of its own answer it finds with the beam it traces with.
+        What is logged: `index_quality` and `temperatures`, lists of rows; the mean KL gaps with their intervals, in
+        nats; for a two-stage head, how much of its own answer it finds with the beam it traces with. And the
+        temperatures.
     """
     network = averaged_posterior(trainer)
+    temperatures = fit(network.generator, network.provenance, data)
     qualities = probe.measure(network, make_ceiling(network.generator, data))
     measured: dict[str, Any] = {
         "index_quality": [quality.as_row() for quality in qualities],
@@ -396,7 +398,7 @@ def evaluate(probe: IndexProbe, trainer: CoTrainer, data: RunData, temperatures:
     beam = network.provenance.config.beam
     if beam is not None:
         measured |= _named(f"beam_recall{RECALLED}", probe.beam_recall(network, beam, RECALLED))
-    return measured
+    return measured, temperatures
 
 
 def temperature_rows(temperatures: Temperatures) -> list[dict[str, Any]]:

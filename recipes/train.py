@@ -59,10 +59,8 @@ def main(
                 accelerator.log(means, step=step)
                 progress.update(step, means)
             if probe is not None and (step % training.evaluate_every == 0 or is_last):
-                temperatures = evaluation.fit(
-                    evaluation.averaged_generator(trainer), evaluation.averaged_network(trainer, "provenance"), data
-                )
-                measured = evaluation.evaluate(probe, trainer, data, temperatures)
+                progress.say(f"step {step}: fitting temperatures and measuring the index")
+                measured, temperatures = evaluation.evaluate(probe, trainer, data)
                 progress.show(quality_table(measured["index_quality"], step))
                 accelerator.log(measured, step=step)
             if saves and accelerator.is_main_process:

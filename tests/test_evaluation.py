@@ -246,8 +246,9 @@ def test_an_evaluation_holds_every_level_the_gaps_and_the_recall_of_a_beam(head,
     trainer, settings, data = trainer_of(f"provenance.index_head={head}", "provenance.beam=2")
     probe = evaluation.make_probe(trainer.generator, settings, data)
     network = evaluation.averaged_posterior(trainer)
-    temperatures = evaluation.fit(network.generator, network.provenance, data)
-    measured = evaluation.evaluate(probe, trainer, data, temperatures)
+    measured, temperatures = evaluation.evaluate(probe, trainer, data)
+    again = evaluation.fit(network.generator, network.provenance, data)
+    assert torch.equal(temperatures.log_temperatures, again.log_temperatures)
     qualities = probe.measure(network, evaluation.make_ceiling(network.generator, data))
     assert measured["index_quality"] == [quality.as_row() for quality in qualities]
     assert len(qualities) == 2 * 3

@@ -230,26 +230,43 @@ def entropy(probs: Tensor) -> Tensor:
     return entropies.clamp_min(0)
 
 
-COVERAGE_ALPHA_BARS = (0.06, 0.1, 0.2, 0.4)
-"""Noise levels alpha_bar, the noisier ones of the trace window: at cleaner ones only copies have an entropy above 0."""
+ODDS = (0.1, 0.16, 0.36, 0.96)
+"""Mean log odds, in nats, of a noised image against its nearest neighbour at the levels where it is asked for its
+parent: at cleaner ones only copies have an entropy above 0."""
+
+NEIGHBORS_OF = 1000
+"""Training images whose nearest neighbours are looked up."""
+
+
+def undecided_levels(posterior: ClosedFormPosterior) -> tuple[float, ...]:
+    """Find noise levels alpha_bar at which neighbours are hard to tell apart, whatever the size of the images.
+
+    Neighbours are those of the quarter of the images that have the nearest ones. The log odds of two images at a
+    distance d have the mean alpha_bar d^2 / (2 (1 - alpha_bar)).
+    """
+    rows = posterior.rows[:: max(1, len(posterior.rows) // NEIGHBORS_OF)]
+    distances = torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(dim=1)
+    distances = distances[distances > 0]
+    squared = float(distances.quantile(0.25)) ** 2 if len(distances) else 1.0
+    return tuple(2 * odds / (2 * odds + squared) for odds in ODDS)
 
 
 def posterior_entropies(
-    posterior: ClosedFormPosterior, *, seed: int, alpha_bars: tuple[float, ...] = COVERAGE_ALPHA_BARS
+    posterior: ClosedFormPosterior, *, seed: int, alpha_bars: tuple[float, ...] | None = None
 ) -> Tensor:
     """Noise every training image and measure how undecided the closed form is about its parent.
 
     Args:
         posterior: Over the training images, all of them covered; no class is given.
         seed: Seed of the noise.
-        alpha_bars: Levels alpha_bar over which entropies are averaged.
+        alpha_bars: Levels alpha_bar over which entropies are averaged; None for `undecided_levels`.
 
     Returns:
         Entropies in nats, (train,), from 0 to log train, in the dtype and on the device of the posterior.
     """
-    return torch.stack(
-        [_entropies_at(posterior, alpha_bar, seed, number) for number, alpha_bar in enumerate(alpha_bars)]
-    ).mean(dim=0)
+    levels = undecided_levels(posterior) if alpha_bars is None else alpha_bars
+    entropies = [_entropies_at(posterior, alpha_bar, seed, number) for number, alpha_bar in enumerate(levels)]
+    return torch.stack(entropies).mean(dim=0)
 
 
 def _entropies_at(posterior: ClosedFormPosterior, alpha_bar: float, seed: int, number: int) -> Tensor:

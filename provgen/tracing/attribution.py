@@ -18,8 +18,11 @@ from provgen.errors import InputError
 OCTAVES = range(16)
 """Halvings of the kernel's variance, from the spread of the training images on, that are tried for every image."""
 
-JUDGED = 256
+FEWEST_JUDGED, MOST_JUDGED = 48, 256
 """Held-out images, and as many of pure noise, that limits are read off."""
+
+MAX_PRODUCTS = 2**31
+"""Numbers of judged images times numbers of all training images; with many or large ones fewer are judged."""
 
 TAIL = 0.01
 """Share of the held-out images beyond a limit, and of pure noise that is explained better."""
@@ -173,11 +176,12 @@ class Mixtures:
 def support_limits(mixtures: Mixtures, holdout: ImageSet, image_shape: tuple[int, ...], seed: int) -> SupportLimits:
     """Read limits off held-out images, which hardly ever go beyond them, and off noise, which is explained less."""
     random = seeded_generator(seed, Stream.SUPPORT)
-    noise = mixtures.explain(torch.rand((JUDGED, *image_shape), generator=random) * 2 - 1).share
+    judged = max(FEWEST_JUDGED, min(MOST_JUDGED, MAX_PRODUCTS // mixtures.images.numel()))
+    noise = mixtures.explain(torch.rand((judged, *image_shape), generator=random) * 2 - 1).share
     least = float(noise.quantile(1 - TAIL))
     if not len(holdout):
         return SupportLimits(least=least)
-    chosen = torch.randperm(len(holdout), generator=random)[:JUDGED]
+    chosen = torch.randperm(len(holdout), generator=random)[:judged]
     known = mixtures.explain(to_unit_range(holdout.images[chosen]))
     return SupportLimits(
         least=max(least, float(known.share.quantile(TAIL))),

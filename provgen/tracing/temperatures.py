@@ -27,11 +27,11 @@ from provgen.tracing.attribution import Mixtures, support_limits
 STEPS = 16
 """Noise levels at which temperatures are fitted, the steps of a short sampling run."""
 
-QUERIES = 48
+FEWEST_QUERIES, MOST_QUERIES = 12, 48
 """Own samples, and as many held-out images."""
 
-MAX_MATRIX = 2**22
-"""Largest (query, train) matrix; with more training images there are fewer queries."""
+MAX_PRODUCTS = 2**29
+"""Numbers of queries times numbers of all training images; with many or large ones there are fewer queries."""
 
 NOISES = 2
 """Parts of the held-out images with a noise of their own each."""
@@ -95,7 +95,7 @@ def fit_temperatures(
     """
     mixtures = Mixtures(train, generator.network.device)
     limits = support_limits(mixtures, holdout, tuple(train.images.shape[1:]), seed)
-    queries = max(8, min(QUERIES, MAX_MATRIX // len(train)))
+    queries = max(FEWEST_QUERIES, min(MOST_QUERIES, MAX_PRODUCTS // train.images.numel()))
     runs = [*_own_samples(generator, train, queries, seed), *_noised(generator, holdout, queries, seed)]
     if not runs:
         untempered: Temperatures = Temperatures(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from provgen.data.splits import entropy_coverage
-from provgen.generators.closed_form import ClosedFormPosterior, posterior_entropies
+from provgen.generators.closed_form import ODDS, ClosedFormPosterior, posterior_entropies, undecided_levels
 
 
 def posterior_over(images) -> ClosedFormPosterior:
@@ -68,3 +68,18 @@ def test_levels_are_averaged_and_noise_is_the_seeds_alone(planted, monkeypatch):
     assert first.mean() > both.mean()
     monkeypatch.setattr("provgen.generators.closed_form.MAX_CHUNK_BYTES", 3 * 20 * 8)
     torch.testing.assert_close(posterior_entropies(posterior, seed=7, alpha_bars=(0.1, 0.4)), both)
+
+
+@pytest.mark.parametrize("size", [4, 16, 32])
+def test_neighbours_are_as_hard_to_tell_apart_at_every_size(size):
+    """Six images, each bright in a channel of its own: all distances are the same."""
+    images = 2.0 * torch.eye(6, dtype=torch.float64)[:, :, None, None].expand(-1, -1, size, size)
+    levels = undecided_levels(posterior_over(images.contiguous()))
+    squared = 2 * 4.0 * size**2  # two images differ by 2 in two of six channels
+    odds = [level * squared / (2 * (1 - level)) for level in levels]
+    assert odds == pytest.approx(ODDS)
+
+
+def test_of_copies_alone_some_level_is_taken():
+    images = torch.ones(3, 1, 2, 2, dtype=torch.float64)
+    assert all(0 < level < 1 for level in undecided_levels(posterior_over(images)))

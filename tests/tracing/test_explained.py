@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from provgen.data.images import to_unit_range
-from provgen.tracing import explained
+from provgen.tracing import attribution
 from provgen.tracing.attribution import LEAST_COPY, Explained, Mixtures, Support, SupportLimits, support_limits
 
 CPU = torch.device("cpu")
@@ -186,7 +186,7 @@ def test_neither_the_order_of_training_images_nor_the_batch_changes_anything(mix
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     shuffled = Mixtures(train.select(order), CPU, mixtures.limits).explain(images)
     assert torch.equal(order[shuffled.nearest], whole.nearest)
-    monkeypatch.setattr(explained, "MAX_MATRIX", 3 * 20)
+    monkeypatch.setattr(attribution, "MAX_MATRIX", 3 * 20)
     parts = mixtures.explain(images)
     assert torch.equal(parts.nearest, whole.nearest)
     for name in SHARES:
