@@ -44,6 +44,9 @@ from provgen.tracing.trace import (
 
 MANIFEST_NAME = "manifest.parquet"
 
+CLARITY = 3.0
+"""Signal-to-noise ratio at which gradients are taken, over that at which an image is decided."""
+
 ATTRIBUTE_BATCH = 64
 """Outside images traced at a time; bounds the (query, train) matrices."""
 
@@ -158,6 +161,12 @@ class ProvenancePipeline(DiffusionPipeline):
     def window(self) -> tuple[float, float]:
         """Noise levels whose posteriors are averaged, ends excluded."""
         return ALL_LEVELS if self.temperatures is None else self.temperatures.window
+
+    @property
+    def clear_from(self) -> float:
+        """Noise level from which on little noise is left in an image that is decided."""
+        high = self.window[1]
+        return CLARITY * high / (CLARITY * high + 1 - high)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save networks, scheduler and manifest (safetensors, JSON and Parquet only)."""
@@ -293,8 +302,7 @@ class ProvenancePipeline(DiffusionPipeline):
         def attributed(batch: Tensor, given: Tensor) -> Attribution:
             posterior = MeanPosterior(ask, levels, only_window=True)
             features = self._credit_features() if has_credit else None
-            # Features first: where they need a whole pass, the posterior reads its feature maps.
-            looks = [posterior] if features is None else [features, posterior]
+            looks = [posterior] if features is None else [posterior, features]
             trace(generator.renoise(batch, given, num_inference_steps=num_inference_steps, seed=seed), *looks)
             return posterior.attribution(
                 top_k,
@@ -322,7 +330,8 @@ class ProvenancePipeline(DiffusionPipeline):
 
     def _credit_features(self) -> CreditFeatures:
         """Start what the credit head compares images by."""
-        return CreditFeatures(self.provenance, denoiser=self.unet if self.credit.wants_gradients else None)
+        denoiser = self.unet if self.credit.wants_gradients else None
+        return CreditFeatures(self.provenance, denoiser=denoiser, clear_from=self.clear_from)
 
     def _credit(self, features: CreditFeatures, class_labels: Tensor) -> Tensor:
         """Give shares of credit (query, train)."""

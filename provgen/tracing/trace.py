@@ -246,20 +246,25 @@ def _copies_first(credit: Tensor, explained: Explained) -> Tensor:
 class CreditFeatures:
     """What a credit head compares finished images by: the embedding and the pixels of the last step, and gradients."""
 
-    def __init__(self, provenance: ProvenanceNetwork, *, denoiser: Any = None) -> None:
+    def __init__(self, provenance: ProvenanceNetwork, *, denoiser: Any = None, clear_from: float = 1.0) -> None:
         """Start empty.
 
         Args:
             provenance: Network whose embedding is read.
             denoiser: UNet2DModel whose last layer's normalised gradients are features too; None for none.
+            clear_from: Noise level from which on little noise is left: gradients are those of the first such step, or
+                of the last step. At cleaner ones the denoiser has nothing left to do.
         """
-        self.provenance, self.denoiser = provenance, denoiser
+        self.provenance, self.denoiser, self.clear_from = provenance, denoiser, clear_from
         self._step: Step | None = None
+        self._clear: Step | None = None
         self._features: Tensor | None = None
 
     def __call__(self, step: Step) -> None:
         """Keep a step; what it costs to look at is spent on the last one alone."""
         self._step = step
+        if self.denoiser is not None and self._clear is None and step.alpha_bar >= self.clear_from:
+            self._clear = step
 
     def put(self, rows: Tensor, other: CreditFeatures) -> None:
         """Put the features of other queries in the place of some rows."""
@@ -275,7 +280,8 @@ class CreditFeatures:
 
     def _of(self, step: Step) -> Tensor:
         # Gradients first: where they need a whole pass, it gives the feature maps as well.
-        gradients = [] if self.denoiser is None else [last_layer_gradients(self.denoiser, *step.last_layer)]
+        asked = [] if self.denoiser is None else [(self._clear or step).last_layer]
+        gradients = [last_layer_gradients(self.denoiser, *last_layer) for last_layer in asked]
         embedding = self.provenance.embed(step.feature_maps, step.alpha_bars)
         pixels = step.feature_maps[0].flatten(1).to(embedding.dtype)
         # Noising makes an image smaller by sqrt(alpha_bar), and what is seen of it.

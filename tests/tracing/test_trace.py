@@ -1,6 +1,7 @@
 """Looks fed with steps worked out by hand: commitment, window, top k, features of the last step, records, redraws."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -348,13 +349,14 @@ class Embedding:
         return feature_maps[1]
 
 
-def features_of(seen, levels, pixels=None, *, denoiser=None, decode=None) -> CreditFeatures:
+def features_of(seen, levels, pixels=None, *, denoiser=None, decode=None, clear_from=1.0) -> CreditFeatures:
     """Look at embeddings (step, query, feature) and pixels at the levels of a sampling run."""
     pixels = torch.zeros(*seen.shape[:2], 1, 1, 1, dtype=seen.dtype) if pixels is None else pixels
-    look = CreditFeatures(Embedding(), denoiser=denoiser)
+    look = CreditFeatures(Embedding(), denoiser=denoiser, clear_from=clear_from)
     for number, level in enumerate(levels):
         maps = [pixels[number], seen[number]]
-        look(step_of(pixels[number], level, number, encode=lambda maps=maps: maps, decode=decode))
+        last_layer = None if decode is None else partial(decode, number)
+        look(step_of(pixels[number], level, number, encode=lambda maps=maps: maps, decode=last_layer))
     return look
 
 
@@ -385,23 +387,26 @@ def test_only_the_last_step_is_looked_at_and_only_when_it_is_asked_for(last):
     assert passes == [3]
 
 
-def test_gradients_are_the_directions_of_the_last_step(random_images, tiny_networks):
+@pytest.mark.parametrize(("clear_from", "expected"), [(0.9, 1), (0.96, 2), (1.0, 2)])
+def test_gradients_are_the_directions_of_the_first_clear_step_or_the_last(
+    clear_from, expected, random_images, tiny_networks
+):
     denoiser, _ = tiny_networks(random_images(4))
     draws, passes = torch.Generator().manual_seed(0), []
-    inputs = torch.randn(2, denoiser.conv_out.in_channels, 8, 8, generator=draws)
-    layer = LastLayer(inputs, denoiser.conv_out(inputs).detach())
+    inputs = torch.randn(3, 2, denoiser.conv_out.in_channels, 8, 8, generator=draws)
+    layers = [LastLayer(of_step, denoiser.conv_out(of_step).detach()) for of_step in inputs]
 
-    def decode():
-        passes.append(0)
-        return layer
+    def decode(number):
+        passes.append(number)
+        return layers[number]
 
-    seen = torch.randn(3, 2, 3, generator=draws)
-    look = features_of(seen, [0.5, 0.95, 0.99], denoiser=denoiser, decode=decode)
-    gradients = last_layer_gradients(denoiser, *layer)
-    plain = features_of(seen, [0.5, 0.95, 0.99]).features()
+    seen, levels = torch.randn(3, 2, 3, generator=draws), [0.5, 0.95, 0.99]
+    look = features_of(seen, levels, denoiser=denoiser, decode=decode, clear_from=clear_from)
+    gradients = last_layer_gradients(denoiser, *layers[expected])
+    plain = features_of(seen, levels).features()
     torch.testing.assert_close(look.features(), torch.cat([plain, F.normalize(gradients, dim=1)], dim=1))
     torch.testing.assert_close(look.features()[:, 4:].norm(dim=1), torch.ones(2))
-    assert len(passes) == 1, "one pass of the decoder, at one level"
+    assert passes == [expected], "one pass of the decoder, at one level"
 
 
 @pytest.mark.parametrize("least", [0.01, 0.2])

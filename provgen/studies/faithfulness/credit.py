@@ -115,7 +115,7 @@ class TraceFeatures:
         """Give the features of images at some steps."""
         pipeline, device = self.pipeline, self.pipeline.device
         unet = pipeline.unet if self.has_gradients else None
-        look = CreditFeatures(pipeline.provenance, denoiser=unet)
+        look = CreditFeatures(pipeline.provenance, denoiser=unet, clear_from=pipeline.clear_from)
         steps = (
             pipeline.denoiser.step_at(images.to(device), timestep, class_labels.to(device), number=number)
             for number, (images, timestep) in enumerate(zip(noisy.images, noisy.timesteps, strict=True))
