@@ -23,9 +23,6 @@ TAIL = 0.01
 FEWEST_HELD_OUT = 40
 """Held-out images from which on limits are read; half of them are judged by these."""
 
-FEW = 4.0
-"""Effective number of sources up to which an image is a blend of few."""
-
 NEIGHBORS = 50
 """Neighbours that the calibrated distance looks at, as published."""
 
@@ -85,6 +82,8 @@ class Limits:
     """Largest distance."""
     sources: float
     """Largest effective number of sources."""
+    few: float
+    """Least effective number of sources."""
     of_class: float
     """Least posterior of the own class."""
     n: int
@@ -97,6 +96,7 @@ class Limits:
             calibrated=float(holdout.calibrated.quantile(TAIL, interpolation="lower")),
             distance=float(holdout.distance.quantile(1 - TAIL, interpolation="higher")),
             sources=float(holdout.sources.quantile(1 - TAIL, interpolation="higher")),
+            few=float(holdout.sources.quantile(TAIL, interpolation="lower")),
             of_class=float(holdout.of_class.double().quantile(TAIL, interpolation="lower")),
             n=len(holdout),
         )
@@ -193,4 +193,4 @@ def _verdict(evidence: Evidence, limits: Limits, query: int) -> Verdict:
     if known["of_class"] < limits.of_class:
         return Verdict("unsupported", f"its sources are of the class asked for with {known['of_class']:.0%} only")
     shared = f"{known['agreement']:.0%} of the strongest are the closed form's too"
-    return Verdict("blend of few" if sources <= FEW else "novel", f"{sources:.1f} sources{parts}, {shared}")
+    return Verdict("blend of few" if sources < limits.few else "novel", f"{sources:.1f} sources{parts}, {shared}")

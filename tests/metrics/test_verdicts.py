@@ -113,7 +113,7 @@ def test_rules_by_hand(changed, kind, reason):
         "agreement": 0.8,
     }
     evidence = Evidence(**{name: torch.tensor([value]) for name, value in (usual | changed).items()})
-    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, sources=50.0, of_class=0.2, n=100))
+    (found,) = verdicts(evidence, Limits(calibrated=0.8, distance=0.6, sources=50.0, few=4.0, of_class=0.2, n=100))
     assert found.kind == kind in KINDS
     assert reason in found.reason
 

@@ -234,7 +234,7 @@ def test_the_figure_has_a_panel_for_every_set_measure(measures):
 
 
 NAMES = ("ratio", "calibrated", "distance", "patches", "sources", "late_entropy", "of_class", "top", "agreement")
-LIMITS = Limits(calibrated=0.8, distance=0.6, sources=50.0, of_class=0.2, n=100)
+LIMITS = Limits(calibrated=0.8, distance=0.6, sources=50.0, few=4.0, of_class=0.2, n=100)
 
 
 @pytest.fixture

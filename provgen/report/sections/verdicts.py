@@ -11,7 +11,7 @@ from PIL import Image
 
 from provgen.metrics.copying import MEMORIZED
 from provgen.metrics.statistics import Estimate, proportion
-from provgen.metrics.verdicts import FEW, KINDS, Evidence, Limits, Verdict
+from provgen.metrics.verdicts import KINDS, Evidence, Limits, Verdict
 from provgen.report.figures import BLUE, DOTTED, GREEN, INK, VERMILION, label_small, panel_figure
 from provgen.report.format import Metric, interval
 from provgen.report.html import Section, Table, TableCell, picture_of_figure, picture_of_image
@@ -130,7 +130,7 @@ def plot_evidence(evidence: Mapping[str, Evidence], limits: Limits) -> Figure:
         "calibrated": [limits.calibrated],
         "distance": [limits.distance],
         "of_class": [limits.of_class],
-        "sources": [FEW, limits.sources],
+        "sources": [limits.few, limits.sources],
     }
     figure, panels = panel_figure(9.0, 5.4, 3, 3)
     for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
@@ -174,6 +174,6 @@ def _rule(kind: str, limits: Limits) -> str:
         "near copy": f"calibrated distance below {limits.calibrated:.2f}, as of 1 % of {limits.n} held-out images",
         "unsupported": f"no training image within {limits.distance:.2f}, or more than {limits.sources:.0f} effective "
         f"sources, or less than {limits.of_class:.0%} of its sources of the class asked for",
-        "blend of few": "at most 4 effective sources",
+        "blend of few": f"fewer than {limits.few:.0f} effective sources, as of 1 % of held-out images",
         "novel": "none of these",
     }[kind]
