@@ -29,7 +29,7 @@ class Tracer(IntEnum):
 class Temperatures(ModelMixin, ConfigMixin):
     """Temperature T of p(i | x_t) = softmax_i(logits / T) by noise level, as fitted by `tracing/temperatures.py`.
 
-    1 belongs to a generator that has learned its images by heart; the more it generalizes, the larger T is. Between
+    1 belongs to a generator that has learned its images by heart, and wider mixing raises T. Between
     fitted levels its logarithm follows a monotone cubic (Fritsch and Carlson 1980, SIAM Journal on Numerical Analysis
     17) of the log signal-to-noise ratio, beyond them it is constant. A new object has T = 1 and the window of all.
     """

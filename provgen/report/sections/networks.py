@@ -197,7 +197,7 @@ def temperature_section(rows: Sequence[Mapping[str, Any]], window: tuple[float, 
     )
     text = (
         "How widely training images must be mixed to give what the generator draws at each noise level. A copier has "
-        "a temperature of 1; the more a generator generalizes, the larger it is. At cleaner levels than the window "
+        "a temperature of 1, and wider mixing raises it. At cleaner levels than the window "
         "the image is decided, and the temperature says how locally the generator removes noise."
     )
     inside = [row for row in rows if window[0] < row["alpha_bar"] < window[1]] or rows
