@@ -40,7 +40,8 @@ from provgen.training.logging import read_metrics
 
 GRID_SAMPLES = 32
 MAX_IMAGES = 2000
-MAX_TRACED = 500  # (query, train) matrices in float64
+LEAST_TRACED, MAX_TRACED = 200, 500
+MAX_PRODUCTS = 2**31  # numbers of traced images times numbers of all training images
 
 Rows = list[dict[str, Any]]
 
@@ -175,7 +176,7 @@ def agreement_part(trained: build.TrainedRun, samples: Rows, traces: Rows) -> Pa
 
 def classes_part(trained: build.TrainedRun, labelled: ImageSet) -> Part:
     """Measure whether the sources of held-out images share their class."""
-    network, chosen = evaluation.posterior_of(trained), some_of(labelled, MAX_TRACED)
+    network, chosen = evaluation.posterior_of(trained), some_of(labelled, affordable(trained.data.train))
     return classes_section(evaluation.class_qualities(network, trained.settings, trained.data.train, chosen))
 
 
@@ -194,7 +195,7 @@ def generalization_part(trained: build.TrainedRun) -> Part:
     ]
     divergence = None
     if generator.has_noise_levels:
-        divergence = evaluation.divergence_by_step(trained.pipeline.denoiser, train, some_of(train, MAX_TRACED))
+        divergence = evaluation.divergence_by_step(trained.pipeline.denoiser, train, some_of(train, affordable(train)))
     return generalization_section(generator.loss_name, generator.loss_text, losses[0], losses[1], divergence)
 
 
@@ -217,12 +218,17 @@ def evidence_of_sets(trained: build.TrainedRun, samples: Rows, generated: Tensor
     """Gather evidence of generated, held-out and training images; without classes asked for, none is given."""
     train, no_class = trained.data.train, trained.data.train.num_classes
     asked = [no_class if sample["class_label"] is None else sample["class_label"] for sample in samples]
-    sets = {"held-out": some_of(trained.data.holdout, MAX_IMAGES), "copies": some_of(train, len(generated))}
+    sets = {"held-out": some_of(trained.data.holdout, affordable(train)), "copies": some_of(train, len(generated))}
     evidence = {"generated": evaluation.evidence_of(trained, generated, torch.tensor(asked))}
     for name, images in sets.items():
         labels = images.labels if set(asked) != {no_class} else torch.full_like(images.labels, no_class)
         evidence[name] = evaluation.evidence_of(trained, images.images, labels)
     return evidence
+
+
+def affordable(train: ImageSet) -> int:
+    """Give how many images can be traced in bounded time; fewer where training images are many or large."""
+    return max(LEAST_TRACED, min(MAX_TRACED, MAX_PRODUCTS // train.images.numel()))
 
 
 def some_of(images: ImageSet, count: int) -> ImageSet:
