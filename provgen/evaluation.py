@@ -229,7 +229,8 @@ def late_entropy_limit(trained: TrainedRun, share: float) -> float:
     labels = holdout.labels[chosen] if pipeline.generator.is_class_conditional else None
     traced = pipeline.attribute(holdout.images[chosen], top_k=1, class_labels=labels)
     late = traced.step_entropy[:, late_level(traced.alpha_bar.tolist(), pipeline.window)]
-    return float(late.double().quantile(share))
+    # A copier's may be 0, which nothing is below.
+    return max(float(late.double().quantile(share)), torch.finfo(torch.float32).tiny)
 
 
 def divergence_by_step(generator: DiffusionGenerator, train: ImageSet, images: ImageSet) -> dict[int, Tensor]:

@@ -225,7 +225,7 @@ class ProvenancePipeline(DiffusionPipeline):
             top_k: Sources per image, at most the number of training images; None generates without traces.
             trace_every: Sampling steps from one that is traced to the next; the commitment step is known to as many.
             resample_below: Entropy of a sample's sources in nats, shortly before it is finished, below which it is
-                drawn again, such as 0.001; such samples are often copies. None keeps all.
+                drawn again; such samples are often copies. A bound is read off held-out images. None keeps all.
             max_resamplings: Times that a sample may be drawn again.
             closed_form: Also trace by the closed form (needs the training images).
             output_type: `pil` or `pt`.

@@ -64,7 +64,8 @@ def main(
                 progress.show(quality_table(measured["index_quality"], step))
                 accelerator.log(measured, step=step)
             if saves and accelerator.is_main_process:
-                # The checkpoint last: once it is there, everything else of its step is.
+                # The checkpoint last: once it is there, everything else of its step is. Temperatures are those of the
+                # last evaluation, which is the last step's when training ends: a fit takes long with many images.
                 evaluation.save_pipeline(trainer, data, folder, temperatures=temperatures, has_credit=is_last)
                 save_checkpoint(trainer, folder.checkpoints, step, data.manifest.fingerprint)
             if saves:

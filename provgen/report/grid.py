@@ -178,7 +178,8 @@ def load_pixels(folder: RunFolder, samples: Sequence[Mapping[str, Any]], manifes
 
 def _sample_caption(sample: Mapping[str, Any], train: ImageSet) -> str:
     shares = {"copy": "copy, {:.0%}", "mixture": "{:.0%} explained", "no sources": "no sources, {:.0%}", "unknown": ""}
-    explained = shares[sample["support"]].format(sample["explained"] or 0.0)
+    share = sample["explained_by_nearest"] if sample["support"] == "copy" else sample["explained"]
+    explained = shares[sample["support"]].format(share or 0.0)
     return "\n".join(text for text in (_class_name(sample["class_label"], train), explained) if text)
 
 
