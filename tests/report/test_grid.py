@@ -91,16 +91,17 @@ def test_grayscale_images_fewer_sources_and_no_sources_are_drawn():
 
 
 @pytest.mark.parametrize(
-    ("support", "explained", "expected"),
+    ("support", "explained", "by_nearest", "expected"),
     [
-        ("copy", 0.987, "copy, 99%"),
-        ("mixture", 0.625, "62% explained"),
-        ("no sources", 0.0312, "no sources, 3%"),
-        ("unknown", None, ""),
+        ("copy", 0.998, 0.967, "copy, 97%"),
+        ("mixture", 0.625, 0.5, "62% explained"),
+        ("no sources", 0.0312, 0.0, "no sources, 3%"),
+        ("unknown", None, None, ""),
     ],
 )
-def test_captions_say_the_class_and_how_much_of_a_sample_is_explained(support, explained, expected, random_images):
-    sample = {"class_label": 1, "support": support, "explained": explained}
+def test_captions_say_the_class_and_how_much_is_explained(support, explained, by_nearest, expected, random_images):
+    """Of a copy, how much the nearest alone explains."""
+    sample = {"class_label": 1, "support": support, "explained": explained, "explained_by_nearest": by_nearest}
     assert _sample_caption(sample, random_images(4)) == (f"b\n{expected}" if expected else "b")
     assert _sample_caption(sample | {"class_label": None}, random_images(4)) == expected
 
