@@ -15,7 +15,7 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
 from provgen.errors import InputError
-from provgen.generators.closed_form import Posterior, image_posterior
+from provgen.generators.closed_form import Posterior, entropy, image_posterior
 from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import denoiser_divergence
 from provgen.generators.protocol import Generator, Output
@@ -30,9 +30,9 @@ from provgen.models.temperatures import Temperatures, Tracer
 from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
 from provgen.run import RunFolder, atomic_path
 from provgen.settings import Settings
-from provgen.tracing.calibrate import default_credit_head
+from provgen.tracing.calibrate import NUM_INFERENCE_STEPS, default_credit_head
 from provgen.tracing.temperatures import fit_temperatures, informative_levels
-from provgen.tracing.trace import late_level
+from provgen.tracing.trace import Levels, MeanPosterior, ask_closed_form, ask_network, late_level, trace
 from provgen.training.targets import Mixing
 from provgen.training.trainer import CoTrainer
 
@@ -53,6 +53,9 @@ LATE_IMAGES = 256
 
 LOSS_DRAWS = 20
 """Noise levels at which the generator's loss on an image is measured."""
+
+EVIDENCE_EVERY = 4
+"""Noise levels of the sampler from one that evidence is read off to the next."""
 
 RECALLED = 10
 """Sources of the exhaustive answer that a beam should find."""
@@ -199,30 +202,39 @@ def evidence_of(trained: TrainedRun, images: Tensor, labels: Tensor) -> Evidence
     )
 
 
+@torch.no_grad()
 def _traced_evidence(trained: TrainedRun, closed_form: Posterior, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Take the evidence of few images from whole posteriors, whatever a calibration ranks first."""
-    pipeline, num_covered = trained.pipeline, int(trained.data.covered.sum())
-    traced = pipeline.attribute(images, top_k=num_covered)
-    believed = traced.posterior.topk(min(COMPARED, num_covered), dim=1)
-    others = pipeline.attribute(images, top_k=believed.indices.shape[1], closed_form=closed_form)
-    is_own = trained.data.train.labels[traced.example_index] == labels[:, None]
-    of_class = (traced.posterior * is_own).sum(dim=1) / traced.posterior.sum(dim=1)
+    """Take the evidence of few images from whole posteriors at some levels, whatever credit ranks first."""
+    pipeline, train = trained.pipeline, trained.data.train
+    clean = to_unit_range(images, pipeline.network.dtype).to(pipeline.device)
+    told_nothing = torch.full((len(images),), pipeline.null_label, device=pipeline.device)
+    levels = Levels.of(pipeline.generator, NUM_INFERENCE_STEPS, EVIDENCE_EVERY, pipeline.window)
+    asks = (
+        ask_network(pipeline.provenance, pipeline.temperatures),
+        ask_closed_form(closed_form, pipeline.temperatures),
+    )
+    looks = [MeanPosterior(ask, levels, only_window=True) for ask in asks]
+    trace(pipeline.generator.renoise(clean, told_nothing, num_inference_steps=NUM_INFERENCE_STEPS, seed=0), *looks)
+    posterior, exact = (look.posterior().cpu() for look in looks)
+    believed, others = (
+        probs.topk(min(COMPARED, int(trained.data.covered.sum())), dim=1) for probs in (posterior, exact)
+    )
+    of_class = (posterior * (train.labels == labels[:, None])).sum(dim=1) / posterior.sum(dim=1)
     return {
-        "entropy": traced.entropy,
-        "late_entropy": traced.step_entropy[:, late_level(traced.alpha_bar.tolist(), pipeline.window)],
-        "of_class": torch.where(labels < trained.data.train.num_classes, of_class, 1.0),
+        "entropy": entropy(posterior),
+        "late_entropy": looks[0].late_entropy().cpu(),
+        "of_class": torch.where(labels < train.num_classes, of_class, 1.0),
         "top": believed.values[:, 0],
-        "agreement": shared_sources(traced.example_index.gather(1, believed.indices), others.example_index),
+        "agreement": shared_sources(believed.indices, others.indices),
     }
 
 
-def late_entropy_limit(trained: TrainedRun, share: float) -> float:
+def late_entropy_limit(pipeline: ProvenancePipeline, holdout: ImageSet, share: float) -> float:
     """Give the entropy in nats, at the cleanest level of the window, that a share of held-out images are below.
 
     Raises:
         InputError: There are no held-out images.
     """
-    holdout, pipeline = trained.data.holdout, trained.pipeline
     if not len(holdout):
         raise InputError("--resample-below compares samples with held-out images, and this run has none")
     chosen = torch.randperm(len(holdout), generator=seeded_generator(0, Stream.PROBE))[:LATE_IMAGES]

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from provgen import build, cli, evaluation
@@ -42,6 +44,7 @@ GRID_SAMPLES = 32
 MAX_IMAGES = 2000
 LEAST_TRACED, MAX_TRACED = 200, 500
 MAX_PRODUCTS = 2**31  # numbers of traced images times numbers of all training images
+FEWEST_LOSSES, LOSS_NUMBERS = 100, 2**17  # images whose losses are measured, and numbers in all of these
 
 Rows = list[dict[str, Any]]
 
@@ -66,7 +69,8 @@ def main(
     folder, logged = trained.folder, logged_rows(trained.folder)
     samples = records.read_parts(folder.samples, ["sample"]) if trained.generator.can_sample else []
     sections = [*(sample_sections(trained, samples, features) if samples else []), *run_sections(trained, logged)]
-    parts = [make() for applies, make in sections if applies]
+    makers = [make for applies, make in sections if applies]
+    parts = [make() for make in track(makers, "sections of the report", console=Console(stderr=True))]
     page = render_report(
         title=f"provgen: {run.name}",
         facts=facts(trained, len(samples), logged),
@@ -189,8 +193,9 @@ def has_loss(trained: build.TrainedRun) -> bool:
 def generalization_part(trained: build.TrainedRun) -> Part:
     """Measure losses on training and held-out images, and how far a denoiser is from having learned by heart."""
     generator, train = trained.generator, trained.data.train
+    count = max(FEWEST_LOSSES, min(MAX_IMAGES, LOSS_NUMBERS // train.images[0].numel()))
     losses = [
-        generator_losses(generator, some_of(images, MAX_IMAGES), draws=evaluation.LOSS_DRAWS, seed=0)
+        generator_losses(generator, some_of(images, count), draws=evaluation.LOSS_DRAWS, seed=0)
         for images in (train, trained.data.holdout)
     ]
     divergence = None

@@ -62,13 +62,16 @@ def main(
     labels = evaluation.classes_in_turn(train, num_images, is_conditional=is_conditional)
     if class_name is not None:
         labels = [train.class_index(class_name)] * num_images
+    limit = None
+    if resample_below is not None:
+        limit = evaluation.late_entropy_limit(pipeline, trained.data.holdout, resample_below)
     sample = partial(
         pipeline,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         top_k=top_k,
         trace_every=trace_every,
-        resample_below=None if resample_below is None else evaluation.late_entropy_limit(trained, resample_below),
+        resample_below=limit,
         closed_form=trained.closed_form() if closed_form else None,
         output_type="pt",
     )

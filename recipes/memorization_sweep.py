@@ -65,7 +65,7 @@ def main(
     steps = sorted({max(1, round(part * settings.training.max_steps)) for part in SHARES_OF_STEPS})
     if accelerator.is_main_process:
         fingerprint = retraining.fingerprint(
-            settings, num_images=num_images, steps=steps, resampled_below=list(sweep.BOUNDS)
+            settings, num_images=num_images, steps=steps, resampled_below=list(sweep.RESAMPLED_BELOW)
         )
         claim_folder(folder.root, fingerprint)
     accelerator.wait_for_everyone()

@@ -279,7 +279,7 @@ def test_rows_of_temperatures_are_those_from_the_window_on():
 def test_so_large_a_share_of_held_out_images_has_less_late_entropy_than_the_limit(kind, share, trained_of):
     trained = trained_of(kind)
     holdout, pipeline = trained.data.holdout, trained.pipeline
-    limit = evaluation.late_entropy_limit(trained, share)
+    limit = evaluation.late_entropy_limit(trained.pipeline, trained.data.holdout, share)
     labels = holdout.labels if kind == "diffusion" else None
     traced = pipeline.attribute(holdout.images, top_k=1, class_labels=labels)
     # Outside images are traced inside the window alone, so the last level is its cleanest.
@@ -288,14 +288,17 @@ def test_so_large_a_share_of_held_out_images_has_less_late_entropy_than_the_limi
     below, at_most = ((late < limit + by).double().mean().item() for by in (-1e-6, 1e-6))
     assert below <= share + 0.5 / len(holdout)
     assert at_most >= share - 0.5 / len(holdout)
-    assert evaluation.late_entropy_limit(trained, 0.0) == pytest.approx(float(late.min()), rel=1e-5)
-    assert evaluation.late_entropy_limit(trained, 1.0) == pytest.approx(float(late.max()), rel=1e-5)
+    assert evaluation.late_entropy_limit(trained.pipeline, trained.data.holdout, 0.0) == pytest.approx(
+        float(late.min()), rel=1e-5
+    )
+    assert evaluation.late_entropy_limit(trained.pipeline, trained.data.holdout, 1.0) == pytest.approx(
+        float(late.max()), rel=1e-5
+    )
 
 
 def test_without_held_out_images_there_is_no_limit(trained):
-    data = replace(trained.data, holdout=trained.data.holdout.select(torch.arange(0)))
     with pytest.raises(InputError, match="this run has none"):
-        evaluation.late_entropy_limit(replace(trained, data=data), 0.01)
+        evaluation.late_entropy_limit(trained.pipeline, trained.data.holdout.select(torch.arange(0)), 0.01)
 
 
 def test_evidence_is_taken_from_whole_posteriors(trained):
@@ -306,7 +309,10 @@ def test_evidence_is_taken_from_whole_posteriors(trained):
     closed = trained.closed_form()
     for row in range(len(images)):
         traces = [
-            pipeline.attribute(images[row : row + 1], top_k=len(train), closed_form=some) for some in (None, closed)
+            pipeline.attribute(
+                images[row : row + 1], top_k=len(train), closed_form=some, trace_every=evaluation.EVIDENCE_EVERY
+            )
+            for some in (None, closed)
         ]
         dense = [torch.zeros(len(train)).scatter(0, t.example_index[0], t.posterior[0]) for t in traces]
         first, second = (set(some.topk(10).indices.tolist()) for some in dense)

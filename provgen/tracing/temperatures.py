@@ -54,6 +54,9 @@ FLAT = 1e-4
 SCANNED = (-1, 0, 1, 2, 3, 6, 10)
 """Octaves around the temperature of the level before that are tried first."""
 
+OWN_OCTAVES = tuple(number / 2 for number in range(-4, 33))
+"""Logarithms to base 2 of the temperatures that are tried for a sample alone."""
+
 WIDEST = 24.0
 """Largest logarithm of T to base 2, either way."""
 
@@ -236,6 +239,30 @@ def fit_temperature(
         return (best, FLAT) if is_better else (start, 0.0)
     found = minimize_scalar(unexplained, bounds=(best - 1, best + 1), method="bounded", options={"xatol": 0.04})
     return float(found.x), around
+
+
+class OwnTemperature:
+    """Fits one temperature of the closed form to every sample alone, on the steps of its trajectory.
+
+    It is 1 for a generator that copies, as the closed form does.
+    """
+
+    def __init__(self, mixtures: Mixtures, closed_form: Posterior) -> None:
+        """Start with the training images, and their exact posterior."""
+        self.mixtures, self.closed_form = mixtures, closed_form
+        self._errors: list[Tensor] = []
+
+    def __call__(self, step: Step) -> None:
+        """Add the errors of mixtures to the predicted image of a step."""
+        logits = self.closed_form.logits(step.query, step.alpha_bars, step.class_labels)
+        predicted = step.predicted_image.flatten(1).to(self.mixtures.images)
+        errors = [self.mixtures.errors(logits, predicted, 2.0**octave) for octave in OWN_OCTAVES]
+        self._errors.append(torch.stack(errors, dim=1))
+
+    def octaves(self) -> Tensor:
+        """Give the logarithm of the temperature to base 2, (query,)."""
+        best = torch.stack(self._errors).sum(dim=0).argmin(dim=1).cpu()
+        return torch.tensor(OWN_OCTAVES)[best]
 
 
 def _walk(unexplained: Callable[[float], float], start: float) -> float:

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from provgen.studies.memorization.curves import bounds_of
 from provgen.studies.memorization.sweep import SweepFolder, SweepModel
 
 pytestmark = pytest.mark.slow
@@ -61,11 +62,23 @@ def test_samples_of_little_late_entropy_are_drawn_again(swept):
     late = found["late_entropy"]
     (level,) = (found["step_entropy"] == late[:, None]).all(dim=0).nonzero().flatten().tolist()
     assert 0 < level < len(found["alpha_bar"]) - 1, "inside the window of the model, whose end is before the image"
-    for below in ("0.0001", "0.001", "0.01"):
-        resamplings = found[f"resamplings_below_{below}"]
-        assert torch.equal(resamplings > 0, late < float(below))
-        same = resamplings == 0
-        assert torch.equal(found[f"ratio_below_{below}"][same], found["ratio"][same])
+    assert bounds_of(found) == ["1%", "5%", "25%"]
+    before = torch.zeros(len(late), dtype=torch.bool)
+    for below in bounds_of(found):
+        again = found[f"resamplings_below_{below}"] > 0
+        assert torch.equal(again, late <= late[again].max() if again.any() else again)
+        assert torch.equal(again | before, again), "whatever is resampled below a bound is so below a larger one"
+        assert torch.equal(found[f"ratio_below_{below}"][~again], found["ratio"][~again])
+        before = again
+
+
+def test_samples_have_a_temperature_and_an_explained_share(swept):
+    root, _ = swept
+    for by_step in SweepFolder(root).load().values():
+        for found in by_step.values():
+            assert found["octaves"].shape == found["explained"].shape == found["ratio"].shape
+            assert found["octaves"].isfinite().all()
+            assert ((found["explained"] >= 0) & (found["explained"] <= 1)).all()
 
 
 def test_mistakes_end_in_one_line(swept, run_recipe, capsys):

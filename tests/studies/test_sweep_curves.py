@@ -5,6 +5,7 @@ import torch
 
 from provgen.metrics.statistics import mean_over_seeds, proportion
 from provgen.studies.memorization.curves import (
+    bounds_of,
     copy_prediction,
     curve_point,
     early_prediction,
@@ -96,11 +97,12 @@ def test_every_sampling_step_tells_what_it_knows():
 
 
 def test_what_drawing_again_did():
-    first = model([0.1] * 4, **{"ratio_below_0.01": torch.tensor([0.1, 0.9, 0.9, 0.9])})
-    second = model([0.9] * 4, **{"ratio_below_0.01": torch.tensor([0.9] * 4)})
+    first = model([0.1] * 4, **{"ratio_below_1%": torch.tensor([0.1, 0.9, 0.9, 0.9])})
+    second = model([0.9] * 4, **{"ratio_below_1%": torch.tensor([0.9] * 4)})
     for made, resamplings in ((first, [4, 1, 1, 2]), (second, [0] * 4)):
-        made["resamplings_below_0.01"] = torch.tensor(resamplings)
-    left, draws = resampling_effect([first, second], below=0.01)
+        made["resamplings_below_1%"] = torch.tensor(resamplings)
+    assert bounds_of(first) == ["1%"]
+    left, draws = resampling_effect([first, second], "1%")
     assert (left.value, left.n, draws.value) == (1 / 8, 8, 2)
 
 

@@ -16,7 +16,8 @@ from provgen.models.diffusion import make_sampling_scheduler, make_training_sche
 from provgen.models.temperatures import ALL_LEVELS, Temperatures, Tracer
 from provgen.tracing import temperatures
 from provgen.tracing.attribution import Mixtures, support_limits
-from provgen.tracing.temperatures import fit_temperature, fit_temperatures, informative_levels
+from provgen.tracing.temperatures import OwnTemperature, fit_temperature, fit_temperatures, informative_levels
+from provgen.tracing.trace import trace
 
 NULL = 3
 CPU = torch.device("cpu")
@@ -101,6 +102,17 @@ def test_a_noisy_prediction_has_the_temperature_that_a_fine_grid_finds(mixtures)
     best = float(grid[torch.stack(errors).argmin()])
     octave, _ = fit_temperature(mixtures, logits, predicted)
     assert octave == pytest.approx(best, abs=0.06)
+
+
+@pytest.mark.parametrize("planted", PLANTED[:2])
+def test_every_sample_has_the_temperature_of_its_generator(planted, denoiser_of, mixtures):
+    """Own trajectories alone; 1 for the closed form, which copies."""
+    generator, labels = denoiser_of(planted), torch.arange(4)
+    noise = [torch.Generator().manual_seed(number) for number in range(4)]
+    options = {"null_label": NULL, "num_inference_steps": 50, "guidance_scale": 1.0}
+    own = OwnTemperature(mixtures, generator.closed_form)
+    trace(generator.sample(labels, generator=noise, **options), own)
+    assert own.octaves().tolist() == [math.log2(planted)] * 4
 
 
 @pytest.mark.parametrize("start", [-1.5, 0.0, 3.0])

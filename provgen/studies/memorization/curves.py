@@ -46,7 +46,13 @@ Measured = Mapping[str, Tensor]
 """Arrays that `sweep.measure` gave of one model, by name."""
 
 PREDICTORS = ("late_entropy", "entropy", "top", "commitment")
-"""Numbers of a trace that may tell a copy."""
+"""Numbers of a trace, by either tracer, that may tell a copy."""
+
+SHARED_PREDICTORS = ("octaves", "explained")
+"""Numbers that belong to no tracer: the logarithm of a sample's own temperature, and what the best mixture explains."""
+
+LARGE_TELLS = ("top", "explained")
+"""Endings of the names of those that are large where a copy is likely."""
 
 FEWEST = 5
 """Least number of copies, and of samples that are none, that a prediction is judged on."""
@@ -69,7 +75,7 @@ class SweepCurves:
     """AUROC by predictor, of all sizes together at the last step."""
     early: Mapping[int, Sequence[tuple[float, Estimate]]]
     """AUROC of the entropy at every sampling step by size, with alpha_bar."""
-    resampling: Mapping[int, Mapping[float, tuple[Estimate, Estimate]]]
+    resampling: Mapping[int, Mapping[str, tuple[Estimate, Estimate]]]
     """Share of copies left and draws of a sample (`resampling_effect`), by size, then by bound."""
 
 
@@ -87,7 +93,7 @@ def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Mea
     train, holdout = ([model[name] for model in models] for name in ("train_loss", "holdout_loss"))
     point |= {"train_loss": _mean(train), "holdout_loss": _mean(holdout), "loss_ratio": _ratio(holdout, train)}
     point["divergence"] = _mean([model["divergence"] for model in models])
-    for name in ("entropy", "closed_form_entropy"):
+    for name in ("entropy", "closed_form_entropy", "octaves", "explained"):
         if all(name in model for model in models):
             point[name] = _mean([model[name] for model in models])
     for name in ("commitment", "closed_form_commitment"):
@@ -101,8 +107,8 @@ def curve_point(models: Sequence[Measured], halves: Sequence[tuple[Measured, Mea
 def copy_prediction(models: Sequence[Measured], *, within: bool = False, pooled: bool = False) -> dict[str, Estimate]:
     """Measure how well each predictor of a trace tells copies under the 1/3 rule from other samples: AUROC by name.
 
-    Entropy and commitment count as telling where they are small, the top posterior where it is large. Predictors are
-    left out where there are too few of either kind.
+    Entropy, temperature and commitment count as telling where they are small, the top posterior and the explained share
+    where they are large. Predictors are left out where they were not measured, or there are too few of either kind.
 
     Args:
         models: Models of one size, or of several sizes that are pooled.
@@ -113,7 +119,8 @@ def copy_prediction(models: Sequence[Measured], *, within: bool = False, pooled:
     if not all("entropy" in model for model in models):
         return {}
     judge, predictions = _pooled_auroc if pooled else _auroc, {}
-    for name in (f"{tracer}{predictor}" for tracer in ("", "closed_form_") for predictor in PREDICTORS):
+    names = (f"{tracer}{predictor}" for tracer in ("", "closed_form_") for predictor in PREDICTORS)
+    for name in (name for name in (*names, *SHARED_PREDICTORS) if all(name in model for model in models)):
         scores = [_telling(name, model) for model in models]
         if (estimate := judge(models, scores, within=within, resamples=1000)) is not None:
             predictions[name] = estimate
@@ -132,24 +139,31 @@ def early_prediction(models: Sequence[Measured]) -> list[tuple[float, Estimate]]
     return predictions
 
 
-def resampled_names(below: float) -> tuple[str, str]:
-    """Name what is measured of samples that were resampled below a bound: distance ratios and redraws."""
-    return f"ratio_below_{below:g}", f"resamplings_below_{below:g}"
+RATIO, RESAMPLINGS = "ratio_below_", "resamplings_below_"
+"""Beginnings of the names of what is measured of resampled samples; a bound follows."""
 
 
-def resampling_effect(models: Sequence[Measured], *, below: float) -> tuple[Estimate, Estimate]:
+def bounds_of(model: Measured) -> list[str]:
+    """List the bounds of the late entropy below which samples of a model were resampled.
+
+    `1%` is the entropy that this share of held-out images are below; a mere number is nats.
+    """
+    bounds = [name.removeprefix(RATIO) for name in model if name.startswith(RATIO)]
+    return sorted(bounds, key=lambda bound: float(bound.rstrip("%")))
+
+
+def resampling_effect(models: Sequence[Measured], bound: str) -> tuple[Estimate, Estimate]:
     """Give the share of copies among samples that were resampled below a bound, and the draws a sample took."""
-    ratio, resamplings = resampled_names(below)
     return (
-        _share_below([model[ratio] for model in models]),
-        _mean([1 + model[resamplings].double() for model in models]),
+        _share_below([model[RATIO + bound] for model in models]),
+        _mean([1 + model[RESAMPLINGS + bound].double() for model in models]),
     )
 
 
 def _telling(name: str, model: Measured) -> Tensor:
     """Give scores that are large where a copy is likely."""
     values = model[name]
-    if name.endswith("top"):
+    if name.endswith(LARGE_TELLS):
         return values
     # Never committed is later than any step.
     return -values.double().masked_fill(values < 0, torch.inf) if name.endswith("commitment") else -values

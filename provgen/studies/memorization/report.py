@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,8 @@ PANELS = (
     ("divergence", "From learned by heart", "nats"),
     ("entropy", "Provenance entropy", "nats"),
     ("commitment", "Commitment, if any", "sampling step"),
+    ("octaves", "Temperature of samples", "octaves; 0 is T = 1"),
+    ("explained", "Explained by training images", "share of contrast"),
 )
 """Names of `curve_point`, titles and units."""
 
@@ -53,6 +56,8 @@ NAMES = {
     "entropy": "entropy",
     "top": "top posterior",
     "commitment": "commitment step",
+    "octaves": "own temperature",
+    "explained": "explained share",
     "closed_form_late_entropy": "closed form, late entropy",
     "closed_form_entropy": "closed form, entropy",
     "closed_form_top": "closed form, top posterior",
@@ -113,8 +118,13 @@ def onsets_in_words(curves: SweepCurves) -> list[str]:
     return sentences
 
 
+def _panels(curves: SweepCurves) -> list[tuple[str, str, str]]:
+    """Give those of `PANELS` that were measured."""
+    return [panel for panel in PANELS if _by_size(curves, panel[0])]
+
+
 def _points_table(curves: SweepCurves) -> Table:
-    first, *others = [(name, title.lower()) for name, title, _ in PANELS]
+    first, *others = [(name, title.lower()) for name, title, _ in _panels(curves)]
     columns = dict([first, ("share_memorized_holdout", "held-out copies"), *others])
     return Table(
         ["images", *columns.values()],
@@ -124,8 +134,9 @@ def _points_table(curves: SweepCurves) -> Table:
 
 
 def _prediction_table(predictions: Mapping[Any, Mapping[str, Estimate]], note: str) -> Table:
-    columns = [_cells(by_predictor, NAMES) for by_predictor in predictions.values()]
-    rows = list(zip(NAMES.values(), *columns, strict=True))
+    names = {name: title for name, title in NAMES.items() if any(name in found for found in predictions.values())}
+    columns = [_cells(by_predictor, names) for by_predictor in predictions.values()]
+    rows = list(zip(names.values(), *columns, strict=True))
     return Table(["images", *map(str, predictions)], rows, note)
 
 
@@ -137,9 +148,10 @@ def _resampling_table(curves: SweepCurves) -> Table:
         cells = [f"{interval(left, '.3g')}, {interval(draws, '.3g')} draws" for left, draws in effects.values()]
         rows.append([str(size), interval(drawn_once, ".3g"), *cells])
     return Table(
-        ["images", "as drawn", *(f"below {below:g}" for below in bounds)],
+        ["images", "as drawn", *(f"below {bound}" for bound in bounds)],
         rows,
-        "Copies left, and draws for each sample, where samples with less late entropy (nats) are resampled.",
+        "Copies left, and draws for each sample, where samples with less late entropy are resampled: less than that "
+        "many nats, or than all but that share of held-out images.",
     )
 
 
@@ -228,8 +240,12 @@ def _page(name: str, curves: SweepCurves, figures: Mapping[str, Figure]) -> str:
 
 def plot_sweep(curves: SweepCurves) -> Figure:
     """Plot everything against the number of training images, at the last step."""
-    figure, panels = panel_figure(9.0, 5.4, 3, 2)
-    for axes, (name, title, unit) in zip(panels, PANELS, strict=True):
+    shown = _panels(curves)
+    columns = math.ceil(len(shown) / 2)
+    figure, panels = panel_figure(3 * columns, 5.4, columns, 2)
+    for spare in panels[len(shown) :]:
+        spare.remove()
+    for axes, (name, title, unit) in zip(panels, shown, strict=False):
         _draw(axes, curves, name, BLUE, "generated" if name == "share_memorized" else "network")
         if name in BESIDE:
             other, label = BESIDE[name]

@@ -17,30 +17,34 @@ from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
 from provgen.errors import InputError
+from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import generator_losses
 from provgen.metrics.copying import distance_ratio
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.settings import Settings
 from provgen.studies.jobs import ResultStore, require_no_npz
 from provgen.studies.memorization.curves import (
+    RATIO,
+    RESAMPLINGS,
     Measured,
     SweepCurves,
+    bounds_of,
     copy_prediction,
     curve_point,
     early_prediction,
-    resampled_names,
     resampling_effect,
 )
-from provgen.tracing.attribution import Attribution
+from provgen.tracing.attribution import Attribution, Mixtures
 from provgen.tracing.calibrate import NUM_INFERENCE_STEPS
-from provgen.tracing.trace import late_level
+from provgen.tracing.temperatures import OwnTemperature
+from provgen.tracing.trace import late_level, trace
 from provgen.training.trainer import CoTrainer
 
 MAX_LOSSES = 200
 """Training images, and held-out ones, that losses are measured on."""
 
-BOUNDS = (1e-4, 1e-3, 1e-2)
-"""Of the late entropy in nats, below which samples are resampled."""
+RESAMPLED_BELOW = (0.01, 0.05, 0.25)
+"""Shares of the held-out images that have less late entropy than samples that are kept."""
 
 Arrays = dict[str, Any]
 """NumPy arrays by name."""
@@ -102,7 +106,8 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
         By name: `images`, `labels` and `ratio` (query,) of samples, `holdout_ratio` (image,), losses and divergence
         (image,); of the traces `entropy` and `commitment` (query,) of the network, and with `closed_form_` before them
         of the closed form. At the last step also `top` and `late_entropy` (query,) of both, the network's
-        `step_entropy` (query, step) and `alpha_bar` (step,), and what `resampled_names` names for each of `BOUNDS`.
+        `step_entropy` (query, step) and `alpha_bar` (step,), and ratios and redraws of samples that were resampled
+        (`curves.bounds_of`). Of samples also `explained` and `octaves` (query,), binary logarithms of own temperatures.
     """
     pipeline = evaluation.make_pipeline(trainer, data)
     sampled = evaluation.sample(pipeline, data, count=num_images)
@@ -111,6 +116,8 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
         "labels": torch.arange(num_images) % max(1, data.train.num_classes),
         "ratio": _ratios(sampled.images, data.train),
         "holdout_ratio": _ratios(_subset(data.holdout).images, data.train),
+        "explained": Mixtures(data.train, pipeline.device).explain(to_unit_range(sampled.images)).share,
+        "octaves": _own_octaves(pipeline.denoiser, data, num_images),
     }
     for name, attribution in (("", sampled.attribution), ("closed_form_", sampled.closed_form)):
         if attribution is not None:
@@ -118,16 +125,34 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
             arrays |= {f"{name}{key}": values for key, values in traced.items()}
     if sampled.attribution is not None and is_last:
         arrays |= _at_every_step(sampled.attribution, pipeline.generator.alpha_bars(NUM_INFERENCE_STEPS))
-        for below in BOUNDS:
+        for share in RESAMPLED_BELOW:
+            below, name = evaluation.late_entropy_limit(pipeline, data.holdout, share), f"{share:.0%}"
             again = evaluation.sample(pipeline, data, count=num_images, resample_below=below)
-            ratio, resamplings = resampled_names(below)
-            arrays |= {ratio: _ratios(again.images, data.train), resamplings: again.resamplings}
+            arrays |= {RATIO + name: _ratios(again.images, data.train), RESAMPLINGS + name: again.resamplings}
     for name, images in (("train", data.train), ("holdout", data.holdout)):
         losses = generator_losses(pipeline.denoiser, _subset(images), draws=evaluation.LOSS_DRAWS, seed=0)
         arrays[f"{name}_loss"] = losses.mean(dim=1)
     by_step = evaluation.divergence_by_step(pipeline.denoiser, data.train, _subset(data.train))
     arrays["divergence"] = torch.stack(list(by_step.values()), dim=1).mean(dim=1)
     return {name: values.cpu().numpy() for name, values in arrays.items()}
+
+
+def _own_octaves(generator: DiffusionGenerator, data: RunData, count: int) -> Tensor:
+    """Give the logarithm of every sample's own temperature to base 2, (query,), along the trajectories of `sample`."""
+    train, device = data.train, generator.network.device
+    closed_form = generator.closed_form(train, dtype=torch.float32, device=device)
+    classes = evaluation.classes_in_turn(train, count, is_conditional=True)
+    labels = torch.tensor([train.num_classes if label is None else label for label in classes], device=device)
+    own = OwnTemperature(Mixtures(train, device), closed_form)
+    steps = generator.sample(
+        labels,
+        null_label=train.num_classes,
+        generator=[torch.Generator().manual_seed(number) for number in range(count)],
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=1.0,
+    )
+    trace(steps, own)
+    return own.octaves()
 
 
 def _ratios(images: Tensor, train: ImageSet) -> Tensor:
@@ -178,7 +203,7 @@ def curves(measured: Mapping[SweepModel, Mapping[int, Measured]]) -> SweepCurves
         overall=copy_prediction([model for of_size in last.values() for model in of_size], pooled=True),
         early={size: by_level for size, by_level in early.items() if by_level},
         resampling={
-            size: {below: resampling_effect(of_size, below=below) for below in BOUNDS}
+            size: {bound: resampling_effect(of_size, bound) for bound in bounds_of(of_size[0])}
             for size, of_size in last.items()
             if all("entropy" in model for model in of_size)
         },
