@@ -126,7 +126,8 @@ def gradient_query(trained: build.TrainedRun, queries: int, timesteps: int, fold
     What the products are taken with does not matter for the time, so the training features are random numbers.
     """
     unet, train = trained.pipeline.unet, trained.data.train
-    scheduler = make_training_scheduler(trained.settings.generator.beta_schedule)
+    chosen = trained.settings.generator
+    scheduler = make_training_scheduler(chosen.beta_schedule, chosen.prediction)
     gradients = LossGradients(unet, scheduler, target="zero", num_timesteps=timesteps, seed=0)
     features = GradientFeatures(gradients, folder, proj_dim=min(PROJ_DIM, gradients.size))
     stored = torch.randn(len(train), min(PROJ_DIM, gradients.size))

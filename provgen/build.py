@@ -293,7 +293,7 @@ def make_generator(settings: Settings, train: ImageSet, network: Any) -> Generat
     """Make the generator of a network; a new kind of generator is one file in `generators/` and one line here."""
     chosen = settings.generator
     if chosen.kind == "diffusion":
-        scheduler = make_sampling_scheduler(make_training_scheduler(chosen.beta_schedule))
+        scheduler = make_sampling_scheduler(make_training_scheduler(chosen.beta_schedule, chosen.prediction))
         return DiffusionGenerator(network=network, scheduler=scheduler)
     if chosen.kind == "vae":
         return VaeGenerator(network=network, kl_weight=chosen.kl_weight)

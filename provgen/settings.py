@@ -59,6 +59,8 @@ class GeneratorSettings:
     """Diffusion: share of training rows whose label is replaced by the null label, in [0, 1]."""
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """Diffusion: noise schedule, by its diffusers name."""
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    """Diffusion: what the denoiser predicts, the noise or the velocity, by its diffusers name."""
     kl_weight: float = 0.3
     """VAE: weight of the latent's divergence (nats per pixel) against the squared error, positive."""
 

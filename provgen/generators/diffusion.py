@@ -17,7 +17,13 @@ from provgen.data.batches import Batch
 from provgen.data.random import Stream, seeded_generator
 from provgen.errors import InputError
 from provgen.generators.protocol import Generator, LastLayer, Output, Step
-from provgen.models.diffusion import encoder_feature_maps, record_feature_maps, record_features
+from provgen.models.diffusion import (
+    denoised,
+    denoiser_target,
+    encoder_feature_maps,
+    record_feature_maps,
+    record_features,
+)
 
 CLEAR_ALPHA_BAR = 0.9
 """Noise level at which images are encoded."""
@@ -33,7 +39,7 @@ class DiffusionGenerator(Generator):
 
     name: ClassVar[str] = "denoiser"
     loss_name: ClassVar[str] = "denoising_loss"
-    loss_text: ClassVar[str] = "Mean squared error of the predicted noise"
+    loss_text: ClassVar[str] = "Mean squared error of the predicted noise, or velocity"
     is_class_conditional: ClassVar[bool] = True
     has_noise_levels: ClassVar[bool] = True
 
@@ -68,14 +74,16 @@ class DiffusionGenerator(Generator):
         return scheduler
 
     def forward(self, batch: Batch, *, with_feature_maps: bool = True) -> Output:
-        """Noise the images to the batch's timesteps and predict the noise."""
+        """Noise the images to the batch's timesteps and predict the noise, or velocity."""
         noisy = self.scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)
         recording: AbstractContextManager[list[Tensor]] = (
             record_feature_maps(self.network) if with_feature_maps else nullcontext([])
         )
         with recording as feature_maps:
             predicted = self.network(noisy, batch.timesteps, class_labels=batch.labels).sample
-        loss = denoising_loss(predicted, batch.noise)
+        loss = denoising_loss(
+            predicted, denoiser_target(self.scheduler, batch.clean_images, batch.noise, batch.timesteps)
+        )
         return Output(
             loss=loss,
             parts={"denoising_loss": loss},
@@ -100,12 +108,12 @@ class DiffusionGenerator(Generator):
         images = self.draw_noise(generator, len(class_labels))
         for number, timestep in enumerate(scheduler.timesteps):
             step = self.step_at(images, timestep, class_labels, number=number)
-            noise = step.last_layer.output
+            output = step.last_layer.output
             if guidance_scale != 1:
                 null = torch.full_like(class_labels, null_label)
                 unconditional = self.network(images, timestep, class_labels=null).sample
-                noise = torch.lerp(unconditional, noise, guidance_scale)
-            images = scheduler.step(noise, timestep, images).prev_sample
+                output = torch.lerp(unconditional, output, guidance_scale)
+            images = scheduler.step(output, timestep, images).prev_sample
             step.images = images
             yield step
 
@@ -142,7 +150,7 @@ class DiffusionGenerator(Generator):
             query=noisy,
             class_labels=class_labels,
             encode=torch.no_grad()(encode),
-            predict=lambda: predicted_image(noisy, step.last_layer.output, alpha_bar),
+            predict=lambda: denoised(self.scheduler, noisy, step.last_layer.output, alpha_bar)[0].clamp(-1, 1),
             decode=torch.no_grad()(decode),
         )
         return step
@@ -163,16 +171,6 @@ class DiffusionGenerator(Generator):
         return encoder_feature_maps(self.network, noisy, timestep, null)[-1].flatten(1)
 
 
-def predicted_image(noisy: Tensor, predicted_noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Give (x_t - sqrt(1 - alpha_bar) noise) / sqrt(alpha_bar), cut to [-1, 1] (arXiv 2010.02502, eq. 9).
-
-    Noisy images and predicted noise are (query, channel, height, width), `alpha_bar` is a scalar.
-    """
-    level = alpha_bar.to(noisy)
-    image: Tensor = (noisy - (1 - level).sqrt() * predicted_noise) / level.sqrt()
-    return image.clamp(-1, 1)
-
-
-def denoising_loss(predicted_noise: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the predicted noise of every row, (batch,) (Ho et al. 2020, arXiv 2006.11239, eq. 14)."""
-    return (predicted_noise - noise).square().flatten(1).mean(dim=1)
+def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of what every row predicts, (batch,) (Ho et al. 2020, arXiv 2006.11239, eq. 14)."""
+    return (output - target).square().flatten(1).mean(dim=1)

@@ -15,7 +15,7 @@ from provgen.data.random import Stream, seeded_generator
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.protocol import Generator
-from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS
+from provgen.models.diffusion import NUM_TRAIN_TIMESTEPS, denoised
 
 BATCH = 256
 """Images at a time."""
@@ -23,7 +23,7 @@ BATCH = 256
 
 @torch.no_grad()
 def generator_losses(generator: Generator, images: ImageSet, *, draws: int, seed: int) -> Tensor:
-    """Loss of each image in every draw: squared error of the noise, or reconstruction and divergence of an autoencoder.
+    """Loss of each image in every draw: a denoiser's squared error, or an autoencoder's reconstruction and divergence.
 
     Timesteps are stratified over the schedule: draw d of an image falls into the d-th of `draws` equal parts.
 
@@ -95,6 +95,7 @@ def denoiser_divergence(
         ideal = (closed_form.probs(*asked) @ closed_form.rows).view(noisy.shape).to(noisy.device)
         level = alpha_bar.view(-1, 1, 1, 1)
         ideal_noise = (noisy - level.sqrt() * ideal) / (1 - level).sqrt()
-        predicted = unet(noisy, steps, class_labels=labels).sample
-        found.append((predicted - ideal_noise).flatten(1).square().sum(dim=1).cpu() / 2)
+        output = unet(noisy, steps, class_labels=labels).sample
+        _, predicted_noise = denoised(scheduler, noisy, output, level)
+        found.append((predicted_noise - ideal_noise).flatten(1).square().sum(dim=1).cpu() / 2)
     return torch.stack(found, dim=1)

@@ -46,7 +46,7 @@ class LastLayer(NamedTuple):
     inputs: Tensor
     """Features before it, (query, channel, height, width)."""
     output: Tensor
-    """Predicted noise, without guidance, (query, channel, height, width)."""
+    """Predicted noise or velocity, without guidance, (query, channel, height, width)."""
 
 
 @dataclass(kw_only=True)

@@ -36,7 +36,7 @@ DENOISER_SIZES = {
 
 
 def make_denoiser(size: str, *, image_size: int, image_channels: int, num_classes: int) -> UNet2DModel:
-    """Make a UNet that predicts the noise; class `num_classes` is the null label, `image_size` as in `encoder_shapes`.
+    """Make a UNet; class `num_classes` is the null label, `image_size` as in `encoder_shapes`.
 
     Convolutions only: at these sizes the receptive field covers the image, and attention would make one
     process and several differ by more than rounding.
@@ -58,10 +58,10 @@ def make_denoiser(size: str, *, image_size: int, image_channels: int, num_classe
     )
 
 
-def make_training_scheduler(beta_schedule: str) -> DDPMScheduler:
-    """Make the forward process; it predicts the noise."""
+def make_training_scheduler(beta_schedule: str, prediction: str = "epsilon") -> DDPMScheduler:
+    """Make the forward process, and say what the denoiser predicts of it; both by their diffusers names."""
     return DDPMScheduler(
-        num_train_timesteps=NUM_TRAIN_TIMESTEPS, beta_schedule=beta_schedule, prediction_type="epsilon"
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS, beta_schedule=beta_schedule, prediction_type=prediction
     )
 
 
@@ -70,6 +70,33 @@ def make_sampling_scheduler(training_scheduler: DDPMScheduler) -> DDIMScheduler:
     return DDIMScheduler.from_config(
         training_scheduler.config, clip_sample=True, timestep_spacing="trailing", set_alpha_to_one=True
     )
+
+
+def denoiser_target(
+    scheduler: DDPMScheduler | DDIMScheduler, images: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """Give what a denoiser learns to predict, (batch, channel, height, width).
+
+    That is the noise e, or the velocity sqrt(a) e - sqrt(1 - a) x of images x (Salimans and Ho 2022, arXiv 2202.00512),
+    in which noise is told apart from images at every level alike.
+    """
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    velocity: Tensor = scheduler.get_velocity(images, noise, timesteps)
+    return velocity
+
+
+def denoised(
+    scheduler: DDPMScheduler | DDIMScheduler, noisy: Tensor, output: Tensor, alpha_bar: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give the image and the noise that a denoiser's output means, each as `noisy` (query, channel, height, width).
+
+    Noise levels `alpha_bar` are a scalar or (query, 1, 1, 1).
+    """
+    kept, lost = alpha_bar.to(noisy).sqrt(), (1 - alpha_bar.to(noisy)).sqrt()
+    if scheduler.config.prediction_type == "epsilon":
+        return (noisy - lost * output) / kept, output
+    return kept * noisy - lost * output, lost * noisy + kept * output
 
 
 def encoder_shapes(size: str, image_size: int, image_channels: int) -> list[tuple[int, int]]:

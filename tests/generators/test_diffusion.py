@@ -38,6 +38,17 @@ def test_a_denoiser_is_given_the_noisy_image_and_charged_for_the_noise(denoising
     assert output.class_logits is None
 
 
+def test_a_denoiser_of_velocity_is_charged_for_it(make, make_batch, alphas_cumprod):
+    """sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
+    denoising = make("diffusion", "generator.prediction=v_prediction")
+    batch = make_batch(denoising)
+    output = denoising.forward(batch)
+    a = alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    velocity = a.sqrt() * batch.noise - (1 - a).sqrt() * batch.clean_images
+    predicted = denoising.network(output.query, batch.timesteps, class_labels=batch.labels).sample
+    torch.testing.assert_close(output.loss, (predicted - velocity).square().mean(dim=(1, 2, 3)))
+
+
 def test_denoising_loss_is_the_mean_squared_error_of_each_row(generator):
     predicted, noise = (torch.randn(3, 2, 2, 2, generator=generator) for _ in range(2))
     losses = denoising_loss(predicted, noise)
@@ -104,14 +115,18 @@ def test_sampling_is_ddim_with_every_pass_shown(scale, denoising, seeds, sampler
         noisy = step.images
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @torch.no_grad()
-def test_a_step_of_ddim_is_its_formula(denoising, seeds):
-    """x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, with the x_0 that the predicted noise stands for, clipped."""
+def test_a_step_of_ddim_is_its_formula(prediction, make, seeds):
+    """x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, with the x_0 that the output stands for, clipped."""
+    denoising = make("diffusion", f"generator.prediction={prediction}")
     scheduler = denoising.scheduler
     steps = list(denoising.sample(LABELS, generator=seeds(0, 1, 2), **ASKED))
     for step, following in pairwise(steps):
         a, later = step.alpha_bar, following.alpha_bar
-        noise = step.last_layer.output
+        noise = output = step.last_layer.output
+        if prediction == "v_prediction":
+            noise = (1 - a).sqrt() * step.query + a.sqrt() * output
         clean = (step.query - (1 - a).sqrt() * noise) / a.sqrt()
         if scheduler.config.clip_sample:
             clean = clean.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)

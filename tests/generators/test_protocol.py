@@ -5,10 +5,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from provgen.generators.diffusion import predicted_image
 from provgen.generators.protocol import LastLayer, Output, Step
 from provgen.models.classifier import CLEAN_ALPHA_BAR
-from provgen.models.diffusion import encoder_shapes
+from provgen.models.diffusion import denoised, denoiser_target, encoder_shapes, make_training_scheduler
 
 KINDS = ("diffusion", "vae", "none")
 NULL = 3
@@ -172,19 +171,32 @@ def test_steps_of_an_image_do_not_depend_on_its_batch(kind, make, pixels):
     assert torch.equal(first, reseeded) == (kind == "none"), "other noise, where there is any"
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @torch.no_grad()
-def test_the_image_that_a_denoiser_predicts_by_hand(make, pixels):
-    """x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a), cut to the range of images; of the clean image and its own noise."""
-    generator, labels = make("diffusion"), torch.arange(12) % 4
+def test_the_image_that_a_denoiser_predicts_by_hand(prediction, make, pixels):
+    """x_0 of x_t and the noise, or of x_t and the velocity sqrt(a) noise - sqrt(1 - a) x_0, cut to [-1, 1]."""
+    generator, labels = make("diffusion", f"generator.prediction={prediction}"), torch.arange(12) % 4
     for step in generator.renoise(pixels, labels, num_inference_steps=10, seed=0):
-        noise = generator.network(step.query, step.timestep, class_labels=labels).sample
-        level = step.alpha_bar.double()
-        expected = (step.query.double() - (1 - level).sqrt() * noise.double()) / level.sqrt()
-        torch.testing.assert_close(step.predicted_image.double(), expected.clamp(-1, 1), rtol=1e-3, atol=1e-3)
-    level = torch.tensor(0.3)
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+        output = generator.network(step.query, step.timestep, class_labels=labels).sample.double()
+        kept, lost = step.alpha_bar.double().sqrt(), (1 - step.alpha_bar.double()).sqrt()
+        by_hand = {
+            "epsilon": (step.query.double() - lost * output) / kept,
+            "v_prediction": kept * step.query.double() - lost * output,
+        }
+        expected = by_hand[prediction].clamp(-1, 1)
+        torch.testing.assert_close(step.predicted_image.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_what_a_denoiser_should_predict_means_the_image_and_the_noise(prediction, pixels):
+    scheduler = make_training_scheduler("linear", prediction)
+    noise, timesteps = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)), torch.arange(12) * 70
+    level = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy = level.sqrt() * pixels + (1 - level).sqrt() * noise
-    torch.testing.assert_close(predicted_image(noisy, noise, level), pixels, rtol=1e-4, atol=1e-5)
+    target = denoiser_target(scheduler, pixels, noise, timesteps)
+    image, same_noise = denoised(scheduler, noisy, target, level)
+    torch.testing.assert_close(image, pixels, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(same_noise, noise, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -40,12 +40,12 @@ def denoiser(images, tiny_networks):
     return tiny_networks(images)[0]
 
 
-def gradients_of(denoiser, target="noise", num_timesteps=20, seed=0):
+def gradients_of(denoiser, target="own", num_timesteps=20, seed=0):
     return LossGradients(denoiser, SCHEDULER, target=target, num_timesteps=num_timesteps, seed=seed)
 
 
 @pytest.mark.parametrize("way", ["vectorised", "one by one"])
-@pytest.mark.parametrize("target", ["noise", "zero"])
+@pytest.mark.parametrize("target", ["own", "zero"])
 def test_gradients_are_those_of_a_plain_loop(denoiser, pixels, target, way):
     labels = torch.tensor([0, 2, 3])
     gradients = gradients_of(denoiser, target)
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_a_plain_loop(denoiser, pixels, target, way):
             alpha_bar = SCHEDULER.alphas_cumprod[timestep]
             noisy = (alpha_bar.sqrt() * pixels[row] + (1 - alpha_bar).sqrt() * noise)[None]
             output = denoiser(noisy, timestep, class_labels=labels[row : row + 1]).sample[0]
-            total = total + (output - (noise if target == "noise" else 0)).square().mean() / 20
+            total = total + (output - (noise if target == "own" else 0)).square().mean() / 20
         by_hand = torch.autograd.grad(total, list(denoiser.parameters()))
         expected = torch.cat([gradient.flatten() for gradient in by_hand])
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-3)
@@ -159,7 +159,7 @@ def test_the_store_goes_on_where_it_was_stopped(denoiser, images, tmp_path, monk
                 raise KeyboardInterrupt
             return super().__call__(images, class_labels)
 
-    made = {"target": "noise", "num_timesteps": 2, "seed": 0}
+    made = {"target": "own", "num_timesteps": 2, "seed": 0}
     part = GradientFeatures(Stopped(denoiser, SCHEDULER, **made), tmp_path / "part", proj_dim=32)
     with pytest.raises(KeyboardInterrupt):
         part.fit(images)
@@ -172,7 +172,7 @@ def test_the_store_goes_on_where_it_was_stopped(denoiser, images, tmp_path, monk
 
 def test_a_store_of_something_else_is_started_again(denoiser, images, tmp_path):
     for changed in ({"target": "zero"}, {"seed": 1}, {"num_timesteps": 4}):
-        made = {"target": "noise", "num_timesteps": 2, "seed": 0}
+        made = {"target": "own", "num_timesteps": 2, "seed": 0}
         first = GradientFeatures(gradients_of(denoiser, **made), tmp_path, proj_dim=16)
         first.fit(images)
         before = first.store.rows(0, 9)

@@ -21,12 +21,13 @@ from torch.func import functional_call, grad, vmap
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
+from provgen.models.diffusion import denoiser_target
 from provgen.run import atomic_path
 from provgen.studies.faithfulness.attributor import Cache, Queries
 from provgen.studies.faithfulness.baselines import UntunedScores
 from provgen.tracing.calibrate import AttributionScores
 
-Target = Literal["noise", "zero"]
+Target = Literal["own", "zero"]
 
 IMAGES_AT_ONCE = 32
 
@@ -60,7 +61,7 @@ class RandomProjection:
 class LossGradients:
     """The gradient with respect to all parameters of an image's loss, averaged over noise levels.
 
-    Target `noise`: the training loss, as TRAK for diffusion takes it. Target `zero`: the mean square of the
+    Target `own`: the training loss, as TRAK for diffusion takes it. Target `zero`: the mean square of the
     denoiser's output, which is D-TRAK (Zheng et al. 2024, arXiv 2311.00500). Their timesteps are 0, 1000/K, 2 x 1000/K,
     ...; the noise of a timestep is here the same for all images, so that an image does not depend on its batch.
     """
@@ -119,7 +120,10 @@ class LossGradients:
         noisy = self.scheduler.add_noise(image.expand_as(noise), noise, timesteps)
         labels = {"class_labels": label.expand(len(timesteps))}
         output = functional_call(self.unet, parameters, (noisy, timesteps), labels).sample
-        target = noise if self.target == "noise" else torch.zeros_like(noise)
+        if self.target == "zero":
+            target = torch.zeros_like(noise)
+        else:
+            target = denoiser_target(self.scheduler, image.expand_as(noise), noise, timesteps)
         loss: Tensor = (output - target).square().mean()
         return loss
 

@@ -144,7 +144,7 @@ def _gradient_methods(trained: TrainedRun, folder: Path, num_timesteps: Sequence
     encode, device = trained.pipeline.denoiser.encode, trained.pipeline.device
     yield _method("embedding cosine", baselines.EmbeddingCosine(encode, device))
     for steps in num_timesteps:
-        features = _gradient_features(trained, folder / f"trak-{steps}", "noise", steps)
+        features = _gradient_features(trained, folder / f"trak-{steps}", "own", steps)
         yield _method(f"gradient dot, {steps} timesteps", gradients.GradientDot(features))
         yield _method(f"TRAK, {steps} timesteps", gradients.Trak(features))
         yield _method(f"TRAK squared, {steps} timesteps", gradients.DasWithoutResidual(features))
@@ -156,7 +156,8 @@ def _gradient_methods(trained: TrainedRun, folder: Path, num_timesteps: Sequence
 def _gradient_features(
     trained: TrainedRun, folder: Path, target: gradients.Target, steps: int
 ) -> gradients.GradientFeatures:
-    unet, scheduler = trained.pipeline.unet, make_training_scheduler(trained.settings.generator.beta_schedule)
+    unet, chosen = trained.pipeline.unet, trained.settings.generator
+    scheduler = make_training_scheduler(chosen.beta_schedule, chosen.prediction)
     made = gradients.LossGradients(unet, scheduler, target=target, num_timesteps=steps, seed=0)
     return gradients.GradientFeatures(made, folder, proj_dim=PROJ_DIM if made.size > PROJ_DIM else None)
 

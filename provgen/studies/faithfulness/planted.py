@@ -11,6 +11,7 @@ from torch import Tensor
 
 from provgen.generators.closed_form import ClosedFormPosterior
 from provgen.metrics.statistics import Estimate, mean_estimate, proportion
+from provgen.models.diffusion import denoiser_target
 from provgen.report.format import markdown_table, percent
 from provgen.studies.faithfulness.attributor import LEAST_ALPHA_BAR
 from provgen.tracing.trace import NoisyImages
@@ -128,8 +129,9 @@ def ideal_samples(
             traced.append(images)
         probs = closed_form.probs(images, alpha_bar.expand(len(images)), class_labels)
         denoised = (probs @ closed_form.rows).view_as(images)
-        predicted_noise = (images - alpha_bar.sqrt() * denoised) / (1 - alpha_bar).sqrt()
-        images = scheduler.step(predicted_noise, timestep, images).prev_sample
+        removed = (images - alpha_bar.sqrt() * denoised) / (1 - alpha_bar).sqrt()
+        output = denoiser_target(scheduler, denoised, removed, timestep)
+        images = scheduler.step(output, timestep, images).prev_sample
     timesteps = scheduler.timesteps[-len(traced) :]
     alpha_bars = scheduler.alphas_cumprod[timesteps]
     return images, NoisyImages(images=torch.stack(traced), timesteps=timesteps, alpha_bars=alpha_bars)
