@@ -114,7 +114,7 @@ def test_samples_surer_than_a_share_of_held_out_images_are_drawn_again(trained_r
     assert run_recipe("generate_and_attribute", *arguments) == 0
     plain = read_parts(RunFolder(root).samples, ["sample"])
     late = late_level(plain[0]["step_alpha_bar"], trained.pipeline.window)
-    limit = late_entropy_limit(trained, 0.9)
+    limit = late_entropy_limit(trained.pipeline, trained.data.holdout, 0.9)
     is_sure = [sample["step_entropy"][late] < limit for sample in plain]
     assert 0 < sum(is_sure) < 10
     capsys.readouterr()
