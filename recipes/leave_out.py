@@ -42,7 +42,8 @@ from provgen.studies.faithfulness.tuning import Tuned
 from provgen.studies.jobs import Shard, missing_models
 
 METHODS = [
-    "random", "pixel kernel", "closed form, trajectory", "calibrated trace, trajectory", "D-TRAK, 100 timesteps",
+    "random", "random of the class", "pixel kernel", "closed form, trajectory", "calibrated trace, trajectory",
+    "D-TRAK, 100 timesteps",
 ]  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def main(
         typer.Option(help="Share of the training images left out; repeatable. Default: 0.05, 0.2."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each.")] = 2,
-    method: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: five of them.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: six of them.")] = None,
     shard: Annotated[str, typer.Option(help="Which share of the models: 1/2 takes every other one.")] = "1/1",
     only_table: Annotated[
         bool, typer.Option("--only-table", help="Make the table again of what is there; train nothing.")

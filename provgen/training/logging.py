@@ -124,7 +124,7 @@ def quality_table(rows: Sequence[Mapping[str, Any]], step: int) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in sorted(rows, key=lambda row: (str(row["rows"]), float(row["alpha_bar"]))):
         pairs = [f"{row[name]:.2f}/{row[f'{name}_ceiling']:.2f}" for name in ("cross_entropy", "top1", "top5")]
-        table.add_row(str(row["rows"]), f"{row['alpha_bar']:.3f}", pairs[0], f"{row['kl_gap']:.3f}", *pairs[1:])
+        table.add_row(str(row["rows"]), f"{row['alpha_bar']:.2g}", pairs[0], f"{row['kl_gap']:.3f}", *pairs[1:])
     return table
 
 

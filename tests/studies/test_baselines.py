@@ -13,6 +13,7 @@ from provgen.studies.faithfulness.baselines import (
     PixelCosine,
     PixelKernel,
     PixelNeighbors,
+    RandomOfClass,
     RandomScores,
     SameClass,
 )
@@ -20,6 +21,7 @@ from provgen.tracing.trace import NoisyImages
 
 METHODS = {
     "random": lambda: RandomScores(seed=3),
+    "random of the class": lambda: RandomOfClass(seed=3),
     "class": SameClass,
     "cosine": PixelCosine,
     "neighbors": PixelNeighbors,
@@ -126,6 +128,16 @@ def test_the_kernel_of_a_class_is_that_of_all_images_restricted_to_the_class(tra
     # So far from its class that the kernel of all images is 0 there: nothing is said, and nothing is not a number.
     far = queries_of(queries.images[:1], [(int(train.labels[7]) + 1) % 3])
     assert fitted("class kernel", train).attribute(far).values.isfinite().all()
+
+
+def test_guessing_within_the_class_takes_the_whole_class_first_and_in_the_order_of_guessing(train, queries):
+    values = fitted("random of the class", train).attribute(queries).values[-1]
+    guessed = fitted("random", train).attribute(queries).values[-1]
+    for query, label in enumerate(queries.class_labels[:2]):
+        members = (train.labels == label).nonzero().flatten()
+        first = values[query].argsort(descending=True)[: len(members)]
+        assert first.tolist() == members[guessed[query, members].argsort(descending=True)].tolist()
+    assert values[2].argsort().tolist() == guessed[2].argsort().tolist(), "no class is known"
 
 
 def test_guessing_is_reproducible_and_depends_on_the_seed(train, queries):

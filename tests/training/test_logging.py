@@ -86,5 +86,5 @@ def test_the_table_of_index_metrics_is_whole_on_a_narrow_terminal():
     printed = console.export_text()
     assert "…" not in printed
     cells = ["4.90/4.80", "0.100", "0.50/0.60", "0.70/0.80"]
-    expected = [[kind, level, *cells] for kind in ("conditional", "unconditional") for level in ("0.250", "0.900")]
+    expected = [[kind, level, *cells] for kind in ("conditional", "unconditional") for level in ("0.25", "0.9")]
     assert [line.split() for line in printed.splitlines() if "/0.60" in line] == expected

@@ -139,7 +139,7 @@ def index_section(last: Mapping[str, Any], num_covered: int, num_classes: int) -
     table = Table(
         ["alpha_bar", "rows", "gap (nats)", "cross-entropy", "ceiling", "top-1", "ceiling", "top-5", "ceiling"],
         [
-            [f"{row['alpha_bar']:.3f}", row["rows"], float(row["kl_gap"]), *(row[column] for column in columns)]
+            [f"{row['alpha_bar']:.2g}", row["rows"], float(row["kl_gap"]), *(row[column] for column in columns)]
             for row in rows
         ],
         "Parents are averaged over the closed-form posterior; see docs/reference/metrics.md.",

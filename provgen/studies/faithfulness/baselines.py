@@ -94,6 +94,22 @@ class SameClass(UntunedScores):
         return Cache(num_bytes=self.labels.nbytes)
 
 
+class RandomOfClass(SameClass):
+    """Guessing within the query's class: what any of its class would do."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = RandomScores(seed)
+
+    def fit(self, train: ImageSet) -> None:
+        """Keep the labels."""
+        super().fit(train)
+        self.random.fit(train)
+
+    def scores(self, queries: Queries) -> Tensor:
+        """Draw scores in [0, 1], and add 1 to the class."""
+        return super().scores(queries) + self.random.scores(queries)
+
+
 class PixelMethod:
     """A method that needs nothing but pixels."""
 

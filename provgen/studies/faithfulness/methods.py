@@ -79,6 +79,7 @@ def _method(name: str, attributor: Attributor, **label: Any) -> Method:
 
 def _pixel_methods() -> Iterator[Method]:
     yield _method("random", baselines.RandomScores(seed=0), is_reference=True, role=Role.CHANCE)
+    yield _method("random of the class", baselines.RandomOfClass(seed=1), role=Role.CHANCE)
     yield _method("same class", baselines.SameClass(), role=Role.CHANCE)
     yield _method("pixel cosine", baselines.PixelCosine())
     yield _method("pixel neighbours", baselines.PixelNeighbors())
