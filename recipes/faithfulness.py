@@ -9,7 +9,7 @@ The command writes retrained.parquet, .md and .png into RUN/faithfulness, and pr
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import Tensor
@@ -23,7 +23,7 @@ from provgen.studies.faithfulness.attributor import Method, MethodLabel, Queries
 from provgen.studies.faithfulness.leave_out import read_moved
 from provgen.studies.faithfulness.methods import TunedScores, make_methods, trace_queries, tuned_scores
 from provgen.studies.faithfulness.retraining import KINDS, Retrained, RetrainedFolder
-from provgen.studies.faithfulness.tuning import Split, Tuned, fields_of, fit_ensemble, tune
+from provgen.studies.faithfulness.tuning import Split, Tuned, best_in_hindsight, fields_of, fit_ensemble, tune
 from provgen.tracing.calibrate import AttributionScores, S
 
 ENSEMBLE = MethodLabel(name="ensemble", uses_provenance=True, role=Role.ENSEMBLE)
@@ -67,9 +67,12 @@ def main(
     rows = [row for kind in KINDS for row in predictions_of(kind, tuned, models.masks())]
     if earlier is not None:
         rows = comparison.with_added(earlier.rows, rows)
+        before = Tuned.load(folder / "tuned.json")
     else:
         rows += [row for kind in KINDS for row in ensembles_of(kind, tuned, models.masks(), retrained, split)]
-        save_tuned(tuned, split, steps, folder / "tuned.json")
+        before = Tuned(calibration_queries=split.queries.nonzero().flatten().tolist(), timesteps=[], settings={})
+    levels = steps if earlier is None else timesteps or []
+    before.with_added(settings_of(tuned), levels).save(folder / "tuned.json")
     predictions = comparison.Predictions(rows=rows, calibration_subsets=calibration_subsets)
     predictions.save(folder / "predictions.parquet")
     moved = read_moved(trained.folder.leave_out / "effects.parquet")
@@ -86,11 +89,14 @@ def tune_methods(
     def choose(kind: str, scores: AttributionScores[S]) -> S:
         return tune({kind: scores}, retrained.masks, outputs, split)
 
+    def look_back(kind: str, scores: AttributionScores[S]) -> float:
+        return best_in_hindsight(scores, retrained.masks, outputs[kind], split)
+
     tuned = {}
     for method in methods:
         # Held-out images have no trajectory.
         asked = {k: q for k, q in queries.items() if method.label.along != "trajectory" or q.trajectory is not None}
-        tuned[method.label] = tuned_scores(method.attributor, train, asked, choose)
+        tuned[method.label] = tuned_scores(method.attributor, train, asked, choose, look_back)
         print(f"{method.name}: {tuned[method.label].cost.fit_seconds:.0f} s to set up", flush=True)
     return tuned
 
@@ -142,11 +148,9 @@ def require_calibration(credit: CreditHead | None, calibration_subsets: int) -> 
         )
 
 
-def save_tuned(tuned: Mapping[MethodLabel, TunedScores], split: Split, steps: list[int], path: Path) -> None:
-    """Write the settings that were chosen, which leaving sources out goes by."""
-    settings = {label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()}
-    calibration_queries = split.queries.nonzero().flatten().tolist()
-    Tuned(calibration_queries=calibration_queries, timesteps=steps, settings=settings).save(path)
+def settings_of(tuned: Mapping[MethodLabel, TunedScores]) -> dict[str, dict[str, Any]]:
+    """Give the settings that were chosen, which leaving sources out goes by, by name of the method."""
+    return {label.name: fields_of(method.settings["generated"]) for label, method in tuned.items()}
 
 
 def predictions_of(
@@ -155,8 +159,15 @@ def predictions_of(
     """Give what every method predicts of all subsets, masks (subset, train), for one kind of query."""
     for label, method in tuned.items():
         if kind in method.scores:
-            setting, scores = str(method.settings[kind]), method.scores[kind]
-            yield comparison.predict(scores, masks, label=label, queries=kind, setting=setting, cost=method.cost)
+            yield comparison.predict(
+                method.scores[kind],
+                masks,
+                label=label,
+                queries=kind,
+                setting=str(method.settings[kind]),
+                cost=method.cost,
+                hindsight=method.hindsight[kind],
+            )
 
 
 def ensembles_of(

@@ -137,6 +137,7 @@ def test_methods_that_are_added_alone_take_their_own_place(root, run_recipe, tmp
     """Made again alone, a method says the same; all others, ensembles and tuned settings stay as they were."""
     copy = shutil.copytree(root, tmp_path / "run")
     before = {(row["method"], row["queries"]): row["lds"] for row in table_of(copy)}
+    assert all(row["hindsight"] is None or row["hindsight"] >= row["lds"] - 1e-9 for row in table_of(copy))
     tuned = (copy / "faithfulness" / "tuned.json").read_bytes()
     assert run_recipe("faithfulness", "--run", copy, *CALL, "--only", "default trace", "--only", "tempered") == 0
     after = {(row["method"], row["queries"]): row["lds"] for row in table_of(copy)}

@@ -20,7 +20,7 @@ def kept(tmp_path):
     cost = Cost(fit_seconds=1.5, seconds_per_query=0.25, stored_bytes=7)
     label = MethodLabel(name="a", along="noised", uses_provenance=True, is_reference=True, role=Role.TRACE)
     rows = [
-        predict(scores, masks, label=label, queries="holdout", setting="s", cost=cost),
+        predict(scores, masks, label=label, queries="holdout", setting="s", cost=cost, hindsight=0.625),
         predict(-scores, masks, label=MethodLabel(name="b"), queries="generated", setting="", cost=None),
     ]
     before = Predictions(rows=rows, calibration_subsets=4)
@@ -31,6 +31,7 @@ def kept(tmp_path):
 def test_what_is_kept_is_what_was_said(kept):
     _, _, before, after = kept
     assert after.calibration_subsets == 4
+    assert [row.hindsight for row in after.rows] == [0.625, None]
     for old, new in zip(before.rows, after.rows, strict=True):
         assert torch.equal(old.ranks, new.ranks)
         assert (old.label, old.queries, old.setting, old.cost) == (

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
+from provgen.metrics.datamodeling import predicted_outputs
 from provgen.models.temperatures import Temperatures
 from provgen.pipeline import ProvenancePipeline
 from provgen.studies.faithfulness import retraining
@@ -12,7 +14,7 @@ from provgen.studies.faithfulness.attributor import Method, MethodLabel
 from provgen.studies.faithfulness.baselines import BANDWIDTHS, PixelKernel
 from provgen.studies.faithfulness.methods import make_methods, trace_queries, tuned_scores
 from provgen.studies.faithfulness.posteriors import DEFAULT
-from provgen.studies.faithfulness.tuning import Split, Tuned, fields_of, tune
+from provgen.studies.faithfulness.tuning import Split, Tuned, best_in_hindsight, fields_of, tune
 from provgen.tracing.calibrate import AttributionScores
 
 
@@ -108,6 +110,28 @@ def test_of_settings_that_may_be_the_best_the_usual_one_is_taken(linear):
     assert tuned(a=0, b=0, wrong=0, true=3) == "true"
 
 
+def test_best_in_hindsight_is_the_best_on_the_reported_part():
+    """By brute force; a setting that is good on the calibration part alone does not count."""
+    random = torch.Generator().manual_seed(0)
+    values, masks = torch.randn(4, 8, 30, generator=random), torch.rand(20, 30, generator=random) < 0.5
+    split = Split.first(torch.arange(20), 8, calibration=6)
+    outputs = predicted_outputs(values[0], masks) + 3 * torch.randn(8, 20, generator=random)
+    calibrated = split.queries[:, None] & split.subsets
+    outputs = torch.where(calibrated, predicted_outputs(values[1], masks), outputs)
+    scores = AttributionScores(values=values, settings=(0, 1, 2, 3), distance_to_default=(0, 1, 2, 3))
+    each = [
+        [
+            spearmanr(predicted_outputs(of_setting, masks)[query][~split.subsets], outputs[query][~split.subsets])[0]
+            for query in range(8)
+            if not split.queries[query]
+        ]
+        for of_setting in values
+    ]
+    best = max(sum(of_setting) / len(of_setting) for of_setting in each)
+    assert best_in_hindsight(scores, masks, outputs, split) == pytest.approx(best)
+    assert best == pytest.approx(sum(each[0]) / len(each[0])), "not the one that is perfect on the calibration part"
+
+
 def test_a_missing_calibration_model_is_noticed(message_of):
     subsets = torch.tensor([0, 1, 3, 4, 5])
     assert "the first 3" in message_of(Split.first, subsets, 10, calibration=3)
@@ -127,6 +151,7 @@ def scored(trained_of, tmp_path_factory):
             trained.data.train,
             queries,
             lambda _, scores: DEFAULT if DEFAULT in scores.settings else scores.settings[0],
+            lambda _, scores: float(len(scores.settings)),
         )
     return trained, queries, found
 
@@ -138,6 +163,7 @@ def test_every_method_scores_every_example_for_every_query(scored):
         for kind in queries:
             assert tuned.scores[kind].shape == (4, len(trained.data.train)), name
             assert tuned.scores[kind].isfinite().all(), name
+        assert set(tuned.hindsight) == set(queries), name
         assert (tuned.cost.stored_bytes == 0) == (name == "random")
         assert tuned.cost.seconds_per_query > 0
     pixels, weights = (found[f"{name}, noised"].cost.stored_bytes for name in ("closed form", "provenance network"))

@@ -208,6 +208,8 @@ class TunedScores:
     """The setting by kind of query."""
     scores: Mapping[str, Tensor]
     """(query, train) by kind."""
+    hindsight: Mapping[str, float]
+    """LDS of the setting that turned out best, by kind."""
     cost: Cost
     """What the method costs."""
 
@@ -217,18 +219,19 @@ def tuned_scores(
     train: ImageSet,
     queries: Mapping[str, Queries],
     choose: Callable[[str, AttributionScores[Any]], Any],
+    look_back: Callable[[str, AttributionScores[Any]], float],
 ) -> TunedScores:
     """Fit a method, ask it under all settings, and choose one for each kind of query; the first kind is timed.
 
-    `choose` gives a setting for the scores of a kind.
+    `choose` gives a setting for the scores of a kind, and `look_back` the LDS of the one that turned out best.
     """
     start = time.perf_counter()
     method.fit(train)
     fit_seconds = time.perf_counter() - start
-    settings, scores = {}, {}
+    settings, scores, hindsight = {}, {}, {}
     for kind, asked in queries.items():
         under_all = method.attribute(asked)
-        settings[kind] = choose(kind, under_all)
+        settings[kind], hindsight[kind] = choose(kind, under_all), look_back(kind, under_all)
         scores[kind] = under_all.under(settings[kind])
     kind, timed = next((kind, asked.first(NUM_TIMED)) for kind, asked in queries.items())
     first, again = (_seconds(method, timed, settings[kind]) for _ in range(2))
@@ -238,7 +241,7 @@ def tuned_scores(
         seconds_per_query=again / len(timed),
         stored_bytes=kept.num_bytes,
     )
-    return TunedScores(settings=settings, scores=scores, cost=cost)
+    return TunedScores(settings=settings, scores=scores, hindsight=hindsight, cost=cost)
 
 
 def _seconds(method: Attributor, queries: Queries, setting: Any) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def tune(scores: Mapping[str, AttributionScores[S]], masks: Tensor, outputs: Map
     return of_any.settings[min(good, key=lambda n: (of_any.distance_to_default[n], -means[n]))]
 
 
+def best_in_hindsight(scores: AttributionScores[Any], masks: Tensor, outputs: Tensor, split: Split) -> float:
+    """Give the LDS of the setting that is best on the reported part: what no tuning could surpass.
+
+    Masks are bool (subset, train), and outputs (query, subset) minus the losses of the queries that `scores` are of.
+    """
+    measured = outputs[~split.queries][:, ~split.subsets]
+    reported = (predicted_outputs(values, masks[~split.subsets]) for values in scores.values[:, ~split.queries])
+    return max(float(datamodeling_scores(predicted, measured).mean()) for predicted in reported)
+
+
 def _standard_errors(
     predicted: Mapping[str, Sequence[Tensor]], measured: Mapping[str, Tensor], best: int
 ) -> list[float]:
@@ -122,6 +132,11 @@ class Tuned:
         if content.pop("schema_version", None) != 2:
             raise InputError(f"{path} is missing or of an earlier version; run `provgen faithfulness` first")
         return cls(**content)
+
+    def with_added(self, settings: Mapping[str, Mapping[str, Any]], timesteps: Sequence[int]) -> Tuned:
+        """Add methods, in the place of those of the same names, with the numbers of noise levels they may have."""
+        levels = sorted({*self.timesteps, *timesteps})
+        return replace(self, timesteps=levels, settings={**self.settings, **settings})
 
     def require(self, methods: Sequence[str]) -> None:
         """Refuse methods that were not tuned.
