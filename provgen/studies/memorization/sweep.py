@@ -21,6 +21,7 @@ from provgen.generators.diffusion import DiffusionGenerator
 from provgen.generators.losses import generator_losses
 from provgen.metrics.copying import distance_ratio
 from provgen.metrics.neighbors import distinct_rows, nearest
+from provgen.pipeline import ProvenancePipeline
 from provgen.settings import Settings
 from provgen.studies.jobs import ResultStore, require_no_npz
 from provgen.studies.memorization.curves import (
@@ -125,10 +126,7 @@ def measure(trainer: CoTrainer, data: RunData, *, num_images: int, is_last: bool
             arrays |= {f"{name}{key}": values for key, values in traced.items()}
     if sampled.attribution is not None and is_last:
         arrays |= _at_every_step(sampled.attribution, pipeline.generator.alpha_bars(NUM_INFERENCE_STEPS))
-        for share in RESAMPLED_BELOW:
-            below, name = evaluation.late_entropy_limit(pipeline, data.holdout, share), f"{share:.0%}"
-            again = evaluation.sample(pipeline, data, count=num_images, resample_below=below)
-            arrays |= {RATIO + name: _ratios(again.images, data.train), RESAMPLINGS + name: again.resamplings}
+        arrays |= _resampled(pipeline, data, num_images)
     for name, images in (("train", data.train), ("holdout", data.holdout)):
         losses = generator_losses(pipeline.denoiser, _subset(images), draws=evaluation.LOSS_DRAWS, seed=0)
         arrays[f"{name}_loss"] = losses.mean(dim=1)
@@ -153,6 +151,16 @@ def _own_octaves(generator: DiffusionGenerator, data: RunData, count: int) -> Te
     )
     trace(steps, own)
     return own.octaves()
+
+
+def _resampled(pipeline: ProvenancePipeline, data: RunData, count: int) -> dict[str, Tensor]:
+    """Sample again with every bound of the late entropy: ratios and redraws (query,), by names that end in the bound."""
+    arrays = {}
+    for share in RESAMPLED_BELOW:
+        below, bound = evaluation.late_entropy_limit(pipeline, data.holdout, share), f"{share:.0%}"
+        again = evaluation.sample(pipeline, data, count=count, resample_below=below)
+        arrays |= {RATIO + bound: _ratios(again.images, data.train), RESAMPLINGS + bound: again.resamplings}
+    return arrays
 
 
 def _ratios(images: Tensor, train: ImageSet) -> Tensor:
