@@ -154,8 +154,8 @@ def _own_octaves(generator: DiffusionGenerator, data: RunData, count: int) -> Te
 
 
 def _resampled(pipeline: ProvenancePipeline, data: RunData, count: int) -> dict[str, Tensor]:
-    """Sample again with every bound of the late entropy: ratios and redraws (query,), by names that end in the bound."""
-    arrays = {}
+    """Sample again under every bound of the late entropy: ratios and redraws (query,), by names that end in it."""
+    arrays: dict[str, Tensor] = {}
     for share in RESAMPLED_BELOW:
         below, bound = evaluation.late_entropy_limit(pipeline, data.holdout, share), f"{share:.0%}"
         again = evaluation.sample(pipeline, data, count=count, resample_below=below)
