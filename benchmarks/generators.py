@@ -80,8 +80,9 @@ def main(
         *(features_of(some, encode) for some in (samples, data.holdout.images, data.train.images)),
     )
     for name in ("frechet_distance", "kernel_distance"):
-        of = measures[name]
-        print(f"{name}: {interval(of.generated)}, held-out {interval(of.holdout)}, copies {interval(of.copies)}")
+        columns = measures[name].generated, measures[name].holdout, measures[name].copies
+        generated, holdout, copies = (interval(estimate, ".3g") for estimate in columns)
+        print(f"{name}: {generated}, held-out {holdout}, copies {copies}")
 
 
 def train_own(settings: Settings, data: build.RunData, seconds: float) -> tuple[DiffusionGenerator, int]:

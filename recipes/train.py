@@ -59,7 +59,7 @@ def main(
                 accelerator.log(means, step=step)
                 progress.update(step, means)
             if probe is not None and (step % training.evaluate_every == 0 or is_last):
-                progress.say(f"step {step}: fitting temperatures and measuring the index")
+                progress.say(f"step {step}: fitting temperatures{' and credit' * is_last}, and measuring the index")
                 measured, temperatures = evaluation.evaluate(probe, trainer, data)
                 progress.show(quality_table(measured["index_quality"], step))
                 accelerator.log(measured, step=step)

@@ -54,6 +54,9 @@ FLAT = 1e-4
 SCANNED = (-1, 0, 1, 2, 3, 6, 10)
 """Octaves around the temperature of the level before that are tried first."""
 
+SAME = 1e-6
+"""Share of the contrast of predicted images by which two errors may differ by rounding."""
+
 OWN_OCTAVES = tuple(number / 2 for number in range(-4, 33))
 """Logarithms to base 2 of the temperatures that are tried for a sample alone."""
 
@@ -251,6 +254,7 @@ class OwnTemperature:
         """Start with the training images, and their exact posterior."""
         self.mixtures, self.closed_form = mixtures, closed_form
         self._errors: list[Tensor] = []
+        self._contrasts: list[Tensor] = []
 
     def __call__(self, step: Step) -> None:
         """Add the errors of mixtures to the predicted image of a step."""
@@ -258,11 +262,18 @@ class OwnTemperature:
         predicted = step.predicted_image.flatten(1).to(self.mixtures.images)
         errors = [self.mixtures.errors(logits, predicted, 2.0**octave) for octave in OWN_OCTAVES]
         self._errors.append(torch.stack(errors, dim=1))
+        self._contrasts.append((predicted - self.mixtures.mean).square().sum(dim=1, keepdim=True))
 
     def octaves(self) -> Tensor:
-        """Give the logarithm of the temperature to base 2, (query,)."""
-        best = torch.stack(self._errors).sum(dim=0).argmin(dim=1).cpu()
-        return torch.tensor(OWN_OCTAVES)[best]
+        """Give the logarithm of the temperature to base 2, (query,).
+
+        It is 0 where nothing depends on the temperature, as for a class of one image.
+        """
+        errors, contrast = torch.stack(self._errors).sum(dim=0), torch.stack(self._contrasts).sum(dim=0)
+        is_best = errors <= errors.amin(dim=1, keepdim=True) + SAME * contrast
+        octaves = torch.tensor(OWN_OCTAVES, device=errors.device)
+        from_one = octaves.abs().expand_as(errors).masked_fill(~is_best, torch.inf)
+        return octaves[from_one.argmin(dim=1)].cpu()
 
 
 def _walk(unexplained: Callable[[float], float], start: float) -> float:

@@ -115,6 +115,19 @@ def test_every_sample_has_the_temperature_of_its_generator(planted, denoiser_of,
     assert own.octaves().tolist() == [math.log2(planted)] * 4
 
 
+def test_a_sample_of_a_class_of_one_image_has_temperature_one(denoiser_of, train):
+    """Any temperature gives that image."""
+    generator, single = denoiser_of(4.0), train.select(torch.tensor([0]))
+    label, closed_form = (
+        int(single.labels),
+        ClosedFormPosterior(to_unit_range(single.images), single.labels, null_label=NULL),
+    )
+    own = OwnTemperature(Mixtures(single, CPU), closed_form)
+    options = {"null_label": NULL, "num_inference_steps": 10, "guidance_scale": 1.0}
+    trace(generator.sample(torch.tensor([label] * 2), generator=torch.Generator().manual_seed(0), **options), own)
+    assert own.octaves().tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("start", [-1.5, 0.0, 3.0])
 def test_where_every_temperature_gives_the_same_the_start_is_given_back(start, mixtures):
     """Posteriors that are one image, or all alike, under any temperature that is tried."""
