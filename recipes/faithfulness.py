@@ -60,17 +60,18 @@ def main(
     queries = trace_queries(trained, retrained.queries)
     folder, steps = trained.folder.faithfulness, timesteps or [10]
     methods = without(make_methods(trained, folder, num_timesteps=steps), skip or [])
-    earlier = comparison.Predictions.load(folder / "predictions.parquet") if only else None
+    before = Tuned(calibration_queries=split.queries.nonzero().flatten().tolist(), timesteps=[], settings={})
+    earlier = None
+    if only:
+        earlier, before = comparison.Predictions.load(folder / "predictions.parquet"), Tuned.load(folder / "tuned.json")
     if earlier is not None:
         methods = added(methods, only or [], earlier, calibration_subsets)
     tuned = tune_methods(methods, trained.data.train, queries, retrained, split)
     rows = [row for kind in KINDS for row in predictions_of(kind, tuned, models.masks())]
     if earlier is not None:
         rows = comparison.with_added(earlier.rows, rows)
-        before = Tuned.load(folder / "tuned.json")
     else:
         rows += [row for kind in KINDS for row in ensembles_of(kind, tuned, models.masks(), retrained, split)]
-        before = Tuned(calibration_queries=split.queries.nonzero().flatten().tolist(), timesteps=[], settings={})
     levels = steps if earlier is None else timesteps or []
     before.with_added(settings_of(tuned), levels).save(folder / "tuned.json")
     predictions = comparison.Predictions(rows=rows, calibration_subsets=calibration_subsets)

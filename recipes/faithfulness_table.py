@@ -31,6 +31,8 @@ def main(
     run, retrained = RunFolder(folder), RetrainedFolder(folder / models)
     predictions = comparison.Predictions.load(run.faithfulness / "predictions.parquet")
     moved = read_moved(run.leave_out / "effects.parquet")
+    if first_subset or retrained.root != run.retrained:
+        predictions = predictions.without_hindsight()  # it was looked back on the others
     rows = comparison.compare(predictions, retrained, moved=moved, resamples=resamples, first_subset=first_subset)
     name = f"{models}_from_{first_subset}" if first_subset else models
     subsets = predictions.calibration_subsets

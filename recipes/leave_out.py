@@ -69,7 +69,8 @@ def main(
         outcomes = folder.load()
         if not outcomes:
             raise InputError(f"no models in {folder.root}; run `provgen leave-out` without --only-table first")
-        print(write_table(folder.root, outcomes, names))
+        made = {model.method for model in outcomes}
+        print(write_table(folder.root, outcomes, method or [name for name in METHODS if name in made]))
         return
     portion, accelerator = Shard.parse(shard), build.make_accelerator(load_settings(require_run(run).config, []))
     trained = build.open_trained_run(run, accelerator.device)

@@ -36,7 +36,7 @@ DOTTED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
 
 # Key in metrics.jsonl, title, unit.
 _LOSSES = (
-    ("denoising_loss", "Denoising loss", "mean squared error of the noise"),
+    ("denoising_loss", "Denoising loss", "mean squared error"),
     ("reconstruction_loss", "Reconstruction", "mean squared error"),
     ("latent_divergence", "Latent divergence", "nats per pixel"),
     ("index_loss", "Index loss", "cross-entropy / nats"),

@@ -277,6 +277,10 @@ def test_sources_are_left_out_and_the_sample_is_made_again(root, run_recipe, cap
     (copy / "leave_out" / "table.md").unlink()
     assert run_recipe("leave_out", "--run", copy, *LEAVE_OUT, "--only-table") == 0
     assert (copy / "leave_out" / "table.md").read_bytes() == table
+    # By default the table is of those methods that have been left out by.
+    capsys.readouterr()
+    assert run_recipe("leave_out", "--run", copy, "--only-table") == 0
+    assert "| random | 2 |" in capsys.readouterr().out
     assert run_recipe("leave_out", "--run", tmp_path / "none", "--only-table") == 2
     assert "without --only-table first" in capsys.readouterr().err
     assert not list((copy / "faithfulness").glob("*-2"))

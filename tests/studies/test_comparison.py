@@ -32,6 +32,7 @@ def test_what_is_kept_is_what_was_said(kept):
     _, _, before, after = kept
     assert after.calibration_subsets == 4
     assert [row.hindsight for row in after.rows] == [0.625, None]
+    assert [row.hindsight for row in after.without_hindsight().rows] == [None, None]
     for old, new in zip(before.rows, after.rows, strict=True):
         assert torch.equal(old.ranks, new.ranks)
         assert (old.label, old.queries, old.setting, old.cost) == (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class Predictions:
     """One for each method and kind of query."""
     calibration_subsets: int
     """How many subset models methods were tuned on, the first ones."""
+
+    def without_hindsight(self) -> Predictions:
+        """Leave out what turned out best, which holds for the subset models it was looked back on alone."""
+        return replace(self, rows=[replace(row, hindsight=None) for row in self.rows])
 
     def save(self, path: Path) -> None:
         """Write a Parquet file. Correlations of ranks need no more than ranks."""
