@@ -35,13 +35,17 @@ def images_of(count: int, size: int, channels: int, seed: int) -> ImageSet:
     )
 
 
-def pipeline_of(size: int, channels: int, steps: int):
+VELOCITY = {"prediction": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
+"""As in the recipes for larger images."""
+
+
+def pipeline_of(size: int, channels: int, steps: int, **chosen: str):
     """Train a tiny denoiser for some steps, and make its pipeline."""
     train, holdout = images_of(TRAIN, size, channels, 1), images_of(HOLDOUT, size, channels, 2)
     data = RunData(train=train, holdout=holdout, manifest=Manifest.of(train, holdout))
     settings = Settings(
         data=DataSettings(image_size=size),
-        generator=GeneratorSettings(size="tiny"),
+        generator=GeneratorSettings(size="tiny", **chosen),
         provenance=ProvenanceSettings(width=16),
         training=TrainingSettings(batch_size=16, warmup_steps=1),
     )
@@ -59,8 +63,9 @@ def pipeline_of(size: int, channels: int, steps: int):
 @pytest.mark.parametrize(
     ("size", "channels"), [(8, 1), (14, 3), *(pytest.param(*case, marks=SLOW) for case in ((28, 1), (32, 3), (64, 3)))]
 )
-def test_traces_are_neither_sure_nor_empty_at_any_size(size, channels, steps):
-    pipeline, data, generator = pipeline_of(size, channels, steps)
+@pytest.mark.parametrize("chosen", [{}, VELOCITY], ids=["noise", "velocity"])
+def test_traces_are_neither_sure_nor_empty_at_any_size(size, channels, steps, chosen):
+    pipeline, data, generator = pipeline_of(size, channels, steps, **chosen)
     low, high = pipeline.window
     assert 0 <= low < high <= 1
     levels = evaluation.probe_levels(generator, data)
