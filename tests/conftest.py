@@ -4,6 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -80,6 +81,18 @@ def message_of():
         return message
 
     return call
+
+
+@pytest.fixture(scope="session")
+def mean_over_ratios():
+    """Average posteriors (query, train) at noise levels over the log signal-to-noise ratio, by numpy."""
+
+    def average(alpha_bars, probs):
+        places = np.log(np.array(alpha_bars)) - np.log1p(-np.array(alpha_bars))
+        integral = np.trapezoid(np.stack([np.asarray(rows) for rows in probs]), places, axis=0)
+        return torch.from_numpy(integral / (places[-1] - places[0])).to(probs[0])
+
+    return average
 
 
 @pytest.fixture(scope="session")

@@ -319,29 +319,31 @@ def test_without_credit_the_weight_is_the_posterior(pipe, three):
     assert torch.equal(*dense)
 
 
-def test_without_temperatures_posteriors_are_plain_and_all_levels_are_averaged(pipe, trained):
+def test_without_temperatures_posteriors_are_plain_and_all_levels_are_averaged(pipe, trained, mean_over_ratios):
     """Fold by hand the softmax of the network's own logits at every level of the sampler."""
     plain = ProvenancePipeline(**(pipe.components | {"credit": None, "temperatures": None}))
     plain = plain.with_manifest(pipe.manifest)
     images, null = trained.data.train.images[:3], torch.full((3,), 10)
     found = plain.attribute(images, top_k=40, num_inference_steps=10)
     with torch.no_grad():
-        steps = pipe.generator.renoise(images.float() / 127.5 - 1, null, num_inference_steps=10, seed=0)
+        steps = list(pipe.generator.renoise(images.float() / 127.5 - 1, null, num_inference_steps=10, seed=0))
         probs = [pipe.provenance.index_logits(s.feature_maps, s.alpha_bars, null).softmax(dim=1) for s in steps]
     dense = torch.zeros(3, 40).scatter(1, found.example_index, found.posterior)
-    torch.testing.assert_close(dense, torch.stack(probs).mean(dim=0))
+    torch.testing.assert_close(dense, mean_over_ratios([float(step.alpha_bar) for step in steps], probs))
     assert len(found.alpha_bar) == 10
 
 
 @pytest.mark.parametrize("is_closed_form", [False, True])
-def test_posteriors_are_tempered_at_every_level_and_averaged_over_the_window(is_closed_form, pipe, trained):
+def test_posteriors_are_tempered_at_every_level_and_averaged_over_the_window(
+    is_closed_form, pipe, trained, mean_over_ratios
+):
     """Fold by hand with the pipeline's own temperatures and window."""
     images, labels = trained.data.train.images[:4], torch.tensor([0, 10, 3, 10])
     closed_form = trained.closed_form()
     tracer = Tracer.CLOSED_FORM if is_closed_form else Tracer.NETWORK
     given = {"closed_form": closed_form} if is_closed_form else {}
     found = pipe.attribute(images, top_k=40, class_labels=labels, num_inference_steps=20, **given)
-    total = []
+    levels, probs = [], []
     with torch.no_grad():
         steps = pipe.generator.renoise(images.float() / 127.5 - 1, labels, num_inference_steps=20, seed=0)
         for step in steps:
@@ -350,9 +352,10 @@ def test_posteriors_are_tempered_at_every_level_and_averaged_over_the_window(is_
                 logits = pipe.provenance.index_logits(step.feature_maps, step.alpha_bars, labels)
                 if is_closed_form:
                     logits = closed_form.logits(step.query, step.alpha_bars, labels)
-                total.append((logits.double() / temperature.double()[:, None]).softmax(dim=1))
+                levels.append(float(step.alpha_bar))
+                probs.append((logits.double() / temperature.double()[:, None]).softmax(dim=1))
     dense = torch.zeros(4, 40).scatter(1, found.example_index, found.posterior.float())
-    torch.testing.assert_close(dense, torch.stack(total).mean(dim=0).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dense, mean_over_ratios(levels, probs).float(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "vae", "none"])

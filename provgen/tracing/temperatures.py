@@ -45,7 +45,7 @@ DECIDED = 0.01
 NAMED = 1.1
 """Effective number of sources up to which a posterior names one image."""
 
-ASKED_STEPS = 100
+ASKED_LEVELS = 100
 """Noise levels that are tried to find the informative ones."""
 
 FLAT = 1e-4
@@ -112,7 +112,13 @@ def fit_temperatures(
     for steps in zip(*runs, strict=False):
         start = levels[-1].octaves if levels else np.zeros((len(Tracer), 2))
         levels.append(_fit_level(mixtures, closed_form, provenance, steps, start))
-    low, high = _window(levels, mixtures.mean) if generator.has_noise_levels else ALL_LEVELS
+    low, high = ALL_LEVELS
+    if generator.has_noise_levels:
+        asked = _half_told(holdout if len(holdout) else train, queries, seed)
+        low, _ = _informative_span(generator, closed_form, *(part.to(mixtures.images.device) for part in asked))
+        high = _decision(levels, mixtures.mean)
+    if low >= high:
+        low, high = ALL_LEVELS
     table: Temperatures = Temperatures(
         num_levels=len(levels),
         null_label=train.num_classes,
@@ -141,14 +147,33 @@ def informative_levels(
         count: Levels that are given.
     """
     null = torch.full((len(images),), null_label, device=images.device)
-    steps = list(generator.renoise(images, null, num_inference_steps=ASKED_STEPS, seed=0))
-    probs = (closed_form.logits(step.query, step.alpha_bars, null).softmax(dim=1) for step in steps)
-    numbers = np.array([float(entropy(p).exp().median()) for p in probs])
-    places = torch.logit(torch.tensor([float(step.alpha_bar) for step in steps], dtype=torch.float64)).numpy()
-    low = max(_crossing(places, numbers / numbers.max(), PRIOR), float(steps[0].alpha_bar))
-    high = max(_crossing(places, numbers, NAMED), low)
+    low, high = _informative_span(generator, closed_form, images, null)
     levels: list[float] = expit(np.linspace(logit(low), logit(high), count)).tolist()
     return levels
+
+
+@torch.no_grad()
+def _informative_span(
+    generator: Generator, closed_form: Posterior, images: Tensor, labels: Tensor
+) -> tuple[float, float]:
+    """Find from where the untempered closed form says more than the prior to where it names one image.
+
+    The levels that are tried are evenly spaced in log signal-to-noise: those of a sampler may leave much out.
+    """
+    first, last = torch.logit(generator.alpha_bars(ASKED_LEVELS)[[0, -1]].double()).tolist()
+    places = np.linspace(first, last, ASKED_LEVELS)
+    noise = generator.draw_noise(seeded_generator(0, Stream.RENOISE)).to(images)
+    numbers, shares = [], []
+    for level in torch.from_numpy(expit(places)).to(images):
+        noisy = level.sqrt() * images + (1 - level).sqrt() * noise
+        logits = closed_form.logits(noisy, level.expand(len(images)), labels)
+        number = entropy(logits.softmax(dim=1)).exp()
+        possible = (logits > torch.finfo(logits.dtype).min).sum(dim=1)
+        numbers.append(float(number.median()))
+        shares.append(float((number / possible).median()))
+    noisiest = float(expit(places[0]))
+    low = max(_crossing(places, np.array(shares), PRIOR), noisiest)
+    return low, max(_crossing(places, np.array(numbers), NAMED), low)
 
 
 def _own_samples(generator: Generator, train: ImageSet, count: int, seed: int) -> Iterator[Iterator[Step]]:
@@ -168,14 +193,19 @@ def _own_samples(generator: Generator, train: ImageSet, count: int, seed: int) -
 
 def _noised(generator: Generator, holdout: ImageSet, count: int, seed: int) -> Iterator[Iterator[Step]]:
     """Noise held-out images to the levels of the sampler, half of them told their class."""
-    chosen = torch.randperm(len(holdout), generator=seeded_generator(seed, Stream.TEMPERATURE))[:count]
-    labels = holdout.labels[chosen].clone()
-    labels[::2] = holdout.num_classes
+    asked = zip(*(rows.tensor_split(NOISES) for rows in _half_told(holdout, count, seed)), strict=True)
     device = generator.network.device
-    for part, rows in enumerate(torch.arange(len(chosen)).tensor_split(NOISES)):
-        if len(rows):
-            images = to_unit_range(holdout.images[chosen[rows]]).to(device)
-            yield generator.renoise(images, labels[rows].to(device), num_inference_steps=STEPS, seed=seed + part)
+    for part, (images, labels) in enumerate(asked):
+        if len(images):
+            yield generator.renoise(images.to(device), labels.to(device), num_inference_steps=STEPS, seed=seed + part)
+
+
+def _half_told(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose at most `count` images, in [-1, 1], with the labels of every other one and the null label."""
+    chosen = torch.randperm(len(images), generator=seeded_generator(seed, Stream.TEMPERATURE))[:count]
+    labels = images.labels[chosen].clone()
+    labels[::2] = images.num_classes
+    return to_unit_range(images.images[chosen]), labels
 
 
 def _fit_level(
@@ -304,15 +334,13 @@ def _rising(levels: Sequence[_Level]) -> np.ndarray:
     return octaves
 
 
-def _window(levels: Sequence[_Level], mean: Tensor) -> tuple[float, float]:
-    """Find the levels from where posteriors say more than the prior to where samples are decided."""
+def _decision(levels: Sequence[_Level], mean: Tensor) -> float:
+    """Find the level from which on samples are decided."""
     places = torch.logit(torch.tensor([level.alpha_bar for level in levels], dtype=torch.float64)).numpy()
     last = levels[-1].samples
     variance = float((last - mean).square().sum())
     left = np.array([float((level.samples - last).square().sum()) / max(variance, 1e-12) for level in levels])
-    low = _crossing(places, np.array([level.prior_share for level in levels]), PRIOR)
-    high = _crossing(places, left, DECIDED)
-    return (low, high) if low < high else ALL_LEVELS
+    return _crossing(places, left, DECIDED)
 
 
 def _crossing(places: np.ndarray, falling: np.ndarray, limit: float) -> float:

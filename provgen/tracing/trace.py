@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -94,6 +94,8 @@ class Levels:
     """Numbers of the traced steps; None for all."""
     window: tuple[float, float]
     """Noise levels whose posteriors are averaged, ends excluded."""
+    spans: Mapping[int, float] | None = None
+    """What each of these steps counts for by its number; None for all alike."""
 
     @classmethod
     def of(cls, generator: Generator, num_inference_steps: int, every: int, window: tuple[float, float]) -> Levels:
@@ -113,24 +115,30 @@ class Levels:
         alpha_bars = generator.alpha_bars(num_inference_steps)
         first, count = int((alpha_bars <= window[0]).sum()), len(alpha_bars)
         numbers = range(first + (count - 1 - first) % every, count, every)
-        if not (alpha_bars[list(numbers)] < window[1]).any():
+        inside = [number for number in numbers if alpha_bars[number] < window[1]]
+        if not inside:
             raise InputError(
                 f"trace_every={every} passes over all of {num_inference_steps} steps whose posteriors are averaged; "
                 "give a smaller one"
             )
-        return cls(numbers, window)
+        return cls(numbers, window, dict(zip(inside, level_spans(alpha_bars[inside]).tolist(), strict=True)))
 
     def has(self, step: Step) -> bool:
         """Whether a step is traced."""
         return self.numbers is None or step.number in self.numbers
 
-    def averages(self, alpha_bar: float) -> bool:
-        """Whether the posterior at a level is averaged."""
-        return self.window[0] < alpha_bar < self.window[1]
+    def span(self, step: Step) -> float:
+        """What a step counts for in the average; 0 outside the window."""
+        if not self.window[0] < step.alpha_bar < self.window[1]:
+            return 0.0
+        return 1.0 if self.spans is None else self.spans[step.number]
 
 
 class MeanPosterior:
-    """The mean over the window of p(i | x_t, y), with its entropy and its largest entry at every traced step."""
+    """The mean of p(i | x_t, y) over the log signal-to-noise ratios of the window.
+
+    Its entropy and its largest entry are kept at every traced step.
+    """
 
     def __init__(self, ask: Ask, levels: Levels, *, only_window: bool = False) -> None:
         """Start empty.
@@ -143,7 +151,7 @@ class MeanPosterior:
         """
         self.ask, self.levels, self.only_window = ask, levels, only_window
         self._sum: Tensor | None = None
-        self._in_window = 0
+        self._span = 0.0
         self._alpha_bars: list[float] = []
         self._entropy: list[Tensor] = []
         self._largest: list[Tensor] = []
@@ -151,19 +159,20 @@ class MeanPosterior:
 
     def __call__(self, step: Step) -> None:
         """Add the posterior of a step, if it is traced."""
-        alpha_bar = float(step.alpha_bar)
-        averages = self.levels.averages(alpha_bar)
-        if not self.levels.has(step) or (self.only_window and not averages):
+        if not self.levels.has(step):
+            return
+        span = self.levels.span(step)
+        if self.only_window and not span:
             return
         probs = self.ask(step)
-        self._alpha_bars.append(alpha_bar)
+        self._alpha_bars.append(float(step.alpha_bar))
         self._entropy.append(entropy(probs))
         largest, index = probs.max(dim=1)
         self._largest.append(largest)
         self._first.append(index)
-        if averages:
-            self._in_window += 1
-            self._sum = probs if self._sum is None else self._sum + probs
+        if span:
+            self._span += span
+            self._sum = probs * span if self._sum is None else self._sum + probs * span
 
     def put(self, rows: Tensor, other: MeanPosterior) -> None:
         """Put the posteriors of other queries over the same steps in the place of some rows."""
@@ -179,7 +188,7 @@ class MeanPosterior:
     def posterior(self) -> Tensor:
         """Mean posterior over the window, (query, train)."""
         assert self._sum is not None, "no noise level lies in the window"
-        return self._sum / self._in_window
+        return self._sum / self._span
 
     def late_entropy(self) -> Tensor:
         """Give the entropy at the cleanest level of the window in nats, (query,): next to nothing for most copies."""
@@ -373,6 +382,18 @@ def resample(draw: Callable[[Tensor], Draw], count: int, *, below: float, most: 
         drawn.put(rows, draw(rows.cpu()))
         times[rows.cpu()] += 1
     return drawn, times
+
+
+def level_spans(alpha_bars: Tensor) -> Tensor:
+    """Give the span of log signal-to-noise ratios that each of some rising levels (step,) stands for, (step,).
+
+    Half of the way to each neighbour, by the trapezoidal rule, so that an average says the same at every schedule and
+    number of steps. A level alone stands for 1.
+    """
+    if len(alpha_bars) == 1:
+        return torch.ones(1)
+    half = torch.logit(alpha_bars.double()).diff() / 2
+    return (F.pad(half, (1, 0)) + F.pad(half, (0, 1))).to(torch.float32)
 
 
 def late_level(alpha_bars: Sequence[float], window: tuple[float, float]) -> int:

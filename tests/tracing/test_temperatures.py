@@ -1,7 +1,7 @@
 """Temperatures: planted ones are found, tables interpolate and keep them, and what smooths them is worked by hand."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,6 +198,19 @@ def test_the_window_of_a_denoiser_runs_from_the_prior_to_its_decision(train, den
     left = {float(s.alpha_bar): float((s.predicted_image - last).square().sum() / total) for s in steps}
     assert min(share for level, share in left.items() if level < 0.3 * high) > 0.01
     assert max(share for level, share in left.items() if 1 - level < (1 - high) / 3) < 0.01
+
+
+def test_the_window_begins_at_one_level_under_every_schedule(train, denoiser_of, random_images):
+    """The closed form does not know the schedule; the cosine one passes from noise to a clear signal in one step."""
+    holdout = random_images(24, num_classes=NULL, seed=9)
+    lows = []
+    for schedule in ("linear", "squaredcos_cap_v2"):
+        scheduler = make_sampling_scheduler(make_training_scheduler(schedule))
+        generator = replace(denoiser_of(1.0), scheduler=scheduler)
+        network = BoastfulNetwork(generator.closed_form, 1.0)
+        table = fit_temperatures(generator, network, train, holdout, closed_form=generator.closed_form, seed=0)
+        lows.append(table.window[0])
+    assert lows[0] == pytest.approx(lows[1], rel=0.05)
 
 
 def mixtures_mean(train):

@@ -21,6 +21,7 @@ from provgen.tracing.trace import (
     Recorder,
     ask_closed_form,
     late_level,
+    level_spans,
     resample,
     trace,
 )
@@ -148,6 +149,30 @@ def test_the_posterior_is_the_mean_over_the_levels_inside_the_window():
     look = one_query(SECOND, SECOND, FIRST, UNDECIDED, SECOND, SECOND, alpha_bars=alpha_bars)
     expected = torch.tensor([[0.6, 0.2, 0.2]], dtype=torch.float64)
     torch.testing.assert_close(look.posterior(), expected)
+
+
+def test_a_step_counts_for_the_log_signal_to_noise_ratios_around_it():
+    """The integral of a line over the ratio, however unevenly its levels lie: the trapezoidal rule is exact."""
+    levels = torch.tensor([0.02, 0.03, 0.3, 0.31, 0.8], dtype=torch.float64)
+    places, spans = torch.logit(levels), level_spans(levels).double()
+    assert float(spans.sum()) == pytest.approx(float(places[-1] - places[0]))
+    mean = float(((2 + 3 * places) * spans).sum() / spans.sum())
+    assert mean == pytest.approx(2 + 3 * float(places[0] + places[-1]) / 2)
+    assert level_spans(levels[2:3]).tolist() == [1.0]
+
+
+def test_the_posterior_does_not_depend_on_how_often_one_part_is_looked_at():
+    """Posteriors that change evenly with the ratio, at few levels and at many of which most are clean."""
+    few = torch.logit(torch.tensor([0.1, 0.8], dtype=torch.float64))
+    many = torch.cat([few[:1], torch.linspace(float(few[1]) - 0.5, float(few[1]), 20, dtype=torch.float64)])
+    found = []
+    for places in (few, many):
+        shares = (places - few[0]) / (few[1] - few[0])
+        rows = [[float(share), 1 - float(share), 0] for share in shares]
+        spans = dict(enumerate(level_spans(places.sigmoid()).tolist()))
+        found.append(one_query(*rows, alpha_bars=places.sigmoid().tolist(), levels=Levels(None, WINDOW, spans)))
+    torch.testing.assert_close(found[0].posterior(), torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(found[1].posterior(), found[0].posterior(), rtol=1e-6, atol=1e-6)
 
 
 def test_another_window_takes_other_levels_and_all_levels_take_the_clean_image():
@@ -293,8 +318,9 @@ def test_a_level_on_the_edge_of_the_window_is_not_traced(random_images, generato
 @pytest.mark.parametrize("kind", ["vae", "none"])
 def test_without_noise_levels_every_step_is_traced_and_averaged(kind, random_images, generator_of):
     levels = Levels.of(generator_of(kind, random_images(4)), 50, 3, WINDOW)
-    assert levels.averages(CLEAN_ALPHA_BAR)
-    assert all(levels.has(step_of(torch.zeros(1, 1), CLEAN_ALPHA_BAR, number)) for number in range(9))
+    steps = [step_of(torch.zeros(1, 1), CLEAN_ALPHA_BAR, number) for number in range(9)]
+    assert all(levels.has(step) for step in steps)
+    assert {levels.span(step) for step in steps} == {1.0}
 
 
 def test_passing_over_every_step_that_counts_is_refused(random_images, generator_of, message_of):

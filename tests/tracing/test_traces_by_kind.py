@@ -87,12 +87,12 @@ def exact_of(generator, images):
 
 @torch.no_grad()
 def test_a_denoiser_is_traced_step_by_step_on_what_it_was_given(
-    diffusion, provenance, images, closed_form_of, sampler_of
+    diffusion, provenance, images, closed_form_of, sampler_of, mean_over_ratios
 ):
     asks = [ask_network(provenance), ask_closed_form(closed_form_of(images))]
     found, (network, exact) = sampled(diffusion, asks, LABELS)
     noisy = torch.cat([torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(3)])
-    scheduler, network_sum, exact_sum, in_window, entropies = sampler_of(10), 0, 0, 0, []
+    scheduler, network_probs, exact_probs, inside, entropies = sampler_of(10), [], [], [], []
     for timestep in scheduler.timesteps:
         alpha_bar = scheduler.alphas_cumprod[timestep].expand(3)
         with record_feature_maps(diffusion.network) as feature_maps:
@@ -101,13 +101,14 @@ def test_a_denoiser_is_traced_step_by_step_on_what_it_was_given(
             probs = softmax_of(provenance, feature_maps, alpha_bar, LABELS)
             entropies.append(torch.special.entr(probs).sum(1))
             if alpha_bar[0] < WINDOW[1]:
-                network_sum, in_window = network_sum + probs, in_window + 1
-                exact_sum = exact_sum + closed_form_of(images).probs(noisy, alpha_bar, torch.tensor(LABELS))
+                inside.append(float(alpha_bar[0]))
+                network_probs.append(probs)
+                exact_probs.append(closed_form_of(images).probs(noisy, alpha_bar, torch.tensor(LABELS)))
         noisy = scheduler.step(noise, timestep, noisy).prev_sample
-    assert in_window >= 3
+    assert len(inside) >= 3
     assert torch.equal(found, noisy)
-    torch.testing.assert_close(network.posterior(), network_sum / in_window)
-    torch.testing.assert_close(exact.posterior(), exact_sum / in_window)
+    for look, probs in ((network, network_probs), (exact, exact_probs)):
+        torch.testing.assert_close(look.posterior(), mean_over_ratios(inside, probs))
     torch.testing.assert_close(attribution_of(network).step_entropy, torch.stack(entropies, dim=1))
 
 
@@ -142,15 +143,16 @@ def test_outside_images_are_traced_at_every_so_many_levels(diffusion, provenance
 
 
 @torch.no_grad()
-def test_the_posterior_of_an_outside_image_is_the_mean_over_its_levels(diffusion, provenance, pixels):
+def test_the_posterior_of_an_outside_image_is_the_mean_over_its_levels(diffusion, provenance, pixels, mean_over_ratios):
     labels = torch.arange(12) % 4
     look = outside(diffusion, ask_network(provenance), pixels, labels, steps=20, seed=7)
-    total = []
+    levels, probs = [], []
     for step in diffusion.renoise(pixels, labels, num_inference_steps=20, seed=7):
         if WINDOW[0] < step.alpha_bar < WINDOW[1]:
             alpha_bars = step.alpha_bar.expand(12)
-            total.append(softmax_of(provenance, step.feature_maps, alpha_bars, labels.tolist()))
-    torch.testing.assert_close(look.posterior(), torch.stack(total).mean(dim=0))
+            levels.append(float(step.alpha_bar))
+            probs.append(softmax_of(provenance, step.feature_maps, alpha_bars, labels.tolist()))
+    torch.testing.assert_close(look.posterior(), mean_over_ratios(levels, probs))
 
 
 def directions_of(unet, images, timestep, labels):

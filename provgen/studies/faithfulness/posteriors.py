@@ -20,7 +20,7 @@ from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import Temperatures, Tracer
 from provgen.studies.faithfulness.attributor import Along, Cache, Queries
 from provgen.tracing.calibrate import AttributionScores, Untuned
-from provgen.tracing.trace import NoisyImages
+from provgen.tracing.trace import NoisyImages, level_spans
 
 MAX_BYTES = 256 * 2**20
 """Bytes of the (query, train, height, width) array that is held at once."""
@@ -171,7 +171,8 @@ class TemperedPosterior:
         noisy, (low, high) = queries.along(self.along), self.temperatures.window
         inside = ((noisy.alpha_bars > low) & (noisy.alpha_bars < high)).nonzero().flatten()
         probs = torch.stack([self._probs(noisy, level, queries.class_labels) for level in inside.tolist()])
-        return AttributionScores.in_a_row([probs.mean(dim=0)], self.settings)
+        spans = level_spans(noisy.alpha_bars[inside]).to(probs)
+        return AttributionScores.in_a_row([torch.einsum("s,sqt->qt", spans / spans.sum(), probs)], self.settings)
 
     def _probs(self, noisy: NoisyImages, level: int, labels: Tensor) -> Tensor:
         """Ask at one level, (query, train)."""
