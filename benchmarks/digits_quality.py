@@ -56,7 +56,7 @@ def holdout_losses(run: RunFolder) -> Tensor:
     accelerator = build.make_accelerator(settings)
     data = build.open_data(settings, run)
     trainer = build.make_trainer(settings, data, accelerator)
-    resume_latest(trainer, run.checkpoints, data.manifest.fingerprint)
+    resume_latest(trainer, run.checkpoints, build.made_by(settings, data))
     generator = evaluation.averaged_generator(trainer)
     return generator_losses(generator, data.holdout, draws=DRAWS, seed=0).mean(dim=1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,10 +46,11 @@ from provgen.models.diffusion import (
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.vae import LATENT_CHANNELS, make_vae
 from provgen.pipeline import ProvenancePipeline
-from provgen.run import RunFolder, atomic_path, require_run
+from provgen.run import CHECKSUMS, RunFolder, atomic_path, require_run
 from provgen.settings import ProvenanceSettings, Settings, flat_settings
 from provgen.settings_file import load_settings, save_settings
 from provgen.tracing.attribution import Mixtures
+from provgen.training.checkpoint import last_step
 from provgen.training.logging import JsonLinesTracker
 from provgen.training.targets import (
     ClassMixing,
@@ -60,6 +63,7 @@ from provgen.training.targets import (
     SoftTarget,
     Targets,
     nearest_neighbors,
+    update_interval,
 )
 from provgen.training.trainer import CoTrainer, ProvenanceObjective
 
@@ -72,6 +76,9 @@ MAY_CHANGE = {
     "training.checkpoint_every",
 }
 """Settings that a resumed run may give another value."""
+
+MOVED_HELP = "data.path=FOLDER, where the images have moved."
+"""Help of the argument of commands on a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +115,12 @@ class TrainedRun:
         assert self.pipeline.mixtures is not None, "a run has its training images at hand"
         return self.pipeline.mixtures
 
+    @property
+    def weights(self) -> str:
+        """Digest of the pipeline's files, or nothing for one that was saved without checksums."""
+        path = self.folder.pipeline / CHECKSUMS
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
     def closed_form(self, *, covered: Tensor | None = None) -> Posterior:
         """Make the closed form over the training images, or over those that are `covered`, on the pipeline's device."""
         device = self.pipeline.device
@@ -125,7 +138,10 @@ def open_data(settings: Settings, folder: RunFolder) -> RunData:
     if folder.manifest.is_file():
         manifest = Manifest.load(folder.manifest)
         train, holdout = manifest.align(images)
-        return RunData(train=train, holdout=holdout, manifest=manifest)
+        fresh = manifest.with_names_of(train, holdout)
+        if changed := manifest.count_changed(fresh):
+            _note(f"{changed} images have another path, contributor or licence than when {folder.root} began")
+        return RunData(train=train, holdout=holdout, manifest=fresh)
     train_rows, holdout_rows = stratified_split(images.labels, data.holdout_fraction, data.split_seed)
     train, holdout = images.select(train_rows), images.select(holdout_rows)
     if data.max_train_images is not None:
@@ -155,6 +171,9 @@ def start_run(settings: Settings, data: RunData, *, writes: bool) -> RunFolder:
         return folder
     if not folder.manifest.is_file():
         data.manifest.save(folder.manifest)
+    # Never fewer steps than were done: models that are trained again would be trained for fewer.
+    most = max(settings.training.max_steps, last_step(folder.checkpoints))
+    settings = replace(settings, training=replace(settings.training, max_steps=most))
     packages = ("provgen", "torch", "diffusers", "accelerate")
     versions = {name: version(name) for name in packages} | {"fingerprint": data.manifest.fingerprint}
     with atomic_path(folder.config) as partial:
@@ -162,23 +181,52 @@ def start_run(settings: Settings, data: RunData, *, writes: bool) -> RunFolder:
     return folder
 
 
-def open_trained_run(root: Path, device: torch.device) -> TrainedRun:
+def made_by(settings: Settings, data: RunData) -> dict[str, Any]:
+    """List what must be the same when a run is resumed: settings, and the images."""
+    fixed = {key: value for key, value in flat_settings(settings).items() if key not in MAY_CHANGE}
+    return {**fixed, "data fingerprint": data.manifest.fingerprint}
+
+
+def steps_between_stops(settings: Settings) -> int:
+    """Give after how many steps training may stop and be resumed as if it had not."""
+    # The target of an autoencoder moves with its encoder, and is made anew where training is resumed.
+    return update_interval(settings.training.checkpoint_every) if settings.generator.kind == "vae" else 1
+
+
+def open_trained_run(root: Path, device: torch.device, overrides: Sequence[str] | None = None) -> TrainedRun:
     """Open a run with its images, and its pipeline on `device`.
+
+    Args:
+        root: The run folder.
+        device: Where the pipeline goes.
+        overrides: `data.path=FOLDER` where the images have moved, and nothing else.
 
     Raises:
         InputError: No run, no pipeline in it, or images that are not those it was trained on.
     """
     folder = require_run(root)
-    settings = replace(load_settings(folder.config, []), output_dir=str(root))
+    if other := [given for given in overrides or [] if not given.startswith("data.path=")]:
+        raise InputError(f"a command on a run takes no setting but data.path=FOLDER, got {other[0]!r}")
+    settings = replace(load_settings(folder.config, list(overrides or [])), output_dir=str(folder.root))
     if settings.provenance.index_head == "none":
         raise InputError(f"{root} was trained without a provenance network; there is nothing to trace with")
+    again = f"`provgen train --config {folder.config}`"
     if not (folder.pipeline / "model_index.json").is_file():
-        raise InputError(f"{root} has no pipeline yet; finish training with `provgen train --config {folder.config}`")
+        raise InputError(f"{root} has no whole pipeline; {again} goes on with training, or writes it again")
+    done, most = last_step(folder.checkpoints), settings.training.max_steps
+    if 0 < done < most:
+        _note(f"{root} is not finished: {done} of {most} steps are trained; {again} goes on")
     data = open_data(settings, folder)
     disable_progress_bar()  # three files load in no time
     pipeline = ProvenancePipeline.from_pretrained(folder.pipeline).with_manifest(data.manifest)
     pipeline = pipeline.to(device).with_training_images(data.train)
     return TrainedRun(folder=folder, settings=settings, data=data, pipeline=pipeline)
+
+
+def _note(text: str) -> None:
+    """Tell the user something, once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{text}\n")
 
 
 def _covered(settings: Settings, train: ImageSet) -> Tensor:

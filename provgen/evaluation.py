@@ -28,7 +28,7 @@ from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
 from provgen.models.temperatures import Temperatures, Tracer
 from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
-from provgen.run import RunFolder, atomic_path
+from provgen.run import RunFolder, atomic_path, check_seal
 from provgen.settings import Settings
 from provgen.tracing.calibrate import NUM_INFERENCE_STEPS, default_credit_head
 from provgen.tracing.temperatures import fit_temperatures, informative_levels
@@ -149,6 +149,17 @@ def save_pipeline(
     if "provenance" in trainer.networks:
         with atomic_path(folder.pipeline) as partial:
             make_pipeline(trainer, data, temperatures=temperatures, has_credit=has_credit).save_pretrained(partial)
+
+
+def has_whole_pipeline(folder: RunFolder) -> bool:
+    """Whether the pipeline of a run is there, and is what was saved."""
+    if not (folder.pipeline / "model_index.json").is_file():
+        return False
+    try:
+        check_seal(folder.pipeline, "")
+    except InputError:
+        return False
+    return True
 
 
 def sample(

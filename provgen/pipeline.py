@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from provgen.data.dataset import ImageSet
 from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
@@ -29,6 +30,7 @@ from provgen.models.credit import CreditHead
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.temperatures import ALL_LEVELS, Temperatures
 from provgen.models.vae import ImageVae
+from provgen.run import check_seal, read_json, seal
 from provgen.tracing.attribution import Attribution, Mixtures, SupportLimits, check_top_k
 from provgen.tracing.trace import (
     CreditFeatures,
@@ -43,6 +45,20 @@ from provgen.tracing.trace import (
 )
 
 MANIFEST_NAME = "manifest.parquet"
+
+REMEDY = "restore it, or write it again with `provgen train --config RUN/config.yaml`"
+"""What to do about a pipeline that cannot be used."""
+
+COMPONENTS = {
+    "provenance": ProvenanceNetwork,
+    "unet": UNet2DModel,
+    "vae": ImageVae,
+    "classifier": ImageClassifier,
+    "scheduler": DDIMScheduler,
+    "credit": CreditHead,
+    "temperatures": Temperatures,
+}
+"""The only class that each part of a pipeline may have."""
 
 CLARITY = 3.0
 """Signal-to-noise ratio at which gradients are taken, over that at which an image is decided."""
@@ -76,15 +92,7 @@ class ProvenancePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vae->classifier->provenance->credit->temperatures"
-    _optional_components = [  # noqa: RUF012 - diffusers' own name
-        "provenance",
-        "unet",
-        "vae",
-        "classifier",
-        "scheduler",
-        "credit",
-        "temperatures",
-    ]
+    _optional_components = list(COMPONENTS)  # noqa: RUF012 - diffusers' own name
 
     def __init__(
         self,
@@ -169,29 +177,40 @@ class ProvenancePipeline(DiffusionPipeline):
         return CLARITY * high / (CLARITY * high + 1 - high)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save networks, scheduler and manifest (safetensors, JSON and Parquet only)."""
+        """Save networks, scheduler, manifest and checksums (safetensors, JSON and Parquet only)."""
         super().save_pretrained(save_directory, **kwargs)
-        self.manifest.save(Path(save_directory) / MANIFEST_NAME)
+        folder = Path(save_directory)
+        for path in folder.rglob("*.json"):
+            _forget_origin(path)
+        self.manifest.save(folder / MANIFEST_NAME)
+        seal(folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ProvenancePipeline:
         """Load what `save_pretrained` wrote.
 
         Raises:
-            InputError: No pipeline there.
+            InputError: No pipeline there, or one that is damaged, foreign, or of another version of provgen.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = Path(pretrained_model_name_or_path).expanduser()
         if not (folder / "model_index.json").is_file():
             raise InputError(f"no pipeline in {folder}; train one with `provgen train` first")
+        check_seal(folder, REMEDY)
+        _check_components(folder)
         try:
-            pipeline = super().from_pretrained(str(folder), **kwargs)
-        except TypeError as error:
-            raise InputError(
-                f"{folder} cannot be loaded ({error}); it was saved by another version of provgen, so train again "
-                "in a new output_dir"
-            ) from error
+            pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
+        except Exception as error:  # whatever a damaged file makes diffusers raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); {REMEDY}") from error
         assert isinstance(pipeline, ProvenancePipeline)
+        pipeline._check_finite(folder)
         return pipeline.with_manifest(Manifest.load(folder / MANIFEST_NAME))
+
+    def _check_finite(self, folder: Path) -> None:
+        for name, part in self.components.items():
+            tensors = part.state_dict().items() if isinstance(part, nn.Module) else ()
+            if wrong := [key for key, value in tensors if not value.isfinite().all()]:
+                raise InputError(f"{folder / name} holds weights that are not finite ({wrong[0]}); {REMEDY}")
 
     @property
     def null_label(self) -> int:
@@ -344,6 +363,26 @@ class ProvenancePipeline(DiffusionPipeline):
                 "this pipeline has no provenance network to trace with; give top_k=None, or train with one"
             )
         check_top_k(top_k, self.provenance.config.num_covered)
+
+
+def _forget_origin(path: Path) -> None:
+    """Take the local path that a part was loaded from out of its configuration."""
+    content = read_json(path, REMEDY)
+    if content.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_components(folder: Path) -> None:
+    """Refuse a pipeline with any class but provgen's own, before anything of it is loaded."""
+    index = read_json(folder / "model_index.json", REMEDY)
+    for name, entry in index.items():
+        if name.startswith("_") or entry == [None, None]:
+            continue
+        known = COMPONENTS.get(name)
+        if known is None or not isinstance(entry, list) or entry[-1:] != [known.__name__]:
+            raise InputError(f"{folder / 'model_index.json'} asks for {name}={entry}, which is not provgen's; {REMEDY}")
+        if entry[0] not in ("diffusers", known.__module__):
+            raise InputError(f"{folder / 'model_index.json'} takes {name} from {entry[0]}; {REMEDY}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import EEXIST, ENOTEMPTY
+from errno import EACCES, EDQUOT, EEXIST, ENOSPC, ENOTEMPTY, EPERM, EROFS
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
+from socket import gethostname
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from provgen.errors import InputError
@@ -55,23 +60,28 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """Generated PNGs, `grid.png` and `part-PROCESS.parquet`."""
+        """All of one generation: PNGs, `grid.png`, `generation.json`, `part-PROCESS.parquet`, and traces."""
         return self.root / "samples"
+
+    @property
+    def generation(self) -> Path:
+        """What was asked for when the samples were generated, and from which weights."""
+        return self.samples / "generation.json"
 
     @property
     def traces(self) -> Path:
         """Network traces, `part-PROCESS.parquet`."""
-        return self.root / "traces"
+        return self.samples / "traces"
 
     @property
     def closed_form_traces(self) -> Path:
         """Traces of the same samples by the closed-form posterior, `part-PROCESS.parquet`."""
-        return self.root / "traces_closed_form"
+        return self.samples / "traces_closed_form"
 
     @property
-    def verdicts(self) -> Path:
-        """What each sample is, and why: a row for each."""
-        return self.root / "verdicts.parquet"
+    def report(self) -> Path:
+        """All of one analysis: page, numbers and verdicts."""
+        return self.root / "report"
 
     @property
     def retrained(self) -> Path:
@@ -98,15 +108,13 @@ class RunFolder:
         """Report on planted sources."""
         return self.root / "planted.md"
 
-    @property
-    def report_json(self) -> Path:
-        """Metrics of the analysis, machine-readable."""
-        return self.root / "report.json"
-
-    @property
-    def report_html(self) -> Path:
-        """The analysis as one self-contained page."""
-        return self.root / "report.html"
+    def link_report(self) -> None:
+        """Link what lies in `report/` from the root, where it is looked for."""
+        for name in ("report.html", "report.json", "verdicts.parquet"):
+            link, target = self.root / name, Path("report") / name
+            if not (link.is_symlink() and link.readlink() == target):
+                with atomic_path(link) as partial:
+                    partial.symlink_to(target)
 
 
 def require_run(root: Path) -> RunFolder:
@@ -115,10 +123,51 @@ def require_run(root: Path) -> RunFolder:
     Raises:
         InputError: `root` is not a run folder.
     """
-    run = RunFolder(root)
+    run = RunFolder(root.expanduser())
     if not run.config.is_file():
         raise InputError(f"no run in {root}: {run.config} is missing; train one with `provgen train` first")
+    for path in (run.pipeline, run.samples, run.report):
+        take_back(path)
     return run
+
+
+@contextmanager
+def only_writer(folder: Path, command: str, *, name: str = "", writes: bool = True) -> Iterator[None]:
+    """Keep other writers out of a folder while the block runs; a kill lets them in again.
+
+    Args:
+        folder: Is created if it is missing.
+        command: What writes, as the next one is told.
+        name: Of the part of the folder that is written, such as a shard; others may write other parts.
+        writes: Whether this process writes at all; of several only the main one does.
+
+    Raises:
+        InputError: Another process writes into it, or it cannot be written.
+    """
+    if not writes:
+        yield
+        return
+    lock, owner = FileLock(folder / f".lock{name}"), folder / f".writer{name}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{_first_line(owner)} is writing into {folder}; wait until it has ended, or stop it"
+            ) from None
+        owner.write_text(f"process {os.getpid()} on {gethostname()} ({command})\n", encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _first_line(path: Path) -> str:
+    """Give who a lock's owner says to be; the file is written after the lock is taken."""
+    with suppress(OSError, UnicodeDecodeError, IndexError):
+        return path.read_text(encoding="utf-8").splitlines()[0]
+    return "another process"
 
 
 LEFTOVER_SECONDS = 24 * 3600
@@ -135,9 +184,13 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        remedy = {
+            **dict.fromkeys((ENOSPC, EDQUOT), "free space"),
+            **dict.fromkeys((EACCES, EPERM, EROFS), "fix permissions"),
+        }.get(getattr(error, "errno", None) or 0, "mend that")
         raise InputError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; what was saved before is intact, "
-            "free space or fix permissions and run the same command again"
+            f"cannot write {path}: {reason}; what was saved before is intact, {remedy} and run the same command again"
         ) from error
 
 
@@ -159,8 +212,73 @@ def atomic_path(path: Path) -> Iterator[Path]:
             replace_path(temporary, path)
             _remove_leftovers(path)
         except BaseException:
-            _remove(temporary)
+            with suppress(OSError):  # where nothing can be written there is nothing to remove
+                _remove(temporary)
             raise
+
+
+CHECKSUMS = "sha256.json"
+"""File of a folder with the sha256 of all others."""
+
+
+def seal(folder: Path) -> None:
+    """Write the sha256 of every file below a folder into it."""
+    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def check_seal(folder: Path, remedy: str) -> None:
+    """Check that every file that was in a folder when it was sealed is there, and is the same.
+
+    A folder of an earlier version has no seal; nothing is known of it.
+
+    Args:
+        folder: The folder.
+        remedy: What to do about damage, as the end of a sentence.
+
+    Raises:
+        InputError: A file is missing or was changed; the message names it.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        sys.stderr.write(f"{folder} has no {CHECKSUMS}: damage in it would not be noticed\n")
+        return
+    sums = read_json(path, remedy)
+    for name, digest in sums.items():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing; {remedy}")
+        if _sha256(folder / name) != digest:
+            raise InputError(f"{folder / name} is not what was saved, it is damaged or of another run; {remedy}")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        remedy: What to do about a file that is missing or damaged, as the end of a sentence.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; {remedy}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; {remedy}")
+    return content
 
 
 def claim_folder(root: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -210,8 +328,10 @@ def read_parquet(path: Path, *, version: int, columns: Sequence[str] | None = No
     """
     try:
         table = pq.ParquetFile(path).read(columns and list(columns))
-    except pa.ArrowException as error:
-        raise InputError(f"{path} is not a whole Parquet file; remove it and run the command that wrote it") from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a whole Parquet file of provgen; remove it and run the command that wrote it"
+        ) from error
     found = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
     if found != str(version):
         raise InputError(
@@ -228,22 +348,43 @@ def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
 
 
 def replace_path(new: Path, path: Path) -> None:
-    """Put the file or folder `new` in the place of `path`.
+    """Put the file or folder `new` in the place of `path`; what stood there goes.
 
-    No call replaces a folder that is not empty, so the old one is renamed first and removed last: the time in
-    which nothing stands at `path` is that of a rename.
+    Linux exchanges the two in one step. Elsewhere no call replaces a folder that is not empty: the old one is renamed
+    first and removed last, and `take_back` brings it back if a kill falls between.
     """
     old = _sibling(path, "old")
     while not _has_replaced(new, path):
-        _remove(old)
+        if _exchanged(new, path):
+            _remove(new)
+            return
         with suppress(FileNotFoundError):  # another process has just moved it
             path.replace(old)
     _remove(old)
 
 
+def take_back(path: Path) -> None:
+    """Bring back what a killed call has moved out of the way, if nothing stands at `path`."""
+    if os.path.lexists(path):
+        return
+    for old in sorted(path.parent.glob(f".{escape(path.name)}.*old"), key=lambda old: old.stat().st_mtime)[-1:]:
+        with writing(path):
+            old.replace(path)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step, where the system can."""
+    if sys.platform != "linux":
+        return False
+    working_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = (os.fsencode(path) for path in (one, other))
+    return rename is not None and rename(working_folder, next(names), working_folder, next(names), exchange) == 0
+
+
 def _has_replaced(new: Path, path: Path) -> bool:
     """Rename, unless a folder is in the way."""
-    if new.is_dir() and path.exists():
+    if (new.is_dir() and os.path.lexists(path)) or (path.is_dir() and not path.is_symlink()):
         return False
     try:
         new.replace(path)
@@ -269,7 +410,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -26,18 +26,28 @@ T = TypeVar("T")
 def load_settings(path: Path | None, overrides: list[str]) -> Settings:
     """Read settings from a YAML file (or the defaults) and `key=value` overrides.
 
-    A relative `data.path` is meant from where the command runs, and is made absolute.
+    A relative `data.path` is meant from where the command runs, and is made absolute. The settings file of a run is
+    that of the run it lies in, from wherever it is read: its folder is the output_dir.
 
     Raises:
         InputError: Unreadable file, unknown key, wrong type, non-finite or impossible value; the one-line
             message names the key, what was given and what is allowed.
     """
     pairs = [] if path is None else list(_leaves(read_yaml(path)))
+    if path is not None and _is_of_a_run(path):
+        pairs.append(("output_dir", str(path.parent)))
     pairs += [pair for override in overrides for pair in _read_override(override)]
     settings = read_dataclass(Settings, [(key, _precision(key, value)) for key, value in pairs])
+    settings = replace(settings, output_dir=str(Path(settings.output_dir).expanduser()))
     if settings.data.path is None:
         return settings
-    return replace(settings, data=replace(settings.data, path=str(Path(settings.data.path).absolute())))
+    data_path = Path(settings.data.path).expanduser().absolute()
+    return replace(settings, data=replace(settings.data, path=str(data_path)))
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a settings file lies in a run folder; training writes it beside the manifest."""
+    return path.name == "config.yaml" and (path.parent / "manifest.parquet").is_file()
 
 
 def save_settings(settings: Settings, path: Path, versions: dict[str, str]) -> None:

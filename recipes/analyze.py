@@ -3,8 +3,11 @@
 provgen analyze --run runs/digits
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -34,10 +37,10 @@ from provgen.report.sections.networks import (
 from provgen.report.sections.samples import agreement_section, entropy_section, explained_section, samples_section
 from provgen.report.sections.sets import memorization_section, sets_section
 from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
-from provgen.run import RunFolder, atomic_path
+from provgen.run import RunFolder, only_writer, replace_path, writing
 from provgen.studies.faithfulness.comparison import faithfulness_section, read_lds_rows
 from provgen.tracing import records
-from provgen.training.checkpoint import list_checkpoints
+from provgen.training.checkpoint import last_step
 from provgen.training.logging import read_metrics
 
 GRID_SAMPLES = 32
@@ -54,6 +57,7 @@ Sections = list[tuple[bool, Callable[[], Part]]]
 
 def main(
     run: Annotated[Path, typer.Option(help="Run folder with samples.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help=build.MOVED_HELP)] = None,
     features: Annotated[
         str,
         typer.Option(
@@ -65,21 +69,43 @@ def main(
     accelerator = build.make_accelerator()
     if not accelerator.is_main_process:
         return
-    trained = build.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device, overrides)
+    with only_writer(trained.folder.root, "provgen analyze"):
+        write_report(trained, run, features)
+
+
+def write_report(trained: build.TrainedRun, run: Path, features: str) -> None:
+    """Make all sections aside, and put page, numbers and verdicts in place at once."""
     folder, logged = trained.folder, logged_rows(trained.folder)
-    samples = records.read_parts(folder.samples, ["sample"]) if trained.generator.can_sample else []
-    sections = [*(sample_sections(trained, samples, features) if samples else []), *run_sections(trained, logged)]
-    makers = [make for applies, make in sections if applies]
-    parts = [make() for make in track(makers, "sections of the report", console=Console(stderr=True))]
-    page = render_report(
-        title=f"provgen: {run.name}",
-        facts=facts(trained, len(samples), logged),
-        sections=[section for section, _ in parts],
-    )
-    with atomic_path(folder.report_html) as partial:
-        partial.write_text(page, encoding="utf-8")
-    write_report_json(folder.report_json, run.name, [metric for _, metrics in parts for metric in metrics])
-    print(f"report in {folder.report_html}, numbers in {folder.report_json}")
+    generation = records.open_generation(folder) if trained.generator.can_sample else None
+    samples = [] if generation is None else records.read_parts(folder.samples, ["sample"], generation)
+    with staged_report(folder) as report:
+        sections = [*(sample_sections(trained, samples, features, report) if samples else [])]
+        sections += run_sections(trained, logged)
+        makers = [make for applies, make in sections if applies]
+        parts = [make() for make in track(makers, "sections of the report", console=Console(stderr=True))]
+        page = render_report(
+            title=f"provgen: {run.name}",
+            facts=facts(trained, len(samples), logged),
+            sections=[section for section, _ in parts],
+        )
+        with writing(report):
+            (report / "report.html").write_text(page, encoding="utf-8")
+        metrics = [metric for _, metrics in parts for metric in metrics]
+        write_report_json(report / "report.json", run.name, metrics, generation)
+    print(f"report in {folder.root / 'report.html'}, numbers in {folder.root / 'report.json'}")
+
+
+@contextmanager
+def staged_report(folder: RunFolder) -> Iterator[Path]:
+    """Give a folder to write a report into; it takes the place of the earlier one when the block ends well."""
+    with TemporaryDirectory(dir=folder.root, prefix=".report.", suffix=".partial") as aside:
+        report = Path(aside) / "report"
+        report.mkdir()
+        yield report
+        with writing(folder.report):
+            folder.link_report()
+            replace_path(report, folder.report)
 
 
 def facts(trained: build.TrainedRun, num_samples: int, logged: Rows) -> dict[str, str]:
@@ -115,10 +141,10 @@ def run_sections(trained: build.TrainedRun, logged: Rows) -> Sections:
     ]
 
 
-def sample_sections(trained: build.TrainedRun, samples: Rows, features: str) -> Sections:
-    """List the sections about generated samples."""
+def sample_sections(trained: build.TrainedRun, samples: Rows, features: str, report: Path) -> Sections:
+    """List the sections about generated samples; that on verdicts writes them into the folder of the report."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
-    traces = records.read_parts(folder.traces, ["sample", "rank"])
+    traces = records.read_parts(folder.traces, ["sample", "rank"], records.open_generation(folder))
     generated = load_pixels(folder, samples, trained.data.manifest)
     size = common_size(len(generated), len(holdout), len(train))
     if size < FEWEST:
@@ -128,7 +154,7 @@ def sample_sections(trained: build.TrainedRun, samples: Rows, features: str) -> 
         (True, lambda: explained_part(trained, generated)),
         (True, lambda: memorization_part(trained, generated)),
         (size >= FEWEST, lambda: sets_part(trained, generated, features)),
-        (len(holdout) >= FEWEST_HELD_OUT, lambda: verdicts_part(trained, samples, traces, generated)),
+        (len(holdout) >= FEWEST_HELD_OUT, lambda: verdicts_part(trained, samples, traces, generated, report)),
         (trained.generator.has_noise_levels, lambda: entropy_section(samples)),
         (folder.closed_form_traces.is_dir(), lambda: agreement_part(trained, samples, traces)),
     ]
@@ -204,7 +230,7 @@ def generalization_part(trained: build.TrainedRun) -> Part:
     return generalization_section(generator.loss_name, generator.loss_text, losses[0], losses[1], divergence)
 
 
-def verdicts_part(trained: build.TrainedRun, samples: Rows, traces: Rows, generated: Tensor) -> Part:
+def verdicts_part(trained: build.TrainedRun, samples: Rows, traces: Rows, generated: Tensor, report: Path) -> Part:
     """Judge up to `MAX_IMAGES` samples, and as many held-out and training images; write verdicts.parquet."""
     samples = samples[:MAX_IMAGES]
     evidence = evidence_of_sets(trained, samples, generated[:MAX_IMAGES])
@@ -212,7 +238,7 @@ def verdicts_part(trained: build.TrainedRun, samples: Rows, traces: Rows, genera
     evidence["held-out"] = evidence["held-out"].select(slice(1, None, 2))
     judged = {name: verdicts(known, limits) for name, known in evidence.items()}
     steps = [sample["commitment_step"] for sample in samples]
-    write_verdicts(trained.folder.verdicts, evidence["generated"], judged["generated"], steps)
+    write_verdicts(report / "verdicts.parquet", evidence["generated"], judged["generated"], steps)
     shown = gallery_rows(judged["generated"])
     captions = [judged["generated"][row].kind for row in shown]
     gallery = draw_samples(trained.folder, [samples[row] for row in shown], traces, trained.data.train, captions)
@@ -243,9 +269,10 @@ def some_of(images: ImageSet, count: int) -> ImageSet:
 
 def logged_rows(folder: RunFolder) -> Rows:
     """Read what was logged up to the last checkpoint; nothing in a copy of a run without its checkpoints."""
-    checkpoints = list_checkpoints(folder.checkpoints)
-    last = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
-    return [row for row in read_metrics(folder.metrics) if row["step"] <= last]
+    rows, last = read_metrics(folder.metrics), last_step(folder.checkpoints)
+    if last and not any(row["step"] == last for row in rows):
+        sys.stderr.write(f"{folder.metrics} lacks the last step: the report lacks some or all of the training\n")
+    return [row for row in rows if row["step"] <= last]
 
 
 if __name__ == "__main__":

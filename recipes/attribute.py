@@ -15,11 +15,14 @@ from rich.text import Text
 
 from provgen import build, cli
 from provgen.data.images import read_image
+from provgen.errors import InputError
 from provgen.tracing.records import explained_record, source_records
 
 
 def main(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files; and data.path=FOLDER, where the images have moved.")
+    ],
     run: Annotated[Path, typer.Option(help="Run folder of a trained generator.")],
     top_k: Annotated[int, typer.Option(help="Sources per image.")] = 8,
     class_name: Annotated[str | None, typer.Option(help="Class of the images, if known.")] = None,
@@ -29,15 +32,19 @@ def main(
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the noise the images are traced with.")] = 0,
 ) -> None:
     """Trace images from outside; they are noised to the sampler's levels and given to the network."""
-    trained = build.open_trained_run(run, build.make_accelerator().device)
+    overrides = [given for given in images if given.startswith("data.path=")]
+    paths = [Path(given).expanduser() for given in images if given not in overrides]
+    if not paths:
+        raise InputError("no images to attribute; give at least one file")
+    trained = build.open_trained_run(run, build.make_accelerator().device, overrides)
     manifest = trained.data.manifest
     label = None if class_name is None else trained.data.train.class_index(class_name)
-    pixels = [read_image(p, image_size=manifest.image_size, channels=manifest.channels) for p in images]
+    pixels = [read_image(p, image_size=manifest.image_size, channels=manifest.channels) for p in paths]
     attribution = trained.pipeline.attribute(
         torch.stack(pixels),
         top_k=top_k,
         trace_every=trace_every,
-        class_labels=[label] * len(images),
+        class_labels=[label] * len(paths),
         closed_form=trained.closed_form() if closed_form else None,
         seed=seed,
     )
@@ -49,7 +56,7 @@ def main(
             "mass_not_shown": round(float(attribution.mass_not_shown[query]), 6),
             "sources": source_records(attribution, query, manifest),
         }
-        for query, path in enumerate(images)
+        for query, path in enumerate(paths)
     ]
     if as_json:
         method = "closed form" if closed_form else "provenance network"

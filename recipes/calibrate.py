@@ -20,7 +20,7 @@ from rich.progress import track
 
 from provgen import build, cli
 from provgen.errors import InputError
-from provgen.run import atomic_path
+from provgen.run import atomic_path, only_writer
 from provgen.studies.faithfulness.credit import traced_images
 from provgen.studies.faithfulness.methods import trace_queries
 from provgen.studies.faithfulness.retraining import RetrainedFolder
@@ -30,13 +30,14 @@ from provgen.tracing import calibrate
 
 def main(
     run: Annotated[Path, typer.Option(help="Run folder whose subset models have been trained.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help=build.MOVED_HELP)] = None,
     calibration_subsets: Annotated[int, typer.Option(help="Subset models to calibrate on.")] = 16,
 ) -> None:
     """Choose kernel, ridge and levels by what they predict of subset models; save the credit head with the pipeline."""
     accelerator = build.make_accelerator()
     if accelerator.num_processes > 1:
         raise InputError("calibrate runs in one process; start it without accelerate launch")
-    trained = build.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device, overrides)
     pipeline, retrained = trained.pipeline, RetrainedFolder(trained.folder.retrained).load()
     outputs = {kind: -losses.mean(dim=0) for kind, losses in retrained.losses.items()}
     split = Split.first(retrained.subsets, len(outputs["generated"]), calibration=calibration_subsets, left=0)
@@ -49,7 +50,7 @@ def main(
         progress_bar=partial(track, description="fitting processes", console=Console(stderr=True), transient=True),
     )
     pipeline.register_modules(credit=head.to(pipeline.device))
-    with atomic_path(trained.folder.pipeline) as path:
+    with only_writer(trained.folder.root, "provgen calibrate"), atomic_path(trained.folder.pipeline) as path:
         pipeline.save_pretrained(path)
     print(f"calibrated on {calibration_subsets} subset models: {head.process}; saved in {trained.folder.pipeline}")
 

@@ -19,16 +19,17 @@ from provgen.data.dataset import ImageSet
 from provgen.generators.classifier import no_generator
 from provgen.pipeline import ProvenancePipelineOutput
 from provgen.report.grid import draw_samples
-from provgen.run import RunFolder
+from provgen.run import RunFolder, only_writer
 from provgen.tracing import records
 from provgen.tracing.attribution import check_top_k
-from provgen.tracing.records import SampleWriter, publish, start_staging
+from provgen.tracing.records import SampleWriter, start_staging
 
 GRID_SAMPLES = 32
 
 
 def main(
     run: Annotated[Path, typer.Option(help="Run folder of a trained generator.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help=build.MOVED_HELP)] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images to generate.")] = 64,
     top_k: Annotated[int, typer.Option(help="Sources per image.")] = 8,
     steps: Annotated[int, typer.Option(help="DDIM sampling steps, at least 10.")] = 50,
@@ -50,7 +51,7 @@ def main(
 ) -> None:
     """Generate images and trace each along its own sampling trajectory."""
     accelerator = build.make_accelerator()
-    trained = build.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device, overrides)
     pipeline, train, folder = trained.pipeline, trained.data.train, trained.folder
     if not pipeline.generator.can_sample:
         raise no_generator(num_images)
@@ -75,18 +76,32 @@ def main(
         closed_form=trained.closed_form() if closed_form else None,
         output_type="pt",
     )
-    if accelerator.is_main_process:
-        start_staging(folder)
-    accelerator.wait_for_everyone()
-    writer = SampleWriter(folder, pipeline.manifest, accelerator.process_index)
+    asked = {
+        "seed": seed,
+        "num_images": num_images,
+        "top_k": top_k,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "class_name": class_name,
+        "trace_every": trace_every,
+        "resample_below": resample_below,
+        "closed_form": closed_form,
+        "fingerprint": pipeline.manifest.fingerprint,
+        "weights": trained.weights,
+    }
+    writer = SampleWriter(folder, pipeline.manifest, accelerator.process_index, asked)
     of_process = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
-    for numbers in of_process.split(batch_size):
-        write_samples(sample, writer, numbers.tolist(), labels, seed)
-    writer.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        publish_samples(writer, folder, train, tells_resamplings=resample_below is not None)
-        print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
+    with only_writer(folder.root, "provgen generate", writes=accelerator.is_main_process):
+        if accelerator.is_main_process:
+            start_staging(folder)
+        accelerator.wait_for_everyone()
+        for numbers in of_process.split(batch_size):
+            write_samples(sample, writer, numbers.tolist(), labels, seed)
+        writer.close()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            publish_samples(writer, folder, train, tells_resamplings=resample_below is not None)
+            print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()
 
 
@@ -119,7 +134,7 @@ def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *,
     traces = records.read_parts(writer.staged.traces, ["sample", "rank"])
     grid = draw_samples(writer.staged, samples[:GRID_SAMPLES], traces, train)
     grid.save(writer.staged.samples / "grid.png")
-    publish(folder)
+    writer.publish()
     print(f"{len(samples)} samples in {folder.samples}, their sources in {folder.traces}")
     print(support_line([sample["support"] for sample in samples]))
     if tells_resamplings:

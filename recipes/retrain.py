@@ -26,6 +26,7 @@ SEED = 1000
 
 def main(
     run: Annotated[Path, typer.Option(help="Run folder of a trained generator.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help=build.MOVED_HELP)] = None,
     num_subsets: Annotated[int, typer.Option(min=2, help="Subsets of the training images.")] = 64,
     fraction: Annotated[float, typer.Option(min=0.01, max=0.99, help="Size of each, as a share.")] = 0.5,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each subset.")] = 2,
@@ -37,7 +38,7 @@ def main(
 ) -> None:
     """Train subset models and measure their losses on generated and held-out queries; the same command resumes."""
     share, accelerator = Shard.parse(shard), build.make_accelerator(load_settings(require_run(run).config, []))
-    trained = build.open_trained_run(run, accelerator.device)
+    trained = build.open_trained_run(run, accelerator.device, overrides)
     train = trained.data.train
     folder = RetrainedFolder(trained.folder.retrained_epochs if keep_epochs else trained.folder.retrained)
     masks = subset_masks(train.labels, num_subsets=num_subsets, fraction=fraction, seed=0)

@@ -36,6 +36,9 @@ _SCHEMA = pa.schema(
     }
 )
 
+FRESH = ["path", "contributor", "license"]
+"""Columns that are those of the images as they are now; all others are those of the first day."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -44,7 +47,7 @@ class Source:
     example_index: int
     """Position in the train set."""
     path: str
-    """Path relative to the data folder when the run was first built."""
+    """Path relative to the data folder."""
     class_name: str | None
     """None for an image without a label."""
     contributor: str | None
@@ -160,6 +163,18 @@ class Manifest:
         columns = [self._train[name].to_pylist() for name in ("sha256", "label")]
         content = [self.image_size, self.channels, self.class_names, *columns]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def with_names_of(self, train: ImageSet, holdout: ImageSet) -> Manifest:
+        """Take over paths, contributors and licences of aligned images, which may have changed since."""
+        fresh, table = pa.concat_tables([_table(train, "train"), _table(holdout, "holdout")]), self.table
+        for name in FRESH:
+            table = table.set_column(_SCHEMA.get_field_index(name), _SCHEMA.field(name), fresh[name])
+        return replace(self, table=table)
+
+    def count_changed(self, other: Manifest) -> int:
+        """Count images whose path, contributor or licence another manifest of the same images gives otherwise."""
+        rows = zip(self.table.select(FRESH).to_pylist(), other.table.select(FRESH).to_pylist(), strict=True)
+        return sum(before != now for before, now in rows)
 
     def sources(self, indices: Tensor | Sequence[int]) -> list[Source]:
         """Name the training images with the example `indices` (selected,), in that order."""

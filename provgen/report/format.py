@@ -78,10 +78,13 @@ class Metric:
         return cls(name, estimate.value, estimate.low, estimate.high, baseline, ceiling, estimate.n, kind)
 
 
-def write_report_json(path: Path, run_name: str, metrics: Sequence[Metric]) -> None:
-    """Write `{"schema_version", "run", "metrics"}`; numbers that are not finite become null."""
+def write_report_json(path: Path, run_name: str, metrics: Sequence[Metric], generation: str | None = None) -> None:
+    """Write `{"schema_version", "run", "generation", "metrics"}`; numbers that are not finite become null.
+
+    `generation` is the id of the samples that the metrics are of.
+    """
     rows = [{key: finite_or_null(value) for key, value in asdict(metric).items()} for metric in metrics]
-    report = {"schema_version": SCHEMA_VERSION, "run": run_name, "metrics": rows}
+    report = {"schema_version": SCHEMA_VERSION, "run": run_name, "generation": generation, "metrics": rows}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")

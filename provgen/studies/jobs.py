@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from provgen.errors import InputError
-from provgen.run import read_parquet, write_parquet
+from provgen.run import only_writer, read_parquet, write_parquet
 
 T = TypeVar("T")
 
@@ -69,14 +69,16 @@ def missing_models(
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     waiting = missing[accelerator.process_index :: accelerator.num_processes]
     say = partial(print, flush=True)
-    if accelerator.is_main_process:
-        say(f"{len(models)} models into {folder}, {len(missing)} of this shard are missing")
-    start = time.perf_counter()
-    for done, model in enumerate(waiting, start=1):
-        yield model
-        left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
-        say(f"[{done}/{len(waiting)}] {describe(model)}; about {left:.0f} min left")
-    accelerator.wait_for_everyone()
+    name, writes = f"-{shard.number}-of-{shard.count}", accelerator.is_main_process
+    with only_writer(folder, f"shard {shard.number}/{shard.count}", name=name, writes=writes):
+        if writes:
+            say(f"{len(models)} models into {folder}, {len(missing)} of this shard are missing")
+        start = time.perf_counter()
+        for done, model in enumerate(waiting, start=1):
+            yield model
+            left = (time.perf_counter() - start) / done * (len(waiting) - done) / 60
+            say(f"[{done}/{len(waiting)}] {describe(model)}; about {left:.0f} min left")
+        accelerator.wait_for_everyone()
 
 
 class ResultStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,14 @@ from torch import Tensor
 from provgen.data.images import save_png
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
-from provgen.run import RunFolder, read_parquet, replace_path, write_parquet, writing
+from provgen.run import RunFolder, check_seal, read_json, read_parquet, replace_path, seal, write_parquet, writing
 from provgen.tracing.attribution import Attribution, Explained, Support
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+"""Version 4 had traces beside the samples, and no part knew its generation."""
+
+AGAIN = "run `provgen generate` again"
+"""What to do about samples that are damaged or do not belong together."""
 
 TRACE_SCHEMA = pa.schema([
     ("sample", pa.int64()),
@@ -114,24 +119,55 @@ def sample_rows(
     return rows
 
 
-def write_part(folder: Path, process: int, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write `folder/part-PROCESS.parquet`."""
-    table = pa.Table.from_pylist(rows, schema=schema)
+def write_part(folder: Path, process: int, rows: list[dict[str, Any]], schema: pa.Schema, generation: str) -> None:
+    """Write `folder/part-PROCESS.parquet`, which carries the id of its generation."""
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({"generation": generation}))
     write_parquet(folder / f"part-{process}.parquet", table, version=SCHEMA_VERSION)
 
 
-def read_parts(folder: Path, sort_by: Sequence[str]) -> list[dict[str, Any]]:
+def read_parts(folder: Path, sort_by: Sequence[str], generation: str | None = None) -> list[dict[str, Any]]:
     """Read all parts of a folder as rows in order.
 
+    Args:
+        folder: Folder of samples or traces.
+        sort_by: Columns that rows are sorted by.
+        generation: Id that every part must have; None for one that all parts share.
+
     Raises:
-        InputError: There are none, or they were written by another version of provgen.
+        InputError: There are none, they are damaged, of another version of provgen or of several generations.
     """
     parts = sorted(folder.glob("part-*.parquet"))
     if not parts:
-        raise InputError(f"nothing in {folder}; run `provgen generate --run {folder.parent}` first")
-    table = pa.concat_tables([read_parquet(part, version=SCHEMA_VERSION) for part in parts])
-    rows: list[dict[str, Any]] = table.sort_by([(name, "ascending") for name in sort_by]).to_pylist()
+        raise InputError(f"nothing in {folder}; {AGAIN}")
+    tables = [read_parquet(part, version=SCHEMA_VERSION) for part in parts]
+    wanted = generation
+    for part, table in zip(parts, tables, strict=True):
+        if not (table.schema.equals(SAMPLE_SCHEMA) or table.schema.equals(TRACE_SCHEMA)):
+            raise InputError(f"{part} has not the columns of samples or traces; {AGAIN}")
+        found = table.schema.metadata.get(b"generation", b"none").decode()
+        wanted = wanted or found
+        if found != wanted:
+            raise InputError(f"{part} is of another generation of samples ({found}, not {wanted}); {AGAIN}")
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).sort_by([(name, "ascending") for name in sort_by]).to_pylist()
     return rows
+
+
+def generation_id(asked: Mapping[str, Any]) -> str:
+    """Name a generation by what was asked for: seed, options, fingerprint of the data, weights."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_generation(folder: RunFolder) -> str:
+    """Check that the samples of a run are whole, and give the id of their generation.
+
+    Raises:
+        InputError: There are none, or they are damaged.
+    """
+    if not folder.samples.is_dir():
+        raise InputError(f"no samples in {folder.root}; run `provgen generate --run {folder.root}` first")
+    asked = read_json(folder.generation, AGAIN)
+    check_seal(folder.samples, AGAIN)
+    return str(asked.get("id"))
 
 
 def source_records(attribution: Attribution, query: int, manifest: Manifest) -> list[dict[str, Any]]:
@@ -177,12 +213,20 @@ def _evidence(attribution: Attribution, query: int) -> dict[str, Any]:
 class SampleWriter:
     """One process's share of the samples of a run."""
 
-    def __init__(self, folder: RunFolder, manifest: Manifest, process: int) -> None:
-        """Write into the staging folder of `folder` as process number `process`."""
+    def __init__(self, folder: RunFolder, manifest: Manifest, process: int, asked: Mapping[str, Any]) -> None:
+        """Write into the staging folder of `folder`.
+
+        Args:
+            folder: The run.
+            manifest: Its training set.
+            process: Number of this process.
+            asked: What every process was asked for; the generation is named by it.
+        """
         self.folder = folder
         self.staged = staging_folder(folder)
         self.manifest = manifest
         self.process = process
+        self.asked, self.generation = dict(asked), generation_id(asked)
         self._samples: list[dict[str, Any]] = []
         self._traces: list[dict[str, Any]] = []
         self._closed_form_traces: list[dict[str, Any]] = []
@@ -229,17 +273,28 @@ class SampleWriter:
 
     def close(self) -> None:
         """Write this process's Parquet parts."""
-        write_part(self.staged.samples, self.process, self._samples, SAMPLE_SCHEMA)
-        write_part(self.staged.traces, self.process, self._traces, TRACE_SCHEMA)
+        staged = self.staged
+        write_part(staged.samples, self.process, self._samples, SAMPLE_SCHEMA, self.generation)
+        write_part(staged.traces, self.process, self._traces, TRACE_SCHEMA, self.generation)
         if self._closed_form_traces:
-            folder = self.staged.closed_form_traces
-            write_part(folder, self.process, self._closed_form_traces, TRACE_SCHEMA)
+            traces = self._closed_form_traces
+            write_part(staged.closed_form_traces, self.process, traces, TRACE_SCHEMA, self.generation)
+
+    def publish(self) -> None:
+        """Put what all processes have staged in the place of an earlier generation, stale parts and all, at once."""
+        about = {"schema_version": SCHEMA_VERSION, "id": self.generation, **self.asked}
+        with writing(self.folder.samples):
+            self.staged.generation.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            seal(self.staged.samples)
+            replace_path(self.staged.samples, self.folder.samples)
+            shutil.rmtree(self.staged.root)
 
     def _png_text(self, attribution: Attribution, query: int, seed: int) -> dict[str, str]:
         sources = source_records(attribution, query, self.manifest)
         return {
             "digitalSourceType": "trainedAlgorithmicMedia",
             "provgen:schema_version": str(SCHEMA_VERSION),
+            "provgen:generation": self.generation,
             "provgen:seed": str(seed),
             "provgen:support": attribution.explained.describe(query) or str(Support.UNKNOWN),
             "provgen:data_fingerprint": self.manifest.fingerprint,
@@ -255,21 +310,8 @@ def staging_folder(folder: RunFolder) -> RunFolder:
 def start_staging(folder: RunFolder) -> None:
     """Make an empty staging folder; what a killed call left in it goes."""
     staged = staging_folder(folder)
-    shutil.rmtree(staged.root, ignore_errors=True)
-    staged.samples.mkdir(parents=True)
-
-
-def publish(folder: RunFolder) -> None:
-    """Put the staged samples and traces in the place of those of an earlier call, stale parts and all."""
-    staged = staging_folder(folder)
-    for new, old in (
-        (staged.samples, folder.samples),
-        (staged.traces, folder.traces),
-        (staged.closed_form_traces, folder.closed_form_traces),
-    ):
-        if new.is_dir():
-            with writing(old):
-                replace_path(new, old)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(staged.root)
+    with writing(staged.root):
+        if staged.root.is_symlink():
+            staged.root.unlink()
+        shutil.rmtree(staged.root, ignore_errors=True)
+        staged.samples.mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,11 +56,21 @@ class JsonLinesTracker(GeneralTracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics file; a last line cut short by a kill is left out."""
+    """Read the rows of a metrics file; lines that are damaged, or cut short by a kill, are left out."""
     if not path.is_file():
         return []
     # A complete file ends in a newline, so what follows the last one is a torn line.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [row for row in map(_read_row, lines) if row is not None]
+
+
+def _read_row(line: bytes) -> dict[str, Any] | None:
+    """Read one line; None for one that holds no row."""
+    with suppress(ValueError, RecursionError):  # of both JSON and UTF-8
+        row = json.loads(line.decode("utf-8"))
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            return row
+    return None
 
 
 SHORT_NAMES = {

@@ -147,6 +147,11 @@ UPDATE_EVERY = 20
 """Optimiser steps between two closed forms, at most."""
 
 
+def update_interval(checkpoint_every: int) -> int:
+    """Give the largest number of steps up to UPDATE_EVERY that checkpoints are a multiple of."""
+    return max(number for number in range(1, UPDATE_EVERY + 1) if checkpoint_every % number == 0)
+
+
 class PeriodicPosterior:
     """Asks the closed form that `make` gave at most UPDATE_EVERY calls ago.
 
@@ -157,7 +162,7 @@ class PeriodicPosterior:
     def __init__(self, make: Callable[[], Posterior], *, checkpoint_every: int) -> None:
         """Keep how it is made; `checkpoint_every` counts optimiser steps, which are calls."""
         self.make = make
-        self.every = max(n for n in range(1, UPDATE_EVERY + 1) if checkpoint_every % n == 0)
+        self.every = update_interval(checkpoint_every)
         self._calls = 0
         self._latest: Posterior | None = None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +37,43 @@ class ProvenanceObjective:
     """Examples that the index head can name, bool (train,); only their rows have an index loss."""
     coverage: float
     """Share of the examples that it can name."""
+
+
+class StopSignals:
+    """Catches SIGTERM and Ctrl-C, so that a step is finished and saved; a second one stops at once."""
+
+    def __init__(self, every: int = 1) -> None:
+        """Stop after a multiple of `every` steps alone."""
+        self.every = every
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+    def stop(self, step: int, accelerator: Accelerator) -> bool:
+        """Say whether to stop after a step; all processes say the same if one of them got a signal."""
+        if step % self.every:
+            return False
+        if accelerator.num_processes == 1:
+            return self.received is not None
+        if self.received is not None:
+            accelerator.set_trigger()
+        stops: bool = accelerator.check_trigger()
+        if stops and self.received is None:
+            self.received = signal.SIGTERM
+        return stops
 
 
 class CoTrainer:

@@ -1,6 +1,7 @@
 """Samples and traces through files and back; nothing of an earlier call is left."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from provgen.data.manifest import Manifest
 from provgen.run import RunFolder
 from provgen.tracing import records
 from provgen.tracing.attribution import Attribution, Explained
-from provgen.tracing.records import SampleWriter, publish, staging_folder, start_staging
+from provgen.tracing.records import SampleWriter, staging_folder, start_staging
 
 
 def explained_of(rows) -> Explained:
@@ -69,8 +70,9 @@ def generate(folder, manifest):
 
     def call(num_images, num_processes, *, has_closed_form=False):
         start_staging(folder)
+        asked = {"num_images": num_images, "closed_form": has_closed_form}
         for process in range(num_processes):
-            writer = SampleWriter(folder, manifest, process)
+            writer = SampleWriter(folder, manifest, process, asked)
             for sample in range(process, num_images, num_processes):
                 writer.add(
                     torch.full((1, 1, 8, 8), sample, dtype=torch.uint8),
@@ -82,7 +84,7 @@ def generate(folder, manifest):
                     resamplings=[sample % 2],
                 )
             writer.close()
-        publish(folder)
+        writer.publish()
 
     return call
 
@@ -155,7 +157,7 @@ def test_files_have_the_schema_and_its_version_even_without_rows(kind, schema, g
     for part in parts:
         stored = pq.ParquetFile(part).schema_arrow
         assert stored.equals(schema)
-        assert stored.metadata[b"schema_version"] == b"4"
+        assert stored.metadata[b"schema_version"] == b"5"
     assert (
         schema.names[:5]
         == {
@@ -171,17 +173,40 @@ def test_an_earlier_call_with_more_processes_and_images_leaves_nothing(generate,
     generate(4, 1)
     assert [path.name for path in folder.traces.iterdir()] == ["part-0.parquet"]
     assert {path.name for path in folder.samples.iterdir()} == {
-        "part-0.parquet", *[f"{sample:05d}.png" for sample in range(4)]
+        "generation.json", "sha256.json", "part-0.parquet", "traces", *[f"{sample:05d}.png" for sample in range(4)]
     }  # fmt: skip
     assert not folder.closed_form_traces.exists()
     assert not staging_folder(folder).root.exists()
+
+
+def test_every_part_knows_its_generation_and_those_of_another_are_refused(generate, folder, message_of, tmp_path):
+    generate(4, 2)
+    first = records.open_generation(folder)
+    shutil.copy(folder.traces / "part-1.parquet", tmp_path)
+    assert Image.open(folder.samples / "00002.png").text["provgen:generation"] == first
+    generate(5, 2)
+    second = records.open_generation(folder)
+    assert first != second
+    assert len(records.read_parts(folder.traces, ["sample", "rank"], second)) == 15
+    assert first in message_of(records.read_parts, folder.traces, ["sample", "rank"], first)
+    shutil.copy(tmp_path / "part-1.parquet", folder.traces)
+    assert "another generation" in message_of(records.read_parts, folder.traces, ["sample", "rank"])
+    assert "part-1.parquet is not what was saved" in message_of(records.open_generation, folder)
+
+
+def test_the_same_question_gives_the_same_generation_whatever_the_number_of_processes(generate, folder):
+    ids = []
+    for processes in (1, 3):
+        generate(4, processes)
+        ids.append(records.open_generation(folder))
+    assert ids[0] == ids[1]
 
 
 def test_a_killed_call_leaves_the_samples_of_the_one_before(generate, folder, manifest):
     generate(2, 1)
     before = records.read_parts(folder.samples, ["sample"])
     start_staging(folder)
-    writer = SampleWriter(folder, manifest, 0)
+    writer = SampleWriter(folder, manifest, 0, {})
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     writer.add(image, attribution_of(1), None, samples=[7], seeds=[7], class_labels=[None], resamplings=[0])
     writer.close()
@@ -206,7 +231,7 @@ def test_pngs_hold_their_pixels_and_name_their_sources(generate, folder, manifes
     assert [source["weight"] for source in sources] == [0.25, 0.125, 0.0625]
     assert [source["reachable"] for source in sources] == [True, False, True]
     assert sources[0]["class_name"] == "a"
-    assert text["provgen:schema_version"] == "4"
+    assert text["provgen:schema_version"] == "5"
     described = []
     for sample in range(4):
         with Image.open(folder.samples / f"{sample:05d}.png") as image:

@@ -21,8 +21,9 @@ from torch.func import functional_call, grad, vmap
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.random import Stream, seeded_generator
+from provgen.errors import InputError
 from provgen.models.diffusion import denoiser_target
-from provgen.run import atomic_path
+from provgen.run import atomic_path, read_json
 from provgen.studies.faithfulness.attributor import Cache, Queries
 from provgen.studies.faithfulness.baselines import UntunedScores
 from provgen.tracing.calibrate import AttributionScores
@@ -183,11 +184,12 @@ class GradientStore:
     def _read_state(self) -> tuple[int, float]:
         """Read how many rows are there, and the seconds that were spent on them."""
         try:
-            state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return 0, 0.0
-        is_ours = state.get("fingerprint") == self.fingerprint and (self.folder / "features.npy").is_file()
-        return (int(state["done"]), float(state["seconds"])) if is_ours else (0, 0.0)
+            state = read_json(self.folder / "state.json", "")
+        except InputError:
+            return 0, 0.0  # it is made again
+        wanted = {"fingerprint": self.fingerprint, "done": state.get("done"), "seconds": state.get("seconds")}
+        is_ours = state == wanted and type(state["done"]) is int and (self.folder / "features.npy").is_file()
+        return (state["done"], float(state["seconds"])) if is_ours else (0, 0.0)
 
     def _write_state(self, done: int, seconds: float) -> None:
         with atomic_path(self.folder / "state.json") as partial:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from provgen import build, evaluation
@@ -86,8 +89,8 @@ class RetrainedFolder:
         """Read the queries; None before the start."""
         if not (self.root / "queries.npz").is_file():
             return None
-        with np.load(self.root / "queries.npz") as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+        names = [f"{kind}_{part}" for kind in KINDS for part in ("images", "labels")]
+        arrays = {name: torch.from_numpy(array) for name, array in self._read("queries.npz", names).items()}
         return {k: QueryImages(images=arrays[f"{k}_images"], labels=arrays[f"{k}_labels"]) for k in KINDS}
 
     def save(self, subset: int, seed: int, losses: Mapping[str, Tensor]) -> None:
@@ -120,9 +123,25 @@ class RetrainedFolder:
 
     def masks(self) -> Tensor:
         """Read which examples every subset has, bool (subset, train), whether its models have been trained or not."""
-        with np.load(self.root / "masks.npz") as file:
-            bits = np.unpackbits(file["masks"], axis=1, count=int(file["train"]))
+        arrays = self._read("masks.npz", ["masks", "train"])
+        bits = np.unpackbits(arrays["masks"], axis=1, count=int(arrays["train"]))
         return torch.from_numpy(bits).bool()
+
+    def _read(self, name: str, arrays: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Read some arrays of a file.
+
+        Raises:
+            InputError: It is missing or damaged.
+        """
+        path = self.root / name
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {array: file[array] for array in arrays}
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error, NotImplementedError) as error:
+            raise InputError(
+                f"{path} is missing or damaged ({' '.join(str(error).split())[:100]}); restore it, or remove "
+                f"{self.root} and run `provgen retrain` again"
+            ) from error
 
     def _load(self, *, least_seeds: int) -> Retrained | None:
         rows = self._store.rows()
@@ -130,7 +149,9 @@ class RetrainedFolder:
         if len(subsets) < 2:
             return None
         queries, numbers = self.queries(), torch.tensor(subsets)
-        assert queries is not None  # they are written before the first model
+        if queries is None:  # they are written before the first model
+            self._read("queries.npz", [])
+            raise AssertionError
         arrays = {kind: np.array([[rows[n, seed][kind] for n in subsets] for seed in seeds]) for kind in KINDS}
         losses = {kind: torch.from_numpy(array).transpose(1, 2).contiguous() for kind, array in arrays.items()}
         return Retrained(subsets=numbers, masks=self.masks()[numbers], losses=losses, queries=queries)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from provgen.errors import InputError
 from provgen.metrics.datamodeling import LdsComparison, datamodeling_scores, predicted_outputs
-from provgen.run import atomic_path
+from provgen.run import atomic_path, read_json
 from provgen.studies.faithfulness.attributor import Method
 from provgen.tracing.calibrate import AttributionScores, S
 
@@ -128,9 +128,9 @@ class Tuned:
         Raises:
             InputError: It is not there, or of an earlier version.
         """
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if content.pop("schema_version", None) != 2:
-            raise InputError(f"{path} is missing or of an earlier version; run `provgen faithfulness` first")
+        content = read_json(path, "run `provgen faithfulness` first") if path.is_file() else {}
+        if content.pop("schema_version", None) != 2 or content.keys() != cls.__dataclass_fields__.keys():
+            raise InputError(f"{path} is missing, damaged or of an earlier version; run `provgen faithfulness` first")
         return cls(**content)
 
     def with_added(self, settings: Mapping[str, Mapping[str, Any]], timesteps: Sequence[int]) -> Tuned:

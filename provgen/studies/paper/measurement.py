@@ -20,6 +20,7 @@ from provgen.data.batches import Batch, fixed_batches
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
 from provgen.data.splits import stratified_subset
+from provgen.errors import InputError
 from provgen.generators.losses import generator_losses
 from provgen.generators.protocol import Generator
 from provgen.metrics.copying import distance_ratio, share_memorized
@@ -27,7 +28,7 @@ from provgen.metrics.linear_probe import linear_probe
 from provgen.metrics.neighbors import distinct_rows, nearest
 from provgen.pipeline import ProvenancePipeline
 from provgen.report.format import finite_or_null
-from provgen.run import RunFolder, atomic_path
+from provgen.run import RunFolder, atomic_path, read_json
 from provgen.settings import Settings, flat_settings
 from provgen.settings_file import load_settings
 from provgen.tracing.attribution import Attribution
@@ -62,9 +63,9 @@ TIMED_STEPS = 10
 def read_measured(folder: Path, settings: Settings) -> dict[str, Any] | None:
     """Read the metrics of a run; None if it was not measured by this version, or with other settings."""
     try:
-        content = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+        content = read_json(folder / "measured.json", "")
+    except InputError:
+        return None  # it is measured again
     wanted = {"schema_version": MEASURED_VERSION, "settings": _kept_settings(settings)}
     if any(content.get(key) != value for key, value in wanted.items()):
         return None
@@ -106,7 +107,7 @@ def measure_run(folder: RunFolder) -> Row:
     accelerator = build.make_accelerator(settings)
     data = build.open_data(settings, folder)
     trainer = build.make_trainer(settings, data, accelerator)
-    resume_latest(trainer, folder.checkpoints, data.manifest.fingerprint)
+    resume_latest(trainer, folder.checkpoints, build.made_by(settings, data))
     generator, has_provenance = evaluation.averaged_generator(trainer), "provenance" in trainer.networks
     row: Row = {"coverage": float(data.covered.double().mean())}
     row |= _costs(trainer, settings, data) | _step_times(settings, data, can_sample=generator.can_sample)
