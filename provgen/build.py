@@ -134,6 +134,8 @@ def open_data(settings: Settings, folder: RunFolder) -> RunData:
         InputError: The images cannot be read, or are no longer those of the manifest.
     """
     data = settings.data
+    if folder.manifest.is_file() and data.path is not None and not Path(data.path).is_dir():
+        raise InputError(f"the images of {folder.root} are not in {data.path} any more; give data.path=FOLDER")
     images = load_images(data.source, data.path, data.image_size)
     if folder.manifest.is_file():
         manifest = Manifest.load(folder.manifest)

@@ -112,7 +112,9 @@ class RunFolder:
         """Link what lies in `report/` from the root, where it is looked for."""
         for name in ("report.html", "report.json", "verdicts.parquet"):
             link, target = self.root / name, Path("report") / name
-            if not (link.is_symlink() and link.readlink() == target):
+            if not (self.report / name).is_file():
+                link.unlink(missing_ok=True)
+            elif not (link.is_symlink() and link.readlink() == target):
                 with atomic_path(link) as partial:
                     partial.symlink_to(target)
 

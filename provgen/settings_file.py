@@ -33,6 +33,7 @@ def load_settings(path: Path | None, overrides: list[str]) -> Settings:
         InputError: Unreadable file, unknown key, wrong type, non-finite or impossible value; the one-line
             message names the key, what was given and what is allowed.
     """
+    path = None if path is None else path.expanduser()
     pairs = [] if path is None else list(_leaves(read_yaml(path)))
     if path is not None and _is_of_a_run(path):
         pairs.append(("output_dir", str(path.parent)))

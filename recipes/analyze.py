@@ -104,8 +104,8 @@ def staged_report(folder: RunFolder) -> Iterator[Path]:
         report.mkdir()
         yield report
         with writing(folder.report):
-            folder.link_report()
             replace_path(report, folder.report)
+            folder.link_report()
 
 
 def facts(trained: build.TrainedRun, num_samples: int, logged: Rows) -> dict[str, str]:

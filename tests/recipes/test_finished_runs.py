@@ -21,7 +21,7 @@ from provgen.training.logging import read_metrics
 
 FINISHED_FILES = {
     "config.yaml", "manifest.parquet", "metrics.jsonl", "checkpoints", "pipeline", "tensorboard",
-    "samples", "traces", "traces_closed_form", "report.html", "report.json", "verdicts.parquet",
+    "samples", "report", "report.html", "report.json", "verdicts.parquet", ".lock", ".writer",
 }  # fmt: skip
 
 
@@ -47,13 +47,16 @@ def test_a_finished_run_holds_the_files_of_the_design(finished):
     checkpoint = finished.checkpoints / "step-000003"
     assert {path.name for path in checkpoint.iterdir()} == {
         "state.json",
+        "sha256.json",
         *[f"{p}.safetensors" for p in parts],
     }
     assert {path.name for path in finished.pipeline.iterdir()} == {
-        "model_index.json", "manifest.parquet", "unet", "provenance", "scheduler", "temperatures", "credit"
+        "model_index.json", "manifest.parquet", "sha256.json", "unet", "provenance", "scheduler", "temperatures", "credit"
     }  # fmt: skip
     images = {f"{number:05d}.png" for number in range(NUM_IMAGES)}
-    assert {path.name for path in finished.samples.iterdir()} == {*images, "grid.png", "part-0.parquet"}
+    assert {path.name for path in finished.samples.iterdir()} == {
+        *images, "grid.png", "part-0.parquet", "generation.json", "sha256.json", "traces", "traces_closed_form"
+    }  # fmt: skip
     assert [path.name for path in finished.traces.iterdir()] == ["part-0.parquet"]
     assert not list(finished.root.rglob("*.partial"))
 

@@ -132,7 +132,10 @@ def saved(start, tmp_path):
 def test_parts_have_names_and_no_pickle_is_written(saved, tmp_path):
     folder = tmp_path / "step-000002"
     names = {"denoiser", "denoiser_ema", "provenance", "provenance_ema", "optimizer"}
-    assert {path.name for path in folder.iterdir()} == {f"{name}.safetensors" for name in names} | {"state.json", "sha256.json"}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.safetensors" for name in names} | {
+        "state.json",
+        "sha256.json",
+    }
     assert json.loads((folder / "state.json").read_text())["step"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
