@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput
@@ -17,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from provgen.data.dataset import ImageSet
-from provgen.data.images import from_pil, to_pil, to_uint8, to_unit_range
+from provgen.data.images import from_pil, naming_image, read_image, to_pil, to_uint8, to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.errors import InputError
 from provgen.generators.classifier import ClassifierGenerator
@@ -65,6 +68,11 @@ CLARITY = 3.0
 
 ATTRIBUTE_BATCH = 64
 """Outside images traced at a time; bounds the (query, train) matrices."""
+
+Picture = Image.Image | np.ndarray | Tensor | str | PathLike[str]
+"""An image from outside: a PIL image, an array (height, width[, channel]), a tensor of the model's size, or a path."""
+Labels = Sequence[int | None] | np.ndarray | Tensor | int | None
+"""One class per image, None for no class; a single one for a single image."""
 
 
 @dataclass
@@ -220,10 +228,10 @@ class ProvenancePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | None] | Tensor | None = None,
+        class_labels: Labels = None,
         *,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         top_k: int | None = 8,
@@ -232,11 +240,13 @@ class ProvenancePipeline(DiffusionPipeline):
         max_resamplings: int = 4,
         closed_form: Posterior | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
     ) -> ProvenancePipelineOutput:
         """Generate images and trace each along its own trajectory.
 
         Args:
-            class_labels: One class per image, None for no class. Without it `batch_size` images of no class.
+            class_labels: One class per image, None for no class: a list, array or tensor, or one label alone for one
+                image. Without it `batch_size` images of no class.
             batch_size: Images, when no labels are given.
             generator: One per image, so that an image does not depend on its batch.
             num_inference_steps: DDIM steps, at least 10.
@@ -248,39 +258,44 @@ class ProvenancePipeline(DiffusionPipeline):
             max_resamplings: Times that a sample may be drawn again.
             closed_form: Also trace by the closed form (needs the training images).
             output_type: `pil` or `pt`.
+            return_dict: False gives the tuple (images, attribution, closed form, resamplings) instead.
 
         Raises:
-            InputError: An impossible label, `top_k` or step count.
+            InputError: An impossible label, `top_k` or step count, or sampling gave pixels that are not finite.
         """
         if top_k is not None:
             self._check_traceable(top_k)
+        _check_whole(batch_size=batch_size, num_inference_steps=num_inference_steps, max_resamplings=max_resamplings)
         _check_options(guidance_scale, output_type, trace_every)
         _check_resampling(resample_below, max_resamplings, is_traced=top_k is not None)
-        count = _read_count(class_labels, batch_size, generator)
+        given, generators = _listed_labels(class_labels), _listed_generators(generator)
+        count = _read_count(given, batch_size, generators)
         sampling = _Sampling(
             pipeline=self,
-            class_labels=_read_labels(class_labels, count, self.null_label).to(self._execution_device),
-            generator=generator,
+            class_labels=_read_labels(given, count, self.null_label).to(self._execution_device),
+            generator=generators,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
         if top_k is None:
-            images = sampling.images(torch.arange(count))
-            return ProvenancePipelineOutput(_finished(images, output_type), None, resamplings=torch.zeros(count).long())
-        draw = partial(sampling.traced, trace_every=trace_every, closed_form=closed_form)
-        most = 0 if resample_below is None else max_resamplings
-        drawn, resamplings = resample(draw, count, below=resample_below or 0.0, most=most)
-        return ProvenancePipelineOutput(
-            _finished(drawn.images, output_type), *self._attributions(drawn, sampling.class_labels, top_k), resamplings
-        )
+            images, resamplings = sampling.images(torch.arange(count)), torch.zeros(count).long()
+            attributions: tuple[Attribution | None, Attribution | None] = (None, None)
+        else:
+            draw = partial(sampling.traced, trace_every=trace_every, closed_form=closed_form)
+            most = 0 if resample_below is None else max_resamplings
+            drawn, resamplings = resample(draw, count, below=resample_below or 0.0, most=most)
+            images, attributions = drawn.images, self._attributions(drawn, sampling.class_labels, top_k)
+        output = (_finished(images, output_type), *attributions, resamplings)
+        # Typed as what it nearly always is, so that callers need not tell the two apart.
+        return ProvenancePipelineOutput(*output) if return_dict else output  # type: ignore[return-value]
 
     @torch.no_grad()
     def attribute(
         self,
-        images: Sequence[Image.Image] | Tensor,
+        images: Picture | Sequence[Picture],
         *,
         top_k: int = 8,
-        class_labels: Sequence[int | None] | Tensor | None = None,
+        class_labels: Labels = None,
         closed_form: Posterior | None = None,
         num_inference_steps: int = 50,
         trace_every: int = 1,
@@ -292,22 +307,26 @@ class ProvenancePipeline(DiffusionPipeline):
         every image, so that a trace does not depend on what else is in the batch.
 
         Args:
-            images: PIL images of any size and mode, or uint8 (query, channel, height, width) of the model's size.
+            images: One image or a list: PIL images, uint8 arrays (height, width[, channel]) and files may have any
+                size and mode; a batch of arrays has the query first. Tensors are uint8 and of the model's size,
+                (query, channel, height, width), or (channel, height, width) in a list.
             top_k: Sources per image, at most the number of training images.
-            class_labels: One class per image, None where it is not known.
+            class_labels: One class per image, None where it is not known; for one image its label alone.
             closed_form: Trace by the closed form instead of the network.
             num_inference_steps: Sampler steps whose noise levels are used, at least 10.
             trace_every: Levels from one that is used to the next.
-            seed: Seed of the noise.
+            seed: Seed of the noise, at least 0.
 
         Raises:
-            InputError: No images, an impossible label or `top_k`, or images of another size.
+            InputError: No images, an impossible label, `top_k` or seed, images of another size, or a file that is none.
         """
         self._check_traceable(top_k)
-        _check_trace_every(trace_every)
+        _check_whole(num_inference_steps=num_inference_steps, seed=seed)
+        _check_least(trace_every=trace_every, least=1)
+        _check_least(seed=seed, least=0)
         pixels = _read_pixels(images, channels=self.manifest.channels, size=self.manifest.image_size)
         clean = to_unit_range(pixels, self.network.dtype).to(self._execution_device)
-        labels = _read_labels(class_labels, len(pixels), self.null_label).to(clean.device)
+        labels = _read_labels(_listed_labels(class_labels), len(pixels), self.null_label).to(clean.device)
 
         generator = self.generator
         levels = Levels.of(generator, num_inference_steps, trace_every, self.window)
@@ -362,6 +381,7 @@ class ProvenancePipeline(DiffusionPipeline):
             raise InputError(
                 "this pipeline has no provenance network to trace with; give top_k=None, or train with one"
             )
+        _check_whole(top_k=top_k)
         check_top_k(top_k, self.provenance.config.num_covered)
 
 
@@ -409,7 +429,15 @@ class _Sampling:
         with self.pipeline.progress_bar(total=len(generator.alpha_bars(self.num_inference_steps))) as bar:
             images = trace(steps, *looks, lambda _: bar.update()).images
         assert images is not None, "sampling ends in images"
+        if not images.isfinite().all():
+            raise InputError(f"sampling gave pixels that are not finite; {self._remedy()}")
         return images
+
+    def _remedy(self) -> str:
+        """Say what to do when samples are no numbers."""
+        if self.guidance_scale == 1:
+            return "the weights of this pipeline are damaged, so restore it or train again in a new output_dir"
+        return f"guidance_scale={self.guidance_scale:g} is too large; give a number between 1 and 10"
 
     def traced(self, rows: Tensor, *, trace_every: int, closed_form: Posterior | None) -> Draw:
         """Sample the queries of some rows, and trace them."""
@@ -427,15 +455,29 @@ def _check_options(guidance_scale: float, output_type: str, trace_every: int) ->
     """Refuse what no sampler and no caller can use."""
     if output_type not in ("pil", "pt"):
         raise InputError(f"output_type must be pil or pt, got {output_type!r}")
-    if not isfinite(guidance_scale):
-        raise InputError(f"guidance_scale must be a finite number, got {guidance_scale}")
-    _check_trace_every(trace_every)
+    if not _is_finite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
+    _check_least(trace_every=trace_every, least=1)
 
 
-def _check_trace_every(trace_every: int) -> None:
-    """Refuse what is no number of steps."""
-    if trace_every < 1:
-        raise InputError(f"trace_every must be at least 1, got {trace_every}")
+def _is_finite(value: object) -> bool:
+    """Whether a value is a number, and not NaN or infinite."""
+    return isinstance(value, Real) and isfinite(value)
+
+
+def _check_whole(**values: object) -> None:
+    """Refuse what is no whole number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InputError(f"{name} must be a whole number, got {value!r}")
+
+
+def _check_least(*, least: int, **values: int) -> None:
+    """Refuse what is no whole number, or a smaller one than `least`."""
+    _check_whole(**values)
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
 
 
 def _check_resampling(resample_below: float | None, max_resamplings: int, *, is_traced: bool) -> None:
@@ -444,57 +486,126 @@ def _check_resampling(resample_below: float | None, max_resamplings: int, *, is_
         return
     if not is_traced:
         raise InputError("resample_below looks at traces; give top_k as well, or leave it out")
-    if resample_below <= 0 or max_resamplings < 1:
+    if not _is_finite(resample_below) or resample_below <= 0 or max_resamplings < 1:
         raise InputError(
-            f"resample_below must be positive and max_resamplings at least 1, got {resample_below} and "
-            f"{max_resamplings}"
+            "resample_below must be a positive finite number and max_resamplings at least 1, got "
+            f"{resample_below!r} and {max_resamplings}"
         )
 
 
+def _listed_labels(class_labels: Labels) -> list[Any] | None:
+    """List class labels as Python's own numbers; one alone makes a list of one, and none at all stay None."""
+    if class_labels is None:
+        return None
+    values = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray | np.generic) else class_labels
+    listed = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    return [value.tolist() if isinstance(value, Tensor | np.generic) else value for value in listed]
+
+
+def _listed_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> torch.Generator | list[torch.Generator] | None:
+    """Give one random generator for all images, or the list of one per image."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    listed = list(generator) if isinstance(generator, Sequence) else [generator]
+    if wrong := [one for one in listed if not isinstance(one, torch.Generator)]:
+        raise InputError(
+            f"generator must be a torch.Generator, or a list of one per image, got {wrong[0]!r}; "
+            "make one of a seed by torch.Generator().manual_seed(seed)"
+        )
+    return listed
+
+
 def _read_count(
-    class_labels: Sequence[int | None] | Tensor | None,
-    batch_size: int,
-    generator: torch.Generator | list[torch.Generator] | None,
+    class_labels: list[Any] | None, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
 ) -> int:
     """Give the number of images asked for: one per label, `batch_size` without labels."""
-    if isinstance(class_labels, int):
-        raise InputError(f"class_labels must be a list with one class per image, got {class_labels}")
     count = batch_size if class_labels is None else len(class_labels)
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
+    if batch_size not in (1, count):
+        raise InputError(f"give one class label per image: batch_size={batch_size}, but {count} labels")
     if isinstance(generator, list) and len(generator) != count:
         raise InputError(f"give one generator per image: {count} images, {len(generator)} generators")
     return count
 
 
-def _read_labels(class_labels: Sequence[int | None] | Tensor | None, count: int, null_label: int) -> Tensor:
+def _read_labels(given: list[Any] | None, count: int, null_label: int) -> Tensor:
     """Turn one class label per image, None for no class, into int64 (query,); without any, all are null."""
-    if class_labels is None:
+    if given is None:
         return torch.full((count,), null_label)
-    given = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
     if len(given) != count:
         raise InputError(f"give one class label per image, None for no class: {count} images, {len(given)} labels")
     labels = [null_label if label is None else label for label in given]
     allowed = range(null_label + 1)
-    if bad := [label for label in labels if not isinstance(label, int) or label not in allowed]:
+    # True is 1 to Python, but it is no class that anyone means.
+    if bad := [label for label in labels if type(label) is not int or label not in allowed]:
         classes = f"0 to {null_label - 1}, or None for no class" if null_label else "None, there are no classes"
         raise InputError(f"class labels must be {classes}, got {bad[0]!r}")
     return torch.tensor(labels)
 
 
-def _read_pixels(images: Sequence[Image.Image] | Tensor, *, channels: int, size: int) -> Tensor:
-    """Turn images into uint8 (query, channel, height, width); PIL images are resized and converted."""
-    if len(images) == 0:
+def _read_pixels(images: Picture | Sequence[Picture], *, channels: int, size: int) -> Tensor:
+    """Turn images into uint8 (query, channel, height, width); all but tensors are resized and converted."""
+    if isinstance(images, Tensor):
+        _check_tensor(images, "query", channels, size, size)
+    pictures = _listed_pictures(images)
+    if not pictures:
         raise InputError("no images to attribute; give at least one")
-    if not isinstance(images, Tensor):
-        return torch.stack([from_pil(image, image_size=size, channels=channels) for image in images])
-    wanted = (channels, size, size)
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != wanted:
+    return torch.stack([
+        _read_picture(picture, f"images[{place}]", channels=channels, size=size)
+        for place, picture in enumerate(pictures)
+    ])  # fmt: skip
+
+
+def _listed_pictures(images: Picture | Sequence[Picture]) -> list[Any]:
+    """List images; an array is a batch where it has one dimension more than an image."""
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 3 + _has_channels(images) else [images]
+    if isinstance(images, Tensor) or (isinstance(images, Sequence) and not isinstance(images, str)):
+        return list(images)
+    return [images]
+
+
+def _has_channels(pixels: np.ndarray) -> bool:
+    """Whether the last axis of an array counts grey, RGB or RGBA; no image is so narrow."""
+    return pixels.ndim > 2 and pixels.shape[-1] in (1, 3, 4)
+
+
+def _read_picture(picture: object, name: str, *, channels: int, size: int) -> Tensor:
+    """Turn one image of whatever form into uint8 (channel, size, size)."""
+    if isinstance(picture, Tensor):
+        _check_tensor(picture, channels, size, size)
+        return picture.cpu()
+    if isinstance(picture, str | PathLike):
+        return read_image(Path(picture), image_size=size, channels=channels)
+    if isinstance(picture, np.ndarray):
+        picture = _from_array(picture, name)
+    if not isinstance(picture, Image.Image):
+        raise InputError(f"{name} must be a PIL image, an array, a tensor or a path, got {type(picture).__name__}")
+    with naming_image(Path(name)):
+        return from_pil(picture, image_size=size, channels=channels)
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    """Turn uint8 pixels (height, width[, channel]) into a PIL image."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 + _has_channels(pixels):
         raise InputError(
-            f"images must be uint8 of shape (query, {', '.join(map(str, wanted))}), "
+            f"{name} must be uint8 of shape (height, width) or (height, width, channel) with 1, 3 or 4 channels, "
+            f"got {pixels.dtype} of shape {pixels.shape}"
+        )
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def _check_tensor(images: Tensor, *wanted: int | str) -> None:
+    """Refuse a tensor that is not uint8 or not of the wanted shape, in which "query" is any number."""
+    fits = images.ndim == len(wanted) and all(w in ("query", h) for w, h in zip(wanted, images.shape, strict=True))
+    if images.dtype != torch.uint8 or not fits:
+        raise InputError(
+            f"images must be uint8 of shape ({', '.join(map(str, wanted))}), "
             f"got {images.dtype} of shape {tuple(images.shape)}"
         )
-    return images
 
 
 def _finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:

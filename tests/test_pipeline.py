@@ -1,13 +1,17 @@
 """Seeds decide images, traces change nothing, saving loses nothing, and mistakes end in one line."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from provgen.data.images import to_pil, to_uint8
 from provgen.data.manifest import Manifest
+from provgen.errors import InputError
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.temperatures import Tracer
 from provgen.pipeline import ProvenancePipeline
@@ -281,6 +285,146 @@ def test_pil_images_and_tensors_are_attributed_alike(pipe, trained):
     assert_same(pipe.attribute(as_pil), pipe.attribute(images))
     colour = [image.convert("RGB") for image in as_pil]
     assert_same(pipe.attribute(colour), pipe.attribute(images))
+
+
+FORMS = {
+    "array (query, height, width)": lambda pixels, folder: pixels[:, 0].numpy(),
+    "array (query, height, width, 1)": lambda pixels, folder: pixels.permute(0, 2, 3, 1).numpy(),
+    "array (query, height, width, 3)": lambda pixels, folder: pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy(),
+    "list of arrays": lambda pixels, folder: [image[0].numpy() for image in pixels],
+    "tuple of colour arrays": lambda pixels, folder: tuple(np.stack([image[0]] * 3, axis=-1) for image in pixels),
+    "list of tensors": lambda pixels, folder: list(pixels),
+    "list of paths": lambda pixels, folder: saved(pixels, folder),
+    "list of strings": lambda pixels, folder: [str(path) for path in saved(pixels, folder)],
+    "a little of each": lambda pixels, folder: [to_pil(pixels[0]), str(saved(pixels, folder)[1]), pixels[2, 0].numpy()],
+}
+
+
+def saved(pixels, folder):
+    paths = [folder / f"{number}.png" for number in range(len(pixels))]
+    for image, path in zip(pixels, paths, strict=True):
+        to_pil(image).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_same_pixels_is_attributed_alike(form, pipe, trained, tmp_path):
+    pixels = trained.data.train.images[:3]
+    assert_same(pipe.attribute(FORMS[form](pixels, tmp_path), top_k=3), pipe.attribute(pixels, top_k=3))
+
+
+@pytest.mark.parametrize("form", ["PIL", "array", "colour array", "path", "string"])
+def test_one_image_is_attributed_without_a_list(form, pipe, trained, tmp_path):
+    pixels = trained.data.train.images[4:5]
+    array, (path,) = pixels[0, 0].numpy(), saved(pixels, tmp_path)
+    forms = {"PIL": to_pil(pixels[0]), "array": array, "colour array": np.stack([array] * 3, axis=-1)}
+    image = (forms | {"path": path, "string": str(path)})[form]
+    assert_same(pipe.attribute(image, class_labels=3), pipe.attribute(pixels, class_labels=[3]))
+
+
+def test_arrays_of_another_size_are_resized_as_pil_images_are(pipe):
+    pixels = np.random.default_rng(0).integers(256, size=(2, 20, 30, 3), dtype=np.uint8)
+    assert_same(pipe.attribute(pixels), pipe.attribute([Image.fromarray(image) for image in pixels]))
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array([3, 1]), (np.int64(3), torch.tensor(1)), range(3, 0, -2), torch.tensor([3, 1])]
+)
+def test_labels_may_come_in_any_form(labels, pipe, trained):
+    images = trained.data.train.images[:2]
+    assert_same(pipe.attribute(images, class_labels=labels), pipe.attribute(images, class_labels=[3, 1]))
+
+
+@pytest.mark.parametrize("label", [3, np.int64(3), torch.tensor(3), np.array(3)])
+def test_one_label_is_that_of_one_image(label, pipe, three, message_of):
+    alone = pipe(label, generator=seeds(0)[0], top_k=5, **FAST)
+    assert torch.equal(alone.images, pipe([3], generator=seeds(0), top_k=5, **FAST).images)
+    assert "2 images, 1 labels" in message_of(pipe.attribute, three.images[:2], class_labels=label)
+    assert "batch_size=2, but 1 labels" in message_of(pipe, label, batch_size=2, **FAST)
+
+
+def test_a_tuple_of_generators_is_a_list_of_them(pipe, three):
+    given = pipe(LABELS, generator=tuple(seeds(0, 1, 2)), top_k=5, **FAST)
+    assert torch.equal(given.images, three.images)
+
+
+def test_without_a_dict_comes_a_tuple(pipe, three):
+    images, attribution, closed_form, resamplings = pipe(
+        LABELS, generator=seeds(0, 1, 2), top_k=5, return_dict=False, **FAST
+    )
+    assert torch.equal(images, three.images)
+    assert_same(attribution, three.attribution)
+    assert closed_form is None
+    assert resamplings.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"class_labels": [True]}, "got True"),
+        ({"class_labels": np.array([True])}, "got True"),
+        ({"class_labels": "3"}, "got '3'"),
+        ({"class_labels": [1.0]}, "got 1.0"),
+        ({"class_labels": torch.zeros(1, 2).long()}, "got [0, 0]"),
+        ({"generator": 0}, "torch.Generator().manual_seed("),
+        ({"generator": [0]}, "torch.Generator().manual_seed("),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+        ({"num_inference_steps": 20.0}, "num_inference_steps must be a whole number"),
+        ({"top_k": True}, "top_k must be a whole number"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a finite number, got '3'"),
+        ({"resample_below": float("nan")}, "resample_below must be a positive finite number"),
+        ({"resample_below": float("inf")}, "resample_below must be a positive finite number"),
+    ],
+)
+def test_what_cannot_be_asked_of_sampling_is_refused(arguments, expected, pipe, message_of):
+    assert expected in message_of(pipe, **{"num_inference_steps": 10, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "expected"),
+    [
+        (np.zeros((8, 8)), {}, "got float64 of shape (8, 8)"),
+        ([np.zeros((8, 8), bool)], {}, "images[0] must be uint8"),
+        (np.zeros((1, 1, 8, 8), np.uint8), {}, "(height, width, channel)"),
+        (np.zeros((0, 8, 8), np.uint8), {}, "at least one"),
+        ([torch.zeros(1, 9, 9).byte()], {}, "uint8 of shape (1, 8, 8)"),
+        ([torch.zeros(1, 8, 8)], {}, "got torch.float32"),
+        (
+            [Image.new("L", (8, 8)), None],
+            {},
+            "images[1] must be a PIL image, an array, a tensor or a path, got NoneType",
+        ),
+        ([Image.new("F", (8, 8))], {}, "images[0]"),
+        ("absent.png", {}, "no image at absent.png"),
+        (np.zeros((8, 8), np.uint8), {"top_k": None}, "top_k must be a whole number, got None"),
+        (np.zeros((8, 8), np.uint8), {"seed": -1}, "seed must be at least 0, got -1"),
+        (np.zeros((8, 8), np.uint8), {"seed": 0.5}, "seed must be a whole number"),
+    ],
+)
+def test_what_cannot_be_attributed_is_refused(images, arguments, expected, pipe, message_of):
+    assert expected in message_of(pipe.attribute, images, **arguments)
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e30, -1e38])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_samples_that_are_not_finite_are_refused(scale, top_k, pipe, message_of):
+    """Or sampling survived so large a scale, and then pixels and traces are numbers."""
+    try:
+        output = pipe([3, 1], generator=seeds(0, 1), guidance_scale=scale, top_k=top_k, **FAST)
+    except InputError:
+        message = message_of(pipe, [3, 1], generator=seeds(0, 1), guidance_scale=scale, top_k=top_k, **FAST)
+        assert message.startswith(f"sampling gave pixels that are not finite; guidance_scale={scale:g} is too large")
+    else:
+        assert scale == 1e10
+        assert top_k is None or output.attribution.weight.isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_named(pipe, message_of):
+    broken = ProvenancePipeline(**(pipe.components | {"unet": deepcopy(pipe.unet)})).with_manifest(pipe.manifest)
+    broken.set_progress_bar_config(disable=True)
+    next(broken.unet.parameters()).data.fill_(float("nan"))
+    message = message_of(broken, [3], top_k=None, **FAST)
+    assert "not finite; the weights of this pipeline are damaged" in message
 
 
 def test_a_label_restricts_what_an_outside_image_is_traced_to(pipe, trained):

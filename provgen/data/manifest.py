@@ -177,8 +177,17 @@ class Manifest:
         return sum(before != now for before, now in rows)
 
     def sources(self, indices: Tensor | Sequence[int]) -> list[Source]:
-        """Name the training images with the example `indices` (selected,), in that order."""
-        named = self._train.take(pa.array([int(index) for index in indices], pa.int64()))
+        """Name the training images with the example `indices` (selected,), in that order.
+
+        Raises:
+            InputError: There is no such training image.
+        """
+        wanted = [int(index) for index in indices]
+        if wrong := [index for index in wanted if not 0 <= index < self.num_train]:
+            raise InputError(
+                f"no training image has the example index {wrong[0]}; give numbers from 0 to {self.num_train - 1}"
+            )
+        named = self._train.take(pa.array(wanted, pa.int64()))
         return [Source(**row) for row in named.select(list(Source.__dataclass_fields__)).to_pylist()]
 
     def align(self, images: ImageSet) -> tuple[ImageSet, ImageSet]:

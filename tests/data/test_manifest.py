@@ -278,3 +278,11 @@ def test_another_schema_version_is_named(root, tmp_path, message_of, monkeypatch
     message = message_of(Manifest.load, path)
     assert "schema version 99" in message
     assert "1 to 2" in message
+
+
+@pytest.mark.parametrize("index", [-1, 6, 9999])
+def test_sources_that_are_no_training_images_are_refused(index, root, message_of):
+    manifest = Manifest.of(*split(load(root)))
+    message = message_of(manifest.sources, [0, index])
+    assert f"the example index {index}" in message
+    assert "0 to 5" in message
