@@ -9,13 +9,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from provgen import build, cli
 from provgen.data.images import read_image
-from provgen.errors import InputError
+from provgen.errors import InputError, printable
 from provgen.tracing.records import explained_record, source_records
 
 
@@ -63,8 +62,8 @@ def main(
         print(json.dumps({"schema_version": 2, "run": str(run), "method": method, "images": results}, indent=2))
         return
     for query, result in enumerate(results):
-        print(f"{result['image']}: {attribution.explained.describe(query)}")
-        Console().print(source_table(result))
+        cli.say(f"{result['image']}: {attribution.explained.describe(query)}")
+        cli.print_table(source_table(result))
 
 
 def source_table(result: dict[str, Any]) -> Table:
@@ -80,7 +79,7 @@ def source_table(result: dict[str, Any]) -> Table:
     for source in result["sources"]:
         texts = [source["path"], source["class_name"], source["contributor"], source["license"]]
         numbers = [str(source["example_index"]), f"{source['posterior']:.1%}", f"{source['weight']:.1%}"]
-        table.add_row(*[Text(text or "") for text in texts], *numbers)
+        table.add_row(*[Text(printable(text or "")) for text in texts], *numbers)
     return table
 
 

@@ -101,7 +101,7 @@ def main(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             publish_samples(writer, folder, train, tells_resamplings=resample_below is not None)
-            print(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
+            cli.say(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()
 
 
@@ -135,10 +135,10 @@ def publish_samples(writer: SampleWriter, folder: RunFolder, train: ImageSet, *,
     grid = draw_samples(writer.staged, samples[:GRID_SAMPLES], traces, train)
     grid.save(writer.staged.samples / "grid.png")
     writer.publish()
-    print(f"{len(samples)} samples in {folder.samples}, their sources in {folder.traces}")
-    print(support_line([sample["support"] for sample in samples]))
+    cli.say(f"{len(samples)} samples in {folder.samples}, their sources in {folder.traces}")
+    cli.say(support_line([sample["support"] for sample in samples]))
     if tells_resamplings:
-        print(f"{sum(sample['resamplings'] > 0 for sample in samples)} of them were resampled")
+        cli.say(f"{sum(sample['resamplings'] > 0 for sample in samples)} of them were resampled")
 
 
 def support_line(supports: Sequence[str]) -> str:

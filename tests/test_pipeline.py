@@ -11,7 +11,6 @@ from PIL import Image
 
 from provgen.data.images import to_pil, to_uint8
 from provgen.data.manifest import Manifest
-from provgen.errors import InputError
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.temperatures import Tracer
 from provgen.pipeline import ProvenancePipeline
@@ -405,18 +404,16 @@ def test_what_cannot_be_attributed_is_refused(images, arguments, expected, pipe,
     assert expected in message_of(pipe.attribute, images, **arguments)
 
 
-@pytest.mark.parametrize("scale", [1e10, 1e30, -1e38])
+@pytest.mark.parametrize("scale", [1e30, -1e38])
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_samples_that_are_not_finite_are_refused(scale, top_k, pipe, message_of):
-    """Or sampling survived so large a scale, and then pixels and traces are numbers."""
-    try:
-        output = pipe([3, 1], generator=seeds(0, 1), guidance_scale=scale, top_k=top_k, **FAST)
-    except InputError:
-        message = message_of(pipe, [3, 1], generator=seeds(0, 1), guidance_scale=scale, top_k=top_k, **FAST)
-        assert message.startswith(f"sampling gave pixels that are not finite; guidance_scale={scale:g} is too large")
-    else:
-        assert scale == 1e10
-        assert top_k is None or output.attribution.weight.isfinite().all()
+    message = message_of(pipe, [3, 1], generator=seeds(0, 1), guidance_scale=scale, top_k=top_k, **FAST)
+    assert message.startswith(f"sampling gave pixels that are not finite; guidance_scale={scale:g} is too large")
+
+
+def test_samples_that_are_finite_have_traces_that_are(pipe):
+    output = pipe([3, 1], generator=seeds(0, 1), guidance_scale=1e10, top_k=3, **FAST)
+    assert output.attribution.weight.isfinite().all()
 
 
 def test_weights_that_are_not_finite_are_named(pipe, message_of):

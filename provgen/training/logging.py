@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from provgen.errors import InputError
+from provgen.errors import InputError, printable
 from provgen.run import atomic_path, writing
 from provgen.training.checkpoint import list_checkpoints
 
@@ -118,8 +118,8 @@ class TrainingProgress:
             self.say(f"step {step}/{self.max_steps}  {text}")
 
     def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        """Print a line above the bar; names and paths in it can do nothing to the terminal."""
+        self.console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
         """Print a table above the bar."""

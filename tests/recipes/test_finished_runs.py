@@ -51,7 +51,8 @@ def test_a_finished_run_holds_the_files_of_the_design(finished):
         *[f"{p}.safetensors" for p in parts],
     }
     assert {path.name for path in finished.pipeline.iterdir()} == {
-        "model_index.json", "manifest.parquet", "sha256.json", "unet", "provenance", "scheduler", "temperatures", "credit"
+        "model_index.json", "manifest.parquet", "sha256.json", "unet", "provenance", "scheduler", "temperatures",
+        "credit",
     }  # fmt: skip
     images = {f"{number:05d}.png" for number in range(NUM_IMAGES)}
     assert {path.name for path in finished.samples.iterdir()} == {

@@ -1,0 +1,5 @@
+"""`python -m provgen` is `provgen`."""
+
+from provgen.cli import main
+
+main()
