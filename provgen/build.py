@@ -18,7 +18,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
 from provgen.data.batches import BatchStream
-from provgen.data.dataset import ImageSet
+from provgen.data.dataset import ImageSet, require_different
 from provgen.data.images import to_unit_range
 from provgen.data.manifest import Manifest
 from provgen.data.sources import load_images
@@ -69,6 +69,7 @@ from provgen.training.trainer import CoTrainer, ProvenanceObjective
 
 MAY_CHANGE = {
     "output_dir",
+    "data.max_bytes",
     "data.path",  # the images may move: sha256 says whether they are the same
     "training.max_steps",
     "training.log_every",
@@ -134,14 +135,16 @@ def open_data(settings: Settings, folder: RunFolder) -> RunData:
         InputError: The images cannot be read, or are no longer those of the manifest.
     """
     data = settings.data
-    if folder.manifest.is_file() and data.path is not None and not Path(data.path).is_dir():
+    started = Manifest.load(folder.manifest) if folder.manifest.is_file() else None
+    if started is not None and data.path is not None and not Path(data.path).is_dir():
         raise InputError(f"the images of {folder.root} are not in {data.path} any more; give data.path=FOLDER")
-    images = load_images(data.source, data.path, data.image_size)
-    if folder.manifest.is_file():
-        manifest = Manifest.load(folder.manifest)
-        train, holdout = manifest.align(images)
-        fresh = manifest.with_names_of(train, holdout)
-        if changed := manifest.count_changed(fresh):
+    # A run that has begun reads no file but its own: another one may be half copied.
+    wanted = None if started is None else set(started.table["sha256"].to_pylist())
+    images = load_images(data.source, data.path, data.image_size, wanted=wanted, max_bytes=data.max_bytes)
+    if started is not None:
+        train, holdout = started.align(images)
+        fresh = started.with_names_of(train, holdout)
+        if changed := started.count_changed(fresh):
             _note(f"{changed} images have another path, contributor or licence than when {folder.root} began")
         return RunData(train=train, holdout=holdout, manifest=fresh)
     train_rows, holdout_rows = stratified_split(images.labels, data.holdout_fraction, data.split_seed)
@@ -253,6 +256,7 @@ def _require_images(train: ImageSet, place: str) -> None:
             f"no training image of class {missing[0]!r} is left ({len(missing)} such classes); "
             "raise data.max_train_images"
         )
+    require_different(train)
 
 
 def _check_same(started: Settings, given: Settings, folder: RunFolder) -> None:

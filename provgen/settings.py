@@ -21,24 +21,23 @@ class DataSettings:
     path: str | None = None
     """Folder with the images or the packed files; null for `digits`, or to download by torchvision."""
     image_size: int = 8
-    """Height and width in pixels; other sizes are resized, at least 4."""
+    """Height and width in pixels; other sizes are resized, in [4, 1024]."""
     holdout_fraction: float = 0.1
     """Share of every class kept out of training, in [0, 0.9]."""
     max_train_images: int | None = None
-    """At most this many training images, class-stratified; null takes all."""
+    """At most this many training images, class-stratified, in [2, 10^9]; null takes all."""
     split_seed: int = 0
     """Seed of the held-out split and of `max_train_images`, in [0, 2^31)."""
+    max_bytes: int = 2**28
+    """Most bytes that one image (4 a pixel) or packed file may unpack to, in [2^16, 2^40]; raise it for larger ones."""
 
     def __post_init__(self) -> None:
-        _require(self.image_size >= 4, "data.image_size", self.image_size, "at least 4 pixels")
+        _require(4 <= self.image_size <= 1024, "data.image_size", self.image_size, "in [4, 1024] pixels")
         _require(0 <= self.holdout_fraction <= 0.9, "data.holdout_fraction", self.holdout_fraction, "in [0, 0.9]")
-        _require(
-            self.max_train_images is None or self.max_train_images >= 2,
-            "data.max_train_images",
-            self.max_train_images,
-            "null or at least 2",
-        )
+        most = self.max_train_images
+        _require(most is None or 2 <= most <= 10**9, "data.max_train_images", most, "null or in [2, 10^9]")
         _require(0 <= self.split_seed < 2**31, "data.split_seed", self.split_seed, "in [0, 2^31)")
+        _require(2**16 <= self.max_bytes <= 2**40, "data.max_bytes", self.max_bytes, "in [2^16, 2^40]")
         _require(
             self.source != "folder" or self.path is not None,
             "data.path",
@@ -78,13 +77,13 @@ class ProvenanceSettings:
     cells: Literal["kmeans", "classes"] = "kmeans"
     """Two-stage head: what its cells are."""
     num_cells: int | None = None
-    """Two-stage head: k-means cells; null for a fifth of the square root of the example count, but at least 2."""
+    """Two-stage head: k-means cells, in [1, 10^5]; null for a fifth of the root of the example count, but at least 2."""
     beam: int | None = 4
-    """Two-stage head: cells looked into while tracing, at least 1; null looks into all."""
+    """Two-stage head: cells looked into while tracing, in [1, 10^5]; null looks into all."""
     shared_stages: int | None = None
     """Encoder stages of the generator that are shared (stem, down blocks, middle): 0 to all; null shares all."""
     width: int = 64
-    """Embedding channels, at least 1; index logits are inner products of this length."""
+    """Embedding channels, in [1, 4096]; index logits are inner products of this length."""
     start: Literal["images", "random"] = "images"
     """Where the index head's prototypes start: at principal coordinates of the training images, or anywhere."""
     gradient: Literal["joint", "stop"] = "joint"
@@ -100,7 +99,7 @@ class ProvenanceSettings:
     mixing: Literal["class", "neighbors"] = "class"
     """Which examples are alike: all of the class, or the nearest of the class."""
     num_neighbors: int = 10
-    """How many are nearest, at least 1."""
+    """How many are nearest, in [1, 10^4]."""
     coverage: float = 1.0
     """Share of the training images that the index head can name, in (0, 1]."""
     coverage_rule: Literal["stratified", "k_center", "entropy"] = "stratified"
@@ -109,11 +108,11 @@ class ProvenanceSettings:
     def __post_init__(self) -> None:
         for name in ("num_cells", "beam"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"provenance.{name}", value, "null or at least 1")
+            _require(value is None or 1 <= value <= 10**5, f"provenance.{name}", value, "null or in [1, 10^5]")
         shared = self.shared_stages
         _require(shared is None or shared >= 0, "provenance.shared_stages", shared, "null or at least 0")
-        for name in ("width", "num_neighbors"):
-            _require(getattr(self, name) >= 1, f"provenance.{name}", getattr(self, name), "at least 1")
+        _require(1 <= self.width <= 4096, "provenance.width", self.width, "in [1, 4096]")
+        _require(1 <= self.num_neighbors <= 10**4, "provenance.num_neighbors", self.num_neighbors, "in [1, 10^4]")
         _require(self.loss_weight > 0, "provenance.loss_weight", self.loss_weight, "positive")
         weight = self.class_loss_weight
         _require(weight >= 0, "provenance.class_loss_weight", weight, "at least 0")
@@ -126,30 +125,31 @@ class TrainingSettings:
     """How long, how fast and how often."""
 
     max_steps: int = 1000
-    """Optimiser steps in all, at least 1."""
+    """Optimiser steps in all, in [1, 10^9]."""
     batch_size: int = 128
-    """Images per optimiser step over all processes together, at least 1."""
+    """Images per optimiser step over all processes together, in [1, 65536]."""
     learning_rate: float = 2e-3
     """AdamW step size after warm-up, positive."""
     warmup_steps: int = 100
-    """Optimiser steps of linear warm-up, at least 0."""
+    """Optimiser steps of linear warm-up, in [0, 10^9]."""
     ema_decay: float = 0.995
     """Largest decay per optimiser step of the averaged weights, in [0, 1)."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Arithmetic of the generator: float32, or bfloat16 autocast."""
     log_every: int = 10
-    """Optimiser steps between logged losses, at least 1."""
+    """Optimiser steps between logged losses, in [1, 10^9]."""
     evaluate_every: int = 500
-    """Optimiser steps between tables of index metrics against their ceilings, at least 1."""
+    """Optimiser steps between tables of index metrics against their ceilings, in [1, 10^9]."""
     checkpoint_every: int = 500
-    """Optimiser steps between checkpoints, at least 1."""
+    """Optimiser steps between checkpoints, in [1, 10^9]."""
     seed: int = 0
     """Seed of weights, batches and noise, in [0, 2^31)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "log_every", "evaluate_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
-        _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "at least 0")
+        for name in ("max_steps", "log_every", "evaluate_every", "checkpoint_every"):
+            _require(1 <= getattr(self, name) <= 10**9, f"training.{name}", getattr(self, name), "in [1, 10^9]")
+        _require(1 <= self.batch_size <= 2**16, "training.batch_size", self.batch_size, "in [1, 65536]")
+        _require(0 <= self.warmup_steps <= 10**9, "training.warmup_steps", self.warmup_steps, "in [0, 10^9]")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "positive")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.seed < 2**31, "training.seed", self.seed, "in [0, 2^31)")

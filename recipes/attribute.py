@@ -38,7 +38,8 @@ def main(
     trained = build.open_trained_run(run, build.make_accelerator().device, overrides)
     manifest = trained.data.manifest
     label = None if class_name is None else trained.data.train.class_index(class_name)
-    pixels = [read_image(p, image_size=manifest.image_size, channels=manifest.channels) for p in paths]
+    size, channels, max_bytes = manifest.image_size, manifest.channels, trained.settings.data.max_bytes
+    pixels = [read_image(path, image_size=size, channels=channels, max_bytes=max_bytes) for path in paths]
     attribution = trained.pipeline.attribute(
         torch.stack(pixels),
         top_k=top_k,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unicodedata import normalize
 
+import torch
 from torch import Tensor
 
 from provgen.errors import InputError
@@ -40,18 +42,29 @@ class ImageSet:
         return len(self.class_names)
 
     def class_index(self, name: str) -> int:
-        """Give the label of a class.
+        """Give the label of a class, whose name may be in another Unicode normal form.
 
         Raises:
             InputError: There is no such class.
         """
-        if name not in self.class_names:
+        names = [normalize("NFC", known) for known in self.class_names]
+        if normalize("NFC", name) not in names:
             known = ", ".join(self.class_names) or "none, as the data set has no labels"
             raise InputError(f"unknown class {name!r}; the classes are: {known}")
-        return self.class_names.index(name)
+        return names.index(normalize("NFC", name))
 
     def select(self, indices: Tensor) -> ImageSet:
         """Keep the images `indices` (int64, (selected,)), in that order."""
         words = ("paths", "sha256", "contributors", "licenses")
         kept = {name: tuple(getattr(self, name)[index] for index in indices.tolist()) for name in words}
         return replace(self, images=self.images[indices], labels=self.labels[indices], **kept)
+
+
+def require_different(train: ImageSet) -> None:
+    """Refuse training images that are all alike.
+
+    Raises:
+        InputError: They are.
+    """
+    if torch.equal(train.images[1:], train.images[:-1]):
+        raise InputError(f"all {len(train)} training images are alike; there is nothing to tell apart, so add others")

@@ -6,8 +6,9 @@ import gzip
 import math
 import pickle  # noqa: TID251  CIFAR-10 is published as pickles; _ArrayUnpickler runs nothing that they name
 import zlib
-from collections.abc import Sequence
-from io import BytesIO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from provgen.data.images import MAX_BYTES
 from provgen.errors import InputError
 
 _DAMAGED = "replace it with a fresh copy"
 _UNSIGNED_BYTE = 8  # idx type code
 
 
-def read_idx_folder(folder: Path, preferred: str) -> tuple[Tensor, Tensor]:
+def read_idx_folder(folder: Path, preferred: str, *, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
     """Read training images uint8 (train, 1, height, width) and labels int64 (train,) of an MNIST-like data set.
 
     The files train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz, lie at most two levels below `folder`;
     if several subfolders hold such files, the one named `preferred` is taken.
 
     Raises:
-        InputError: Files that are missing, ambiguous, damaged or of different lengths.
+        InputError: Files that are missing, ambiguous, damaged or of different lengths, or that unpack to more than
+            `max_bytes`.
     """
     image_path = _find(folder, ["train-images-idx3-ubyte", "train-images.idx3-ubyte"], preferred)
     label_path = _find(image_path.parent, ["train-labels-idx1-ubyte", "train-labels.idx1-ubyte"], preferred)
-    images, labels = _read_idx(image_path, 3), _read_idx(label_path, 1)
+    images, labels = _read_idx(image_path, 3, max_bytes), _read_idx(label_path, 1, max_bytes)
     _require_pairs(images, labels, f"{image_path} and {label_path.name}")
     return images[:, None], labels.long()
 
 
-def read_cifar10_folder(folder: Path) -> tuple[Tensor, Tensor]:
+def read_cifar10_folder(folder: Path, *, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
     """Read images uint8 (train, 3, 32, 32) and labels int64 (train,) of CIFAR-10 (python version) below `folder`.
 
     Raises:
-        InputError: Files that are missing, damaged, or name anything but numpy arrays.
+        InputError: Files that are missing, damaged, unpack to more than `max_bytes`, or name anything but numpy arrays.
     """
     first = _find(folder, ["data_batch_1"], "cifar-10-batches-py")
     paths = [first, *(_find(first.parent, [f"data_batch_{i}"], "") for i in range(2, 6))]
-    images, labels = zip(*map(_read_cifar_batch, paths), strict=True)
+    images, labels = zip(*[_read_cifar_batch(path, max_bytes) for path in paths], strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
@@ -69,26 +72,41 @@ def _only(copies: list[Path], preferred: str, folder: Path) -> Path:
     return chosen[0]
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextmanager
+def _unpacked(path: Path) -> Iterator[BufferedIOBase]:
+    """Open a file, plain or gzipped; no more is unpacked than is read."""
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        with path.open("rb") as file:
+            is_gzipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            yield gzip.GzipFile(fileobj=file) if is_gzipped else file
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}; {_DAMAGED}") from error
 
 
-def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """Read an idx file of unsigned bytes: big-endian magic and sizes, then the values."""
-    data = _read_bytes(path)
-    start = 4 + 4 * dimensions
-    if data[:4] != bytes([0, 0, _UNSIGNED_BYTE, dimensions]) or len(data) < start:
-        raise InputError(f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions; {_DAMAGED}")
-    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
-    if len(data) - start != math.prod(shape):
+def _require_small(path: Path, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
         raise InputError(
-            f"{path} holds {len(data) - start} values where its header says {math.prod(shape)}; {_DAMAGED}"
+            f"{path} unpacks to more than data.max_bytes={max_bytes}; raise that if the file is as it should be"
         )
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
+
+
+def _read_idx(path: Path, dimensions: int, max_bytes: int) -> Tensor:
+    """Read an idx file of unsigned bytes: big-endian magic and sizes, then the values."""
+    start = 4 + 4 * dimensions
+    with _unpacked(path) as file:
+        header = file.read(start)
+        if header[:4] != bytes([0, 0, _UNSIGNED_BYTE, dimensions]) or len(header) < start:
+            raise InputError(f"{path} is not an idx file of unsigned bytes in {dimensions} dimensions; {_DAMAGED}")
+        shape = [int.from_bytes(header[i : i + 4], "big") for i in range(4, start, 4)]
+        promised = math.prod(shape)
+        _require_small(path, promised, max_bytes)
+        # One more tells whether there are more, without unpacking them.
+        values = file.read(promised + 1)
+    if len(values) != promised:
+        held = f"only {len(values)}" if len(values) < promised else "more"
+        raise InputError(f"{path} holds {held} values where its header says {promised}; {_DAMAGED}")
+    return torch.from_numpy(np.frombuffer(values, np.uint8).reshape(shape).copy())
 
 
 def _require_pairs(images: Tensor, labels: Tensor, where: str) -> None:
@@ -122,9 +140,12 @@ def _encode_latin1(text: str, _encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+def _read_cifar_batch(path: Path, max_bytes: int) -> tuple[Tensor, Tensor]:
+    with _unpacked(path) as file:
+        data = file.read(max_bytes + 1)
+    _require_small(path, len(data), max_bytes)
     try:
-        batch = _ArrayUnpickler(BytesIO(_read_bytes(path)), encoding="latin1").load()
+        batch = _ArrayUnpickler(BytesIO(data), encoding="latin1").load()
         # str keys as published (Python 2), bytes keys as some re-packed copies have them.
         pixels, labels = (batch[key if key in batch else key.encode()] for key in ("data", "labels"))
         images = torch.from_numpy(np.asarray(pixels, np.uint8).reshape(-1, 3, 32, 32).copy())

@@ -1,5 +1,6 @@
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from provgen.data.folder import load_image_folder
+from provgen.data.images import readable_suffixes
 
 
 def write(path, value=0, mode="L", size=(6, 6)):
@@ -179,3 +181,162 @@ def test_many_images_leave_no_progress_bar_in_a_log(tmp_path, capfd):
         (tmp_path / f"{i:03d}.png").write_bytes(data)
     assert len(load_image_folder(tmp_path, 4)) == 600
     assert capfd.readouterr() == ("", "")
+
+
+# Formats that PIL reads and writes; the others of its registry are only read.
+WRITTEN = [
+    "avif", "bmp", "dib", "gif", "ico", "icns", "jfif", "jp2", "jpe", "jpeg", "jpg", "mpo", "pbm", "pcx", "pgm", "png",
+    "apng", "pnm", "ppm", "qoi", "sgi", "tga", "tif", "tiff", "webp", "dds", "bw", "j2k", "xbm", "msp", "blp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+def test_every_format_that_pil_writes_and_reads_is_read(tmp_path, suffix):
+    mode = {"xbm": "1", "msp": "1", "pbm": "1", "bw": "L", "pgm": "L", "blp": "P"}.get(suffix, "RGB")
+    image = Image.new(mode, (16, 16), 1 if mode in "1P" else "white")
+    if mode == "P":
+        image.putpalette([0, 0, 0, 255, 255, 255] * 128)
+    image.save(tmp_path / f"a.{suffix.upper()}", format={"jfif": "JPEG"}.get(suffix))
+    images = load_image_folder(tmp_path, 4)
+    assert images.paths == (f"a.{suffix.upper()}",)
+    assert images.images.min() >= 250
+
+
+def test_what_pil_only_knows_by_name_or_cannot_show_is_no_image():
+    assert {".eps", ".ps", ".pdf", ".wmf", ".emf", ".mpg", ".h5", ".hdf", ".grib", ".bufr", ".fits"}.isdisjoint(
+        readable_suffixes()
+    )
+
+
+def test_what_is_left_out_is_said_once_and_by_the_main_process_only(tmp_path, capfd, monkeypatch):
+    write(tmp_path / "cats" / "a.png")
+    for name in ("b.txt", "cats/c.TXT", "cats/d.json", "LICENSE", ".hidden", "cats/.DS_Store", "e.\x1b[31m"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "metadata.csv").write_text("file_name\ncats/a.png\n")
+    for _ in range(2):
+        load_image_folder(tmp_path, 4)
+    expected = f"left out 5 in {tmp_path} that are no images: .txt (2), no suffix (1), .json (1), '.\\x1b[31m' (1)\n"
+    assert capfd.readouterr().err == expected
+    (tmp_path / "f.doc").write_text("x")
+    monkeypatch.setenv("RANK", "1")
+    load_image_folder(tmp_path, 4)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("link", ["a/lost.png", "a/lost.txt", "c", "a/deep", "metadata.csv"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, link, message_of):
+    write(tmp_path / "a" / "1.png")
+    (tmp_path / link).symlink_to("/nowhere/at/all")
+    assert message_of(load_image_folder, tmp_path, 4).startswith(f"{tmp_path / link} is a link that leads nowhere")
+
+
+def test_links_that_lead_to_images_and_folders_are_followed(tmp_path):
+    write(tmp_path / "elsewhere" / "x.png", 7)
+    root = tmp_path / "root"
+    write(root / "a" / "1.png")
+    (root / "a" / "2.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    assert load_image_folder(root, 4).paths == ("a/1.png", "a/2.png", "b/x.png")
+
+
+def test_a_link_that_leads_back_up_ends(tmp_path):
+    write(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert load_image_folder(tmp_path, 4).paths == ("a/1.png",)
+
+
+def test_a_pipe_is_named(tmp_path, message_of):
+    write(tmp_path / "a" / "1.png")
+    os.mkfifo(tmp_path / "a" / "2.png")
+    assert message_of(load_image_folder, tmp_path, 4).startswith(f"{tmp_path / 'a' / '2.png'} is neither a file")
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_images_at_any_depth_are_refused(tmp_path, depth, message_of):
+    write(tmp_path / "a" / "1.png")
+    deep = tmp_path.joinpath("a", *map(str, range(depth - 1)))
+    write(deep / "2.png")
+    message = message_of(load_image_folder, tmp_path, 4)
+    assert message.startswith(f"{deep} holds images {depth} levels down")
+    assert f"set data.path to {deep.parent}" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metadata.jsonl", "Metadata.csv", "metadata.CSV", "metadata.tsv", "metadata.json", "metadata.parquet",
+     "a/metadata.csv", "a/b/metadata.jsonl"],
+)  # fmt: skip
+def test_metadata_in_another_place_or_format_is_refused(tmp_path, name, message_of):
+    write(tmp_path / "a" / "1.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("file_name,contributor\na/1.png,Ann\n")
+    message = message_of(load_image_folder, tmp_path, 4)
+    assert message.startswith(f"{tmp_path / name} would not be read; write {tmp_path / 'metadata.csv'}")
+    assert "file_name" in message
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("on_disk", "in_file"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_a_row_finds_a_file_in_another_normal_form(tmp_path, on_disk, in_file):
+    write(tmp_path / f"{on_disk}.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,contributor\n{in_file}.png,Ann\n", encoding="utf-8")
+    images = load_image_folder(tmp_path, 4)
+    assert images.contributors == ("Ann",)
+    assert images.paths == (f"{on_disk}.png",)
+
+
+def test_files_that_differ_by_normal_form_only_keep_their_own_rows(tmp_path):
+    for name in (COMPOSED, DECOMPOSED):
+        write(tmp_path / f"{name}.png")
+    if len(list(tmp_path.iterdir())) < 2:
+        pytest.skip("this file system takes both names for one")
+    rows = f"file_name,contributor\n{DECOMPOSED}.png,Ann\n{COMPOSED}.png,Bob\n"
+    (tmp_path / "metadata.csv").write_text(rows, encoding="utf-8")
+    images = load_image_folder(tmp_path, 4)
+    assert dict(zip(images.paths, images.contributors, strict=True)) == {
+        f"{DECOMPOSED}.png": "Ann",
+        f"{COMPOSED}.png": "Bob",
+    }
+
+
+def test_classes_that_differ_by_normal_form_only_are_one(tmp_path):
+    for name in (f"{COMPOSED}/1.png", f"{DECOMPOSED}/2.png", "tea/3.png"):
+        write(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\ntea/3.png,{DECOMPOSED}\n", encoding="utf-8")
+    images = load_image_folder(tmp_path, 4)
+    assert images.class_names == (COMPOSED,)
+    assert images.labels.tolist() == [0, 0, 0]
+    assert images.class_index(COMPOSED) == images.class_index(DECOMPOSED) == 0
+    assert replace(images, class_names=(DECOMPOSED,)).class_index(COMPOSED) == 0
+
+
+def test_files_that_are_not_wanted_may_be_broken_or_lost(tmp_path, message_of):
+    for i, name in enumerate(["a/1.png", "a/2.png", "b/3.png"]):
+        write(tmp_path / name, i)
+    whole = load_image_folder(tmp_path, 4)
+    (tmp_path / "b" / "4.png").write_bytes(b"half an image")
+    (tmp_path / "b" / "5.png").symlink_to("/nowhere/5.png")
+    write(tmp_path / "b" / "6.png", (255, 0, 0), mode="RGB")
+    assert "5.png" in message_of(load_image_folder, tmp_path, 4)
+    wanted = load_image_folder(tmp_path, 4, wanted=set(whole.sha256[1:]))
+    assert wanted.paths == ("a/2.png", "b/3.png")
+    assert torch.equal(wanted.images, whole.images[1:])
+    assert (wanted.class_names, wanted.labels.tolist()) == (("a", "b"), [0, 1])
+    nothing = load_image_folder(tmp_path, 4, wanted=())
+    assert (len(nothing), nothing.images.shape) == (0, (0, 1, 4, 4))
+
+
+def test_a_set_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, message_of):
+    write(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"half an image")
+    assert "lower data.image_size" in message_of(load_image_folder, tmp_path, 10**8)
+
+
+def test_an_image_of_a_folder_is_bounded(tmp_path, message_of):
+    write(tmp_path / "1.png", size=(30, 30))
+    message = message_of(load_image_folder, tmp_path, 4, max_bytes=3000)
+    assert "1.png" in message
+    assert "data.max_bytes=3000" in message
+    assert len(load_image_folder(tmp_path, 4, max_bytes=3600)) == 1

@@ -2,6 +2,7 @@ import gzip
 import os
 import pickle  # noqa: TID251  CIFAR-10 is published as pickles, so the tests write some
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_a_truncated_idx_file_is_named(tmp_path, keep, end, message_of):
 
 def test_surplus_values_wrong_kind_and_unequal_counts_are_refused(tmp_path, message_of):
     write_idx(tmp_path, images=idx(IMAGES) + b"\x00")
-    assert "81 values" in message_of(read_idx_folder, tmp_path, "MNIST")
+    assert "more values where its header says 80" in message_of(read_idx_folder, tmp_path, "MNIST")
     write_idx(tmp_path, images=idx(LABELS))
     assert "3 dimensions" in message_of(read_idx_folder, tmp_path, "MNIST")
     write_idx(tmp_path, images=idx(IMAGES[:4]))
@@ -172,3 +173,46 @@ def test_a_missing_batch_is_named(tmp_path, message_of):
     write_cifar(tmp_path, protocol_2)
     (tmp_path / "data_batch_4").unlink()
     assert "data_batch_4" in message_of(read_cifar10_folder, tmp_path)
+
+
+def test_packed_files_that_unpack_to_more_than_they_may_are_refused(tmp_path, message_of):
+    write_idx(tmp_path / "idx")
+    write_idx(tmp_path / "idx.gz", end=".gz")
+    for folder in (tmp_path / "idx", tmp_path / "idx.gz"):
+        assert len(read_idx_folder(folder, "MNIST", max_bytes=80)[0]) == 5
+        message = message_of(read_idx_folder, folder, "MNIST", max_bytes=79)
+        assert str(folder) in message
+        assert "data.max_bytes=79" in message
+    write_cifar(tmp_path / "cifar", protocol_2)
+    size = max(path.stat().st_size for path in (tmp_path / "cifar").iterdir())
+    assert len(read_cifar10_folder(tmp_path / "cifar", max_bytes=size)[0]) == 10
+    message = message_of(read_cifar10_folder, tmp_path / "cifar", max_bytes=size - 1)
+    assert "data_batch_" in message
+    assert f"data.max_bytes={size - 1}" in message
+
+
+@pytest.mark.parametrize("promised", [(5, 4, 4), (2**31, 2**31, 2**31), (2**26 // 16, 4, 4)])
+def test_a_gzip_bomb_is_unpacked_no_further_than_its_header_promises(tmp_path, promised, message_of):
+    header = struct.pack(">HBB3I", 0, 8, 3, *promised)
+    write_idx(tmp_path, end=".gz", images=header + bytes(2**26))
+    tracemalloc.start()
+    try:
+        message = message_of(read_idx_folder, tmp_path, "MNIST", max_bytes=2**20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "train-images" in message
+    assert peak < 2**21
+
+
+def test_a_gzip_bomb_in_place_of_a_batch_is_unpacked_no_further_than_allowed(tmp_path, message_of):
+    write_cifar(tmp_path, protocol_2)
+    (tmp_path / "data_batch_2").write_bytes(gzip.compress(bytes(2**26)))
+    tracemalloc.start()
+    try:
+        message = message_of(read_cifar10_folder, tmp_path, max_bytes=2**20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "data_batch_2" in message
+    assert peak < 2**22

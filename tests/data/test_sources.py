@@ -83,6 +83,20 @@ def test_folder_goes_to_the_image_folder(tmp_path):
     assert load_images("folder", str(tmp_path), 4).images.tolist() == [[[[5] * 4] * 4]]
 
 
+def test_bounds_and_wanted_digests_reach_the_files(tmp_path, message_of):
+    (tmp_path / "folder").mkdir()
+    Image.new("L", (9, 9), 5).save(tmp_path / "folder" / "a.png")
+    (tmp_path / "folder" / "b.png").write_bytes(b"broken")
+    digest = hashlib.sha256((tmp_path / "folder" / "a.png").read_bytes()).hexdigest()
+    assert load_images("folder", tmp_path / "folder", 4, wanted={digest}).paths == ("a.png",)
+    message = message_of(load_images, "folder", tmp_path / "folder", 4, max_bytes=4 * 80)
+    assert "data.max_bytes=320" in message
+    write_idx_set(tmp_path, [1, 2])
+    assert len(load_images("mnist", tmp_path, 6, wanted=(), max_bytes=72)) == 2
+    assert "data.max_bytes=71" in message_of(load_images, "mnist", tmp_path, 6, max_bytes=71)
+    assert "lower data.image_size" in message_of(load_images, "mnist", tmp_path, 10**8)
+
+
 def test_what_a_source_cannot_take_is_refused(tmp_path, message_of):
     assert "data.path" in message_of(load_images, "digits", tmp_path, 8)
     assert "data.path" in message_of(load_images, "folder", None, 8)
