@@ -1,11 +1,16 @@
 """The tiles of the grid hold the very pixels of the images, in reading order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from PIL import Image
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from fontTools.ttLib import TTCollection, TTFont
+from PIL import Image, ImageDraw
 
 from provgen.errors import InputError
-from provgen.report.grid import _sample_caption, sample_grid
+from provgen.report.grid import _sample_caption, _system_fonts, choose_face, faces_of, sample_grid
 
 
 def flat(color, size=8):
@@ -109,3 +114,108 @@ def test_captions_say_the_class_and_how_much_is_explained(support, explained, by
 def test_an_empty_grid_is_refused():
     with pytest.raises(InputError, match="0 samples"):
         sample_grid([], [], [], [])
+
+
+BOX, SQUARE = 300, 900
+"""Width of the picture of a letter that a font lacks, and of one that it has, in thousandths of its size."""
+
+
+def write_font(path, letters):
+    """Write a font in which all of some letters are one square, and all others a narrow box."""
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap(dict.fromkeys(map(ord, letters), "square"))
+    builder.setupGlyf({".notdef": rectangle(BOX), "square": rectangle(SQUARE)})
+    builder.setupHorizontalMetrics({".notdef": (BOX, 0), "square": (SQUARE, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
+def rectangle(width):
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 700), (width, 700), (width, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    return pen.glyph()
+
+
+def collection(path, *parts):
+    together = TTCollection()
+    together.fonts = [TTFont(part) for part in parts]
+    together.save(path)
+    return path
+
+
+def ink(face, line):
+    """Draw a line; give its pixels."""
+    page = Image.new("L", (200, 40))
+    ImageDraw.Draw(page).text((10, 10), line, 255, face.font)
+    return np.asarray(page)
+
+
+def test_a_line_is_drawn_in_the_first_font_that_has_its_letters(tmp_path):
+    kana = write_font(tmp_path / "kana.ttf", "\U000f0001\U000f0002")
+    more = write_font(tmp_path / "more.ttf", "\U000f0001\U000f0003a")
+    chosen = {
+        line: choose_face(line, [kana, more]).path.stem
+        for line in ("plain", "\U000f0001", "\U000f0002", "\U000f0003a", "\U000f0001 \U000f0003", "\U000f0004")
+    }
+    assert list(chosen.values()) == ["DejaVuSans", "kana", "kana", "more", "more", "DejaVuSans"]
+    assert choose_face("\U000f0004", [kana, more]).lacks("\U000f0004 a") == {"\U000f0004"}
+    face = choose_face("\U000f0002", [kana, more])
+    assert face.font.getlength("\U000f0002") == pytest.approx(13 * SQUARE / 1000, abs=0.5)
+
+
+def test_fonts_are_found_inside_of_collections(tmp_path):
+    parts = [write_font(tmp_path / f"{number}.ttf", letter) for number, letter in enumerate("\U000f0001\U000f0002")]
+    both = collection(tmp_path / "both.ttc", *parts)
+    assert [face.letters for face in faces_of(both)] == ["\U000f0001", "\U000f0002"]
+    face = choose_face("\U000f0002", [both])
+    assert (face.path, face.number) == (both, 1)
+    assert face.font.getlength("\U000f0002") == pytest.approx(13 * SQUARE / 1000, abs=0.5)
+    other = replace(face, number=0)
+    assert other.font.getlength("\U000f0002") == pytest.approx(13 * BOX / 1000, abs=0.5)
+
+
+@pytest.mark.parametrize("content", [b"", b"no font", b"ttcf" + bytes(30), b"\0\1\0\0" + bytes(8)])
+@pytest.mark.parametrize("ending", ["ttf", "ttc", "otf"])
+def test_damaged_fonts_are_passed_over(content, ending, tmp_path):
+    path = tmp_path / f"damaged.{ending}"
+    path.write_bytes(content)
+    assert faces_of(path) == ()
+
+
+@pytest.mark.parametrize("line", ["日本語", "한국어", "हिन्दी", "\U000f1234", "\U000f2234 \u0378"])
+def test_letters_are_drawn_or_named_as_missing(line, capsys):
+    """Whatever fonts this system has: letters are told from the picture of one that no font has, or stderr says so."""
+    face = choose_face(line, _system_fonts())
+    captions = [[line.replace(" ", "\n")]]
+    for _ in range(2):
+        sample_grid([flat("red")], [[flat("blue")]], captions, [line])
+    said = capsys.readouterr().err
+    lacking = face.lacks(line)
+    for letter in set(line) - {" "}:
+        is_box = np.array_equal(ink(face, letter), ink(face, "\U0010ffff"))
+        assert is_box <= (letter in lacking)
+    if lacking:
+        assert said.count("no font on this system has") == said.count("\n") == 1
+        assert "install one that has them, such as a Noto font" in said
+        assert all(letter in said for letter in lacking)
+    else:
+        assert said == ""
+
+
+def test_a_name_that_needs_no_other_font_is_said_nothing_about(capsys):
+    sample_grid([flat("red")], [[flat("blue")]], [["žluť 😀‍\n12 %"]], ["Ελλάδα, привет\n62% explained…"])
+    assert capsys.readouterr().err == ""
+
+
+def test_control_characters_of_names_are_drawn_as_their_escapes(random_images):
+    images = replace(random_images(4), class_names=("a", "\x1b[31mb\u202e", "c"))
+    sample = {"class_label": 1, "support": "unknown", "explained": None, "explained_by_nearest": None}
+    assert _sample_caption(sample, images) == r"\x1b[31mb\u202e"
