@@ -84,6 +84,21 @@ class RunFolder:
         return self.root / "report"
 
     @property
+    def report_html(self) -> Path:
+        """Link to the analysis as one self-contained page."""
+        return self.root / "report.html"
+
+    @property
+    def report_json(self) -> Path:
+        """Link to the metrics of the analysis, machine-readable."""
+        return self.root / "report.json"
+
+    @property
+    def verdicts(self) -> Path:
+        """Link to what each sample is, and why: a row for each."""
+        return self.root / "verdicts.parquet"
+
+    @property
     def retrained(self) -> Path:
         """Subset models, as long trained as the run."""
         return self.root / "retrained"
@@ -110,9 +125,9 @@ class RunFolder:
 
     def link_report(self) -> None:
         """Link what lies in `report/` from the root, where it is looked for."""
-        for name in ("report.html", "report.json", "verdicts.parquet"):
-            link, target = self.root / name, Path("report") / name
-            if not (self.report / name).is_file():
+        for link in (self.report_html, self.report_json, self.verdicts):
+            target = Path(self.report.name) / link.name
+            if not (self.root / target).is_file():
                 link.unlink(missing_ok=True)
             elif not (link.is_symlink() and link.readlink() == target):
                 with atomic_path(link) as partial:

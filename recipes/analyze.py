@@ -90,10 +90,10 @@ def write_report(trained: build.TrainedRun, run: Path, features: str) -> None:
             sections=[section for section, _ in parts],
         )
         with writing(report):
-            (report / "report.html").write_text(page, encoding="utf-8")
+            (report / folder.report_html.name).write_text(page, encoding="utf-8")
         metrics = [metric for _, metrics in parts for metric in metrics]
-        write_report_json(report / "report.json", run.name, metrics, generation)
-    print(f"report in {folder.root / 'report.html'}, numbers in {folder.root / 'report.json'}")
+        write_report_json(report / folder.report_json.name, run.name, metrics, generation)
+    print(f"report in {folder.report_html}, numbers in {folder.report_json}")
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def verdicts_part(trained: build.TrainedRun, samples: Rows, traces: Rows, genera
     evidence["held-out"] = evidence["held-out"].select(slice(1, None, 2))
     judged = {name: verdicts(known, limits) for name, known in evidence.items()}
     steps = [sample["commitment_step"] for sample in samples]
-    write_verdicts(report / "verdicts.parquet", evidence["generated"], judged["generated"], steps)
+    write_verdicts(report / trained.folder.verdicts.name, evidence["generated"], judged["generated"], steps)
     shown = gallery_rows(judged["generated"])
     captions = [judged["generated"][row].kind for row in shown]
     gallery = draw_samples(trained.folder, [samples[row] for row in shown], traces, trained.data.train, captions)
