@@ -77,7 +77,7 @@ class ProvenanceSettings:
     cells: Literal["kmeans", "classes"] = "kmeans"
     """Two-stage head: what its cells are."""
     num_cells: int | None = None
-    """Two-stage head: k-means cells, in [1, 10^5]; null for a fifth of the root of the example count, but at least 2."""
+    """Two-stage head: k-means cells, in [1, 10^5]; null for a fifth of the root of the example count, at least 2."""
     beam: int | None = 4
     """Two-stage head: cells looked into while tracing, in [1, 10^5]; null looks into all."""
     shared_stages: int | None = None

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from provgen import build
 from provgen.data.manifest import Manifest
@@ -382,3 +383,21 @@ def test_the_closed_form_of_a_run_can_be_of_what_is_covered(trained):
     expected = whole.probs(*query)[:, covered]
     torch.testing.assert_close(part.probs(*query)[:, covered], expected / expected.sum(1, keepdim=True))
     assert not part.probs(*query)[:, ~covered].any()
+
+
+def test_a_run_of_before_data_max_bytes_resumes_and_may_change_it(tmp_path, tiny_settings, tiny_data):
+    settings = tiny_settings(f"output_dir={tmp_path}")
+    folder = build.start_run(settings, tiny_data, writes=True)
+    lines = folder.config.read_text(encoding="utf-8").splitlines(keepends=True)
+    folder.config.write_text("".join(line for line in lines if "max_bytes" not in line), encoding="utf-8")
+    changed = replace(settings, data=replace(settings.data, max_bytes=2**20))
+    build.start_run(changed, tiny_data, writes=True)
+    assert load_settings(folder.config, []).data.max_bytes == 2**20
+
+
+def test_training_images_that_are_all_alike_are_refused(tmp_path, tiny_settings, message_of):
+    for number in range(5):
+        Image.new("L", (8, 8), 7).save(tmp_path / f"{number}.png")
+    settings = tiny_settings("data.source=folder", f"data.path={tmp_path}", "data.max_train_images=null")
+    message = message_of(build.open_data, settings, RunFolder(tmp_path / "run"))
+    assert message.startswith("all 5 training images are alike")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from provgen.data.dataset import require_different
 from provgen.data.folder import load_image_folder
 from provgen.data.images import readable_suffixes
 
@@ -340,3 +341,12 @@ def test_an_image_of_a_folder_is_bounded(tmp_path, message_of):
     assert "1.png" in message
     assert "data.max_bytes=3000" in message
     assert len(load_image_folder(tmp_path, 4, max_bytes=3600)) == 1
+
+
+def test_images_that_are_all_alike_are_refused_and_one_other_is_enough(tmp_path, message_of):
+    for i in range(20):
+        write(tmp_path / f"{i:02d}.png", 90)
+    message = message_of(require_different, load_image_folder(tmp_path, 4))
+    assert message.startswith("all 20 training images are alike")
+    write(tmp_path / "07.png", 91)
+    require_different(load_image_folder(tmp_path, 4))

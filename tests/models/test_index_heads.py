@@ -7,7 +7,7 @@ import torch
 
 from provgen.models.embedding import MAX_GRID
 from provgen.models.index_heads import ClassConditionalHead, ClassIndependentHead, TwoStageHead
-from provgen.models.prototypes import CLEAR_CALL
+from provgen.models.prototypes import CLEAR_CALL, principal_coordinates, starting_log_cap
 
 CLASSES = 3
 
@@ -166,3 +166,15 @@ class TestEveryHead:
         assert sizes == sizes[:1] * 3
         embedding = 6 * (4 * MAX_GRID**2 + 8 * 4 * 4) + 6
         assert kind is not ClassIndependentHead or sizes[0] == embedding + 10 * 6 + 10 + 1
+
+
+@pytest.mark.parametrize("count", [2, 600, 5000])
+@pytest.mark.filterwarnings("error")
+def test_images_that_are_all_alike_start_at_the_origin_without_a_word(count):
+    # Their mean, subtracted from them, leaves rounding errors, which must not be taken for distances.
+    images = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(count, -1, -1, -1)
+    coordinates = principal_coordinates(images, 70)
+    assert coordinates.shape == (count, 70)
+    assert coordinates.dtype == torch.float64
+    assert coordinates.count_nonzero() == 0
+    assert starting_log_cap(coordinates) == torch.tensor(math.log(CLEAR_CALL))

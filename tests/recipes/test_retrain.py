@@ -125,6 +125,7 @@ def test_too_many_queries_are_refused(root_of, run_recipe, capsys):
 def test_what_is_logged_may_change_what_is_trained_may_not(tiny_settings):
     made = retraining.fingerprint(tiny_settings())
     assert retraining.fingerprint(tiny_settings("training.log_every=7", "output_dir=elsewhere")) == made
+    assert retraining.fingerprint(tiny_settings("data.max_bytes=65536")) == made
     assert retraining.fingerprint(tiny_settings("training.max_steps=21")) != made
     assert retraining.fingerprint(tiny_settings(), fraction=0.5) != made
 
