@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -218,9 +219,9 @@ class Manifest:
         return aligned.select(train), aligned.select(holdout)
 
     def _find(self, images: ImageSet) -> Tensor:
-        columns = (self.table[name].to_pylist() for name in ("sha256", "path", "class_name"))
-        wanted = list(zip(*columns, strict=True))
-        given = list(zip(images.sha256, images.paths, _class_of_each(images), strict=True))
+        digests, paths, classes = (self.table[name].to_pylist() for name in ("sha256", "path", "class_name"))
+        wanted = list(zip(digests, paths, _in_one_form(classes), strict=True))
+        given = list(zip(images.sha256, images.paths, _in_one_form(_class_of_each(images)), strict=True))
         positions = _match(wanted, given)
         missing = [path for (_, path, _), position in zip(wanted, positions, strict=True) if position is None]
         if missing:
@@ -231,7 +232,8 @@ class Manifest:
         return torch.tensor(positions, dtype=torch.int64)
 
     def _require_same_classes(self, images: ImageSet) -> None:
-        classes = zip(images.paths, self.table["class_name"].to_pylist(), _class_of_each(images), strict=True)
+        first, fresh = _in_one_form(self.table["class_name"].to_pylist()), _in_one_form(_class_of_each(images))
+        classes = zip(images.paths, first, fresh, strict=True)
         changed = [f"{path}: {before} became {now}" for path, before, now in classes if before != now]
         if changed:
             raise InputError(
@@ -280,3 +282,8 @@ def _table(images: ImageSet, split: str) -> pa.Table:
 def _class_of_each(images: ImageSet) -> list[str | None]:
     names = [*images.class_names, None]
     return [names[label] for label in images.labels.tolist()]
+
+
+def _in_one_form(names: list[str | None]) -> list[str | None]:
+    """Give names in NFC: image folders do so, but did not when older runs were built."""
+    return [name and normalize("NFC", name) for name in names]

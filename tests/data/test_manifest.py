@@ -286,3 +286,13 @@ def test_sources_that_are_no_training_images_are_refused(index, root, message_of
     message = message_of(manifest.sources, [0, index])
     assert f"the example index {index}" in message
     assert "0 to 5" in message
+
+
+def test_a_run_whose_class_names_are_in_another_normal_form_finds_its_images(tmp_path):
+    fill(tmp_path / "images", [f"{c}/{i}.png" for c in ("cafe\u0301", "tea") for i in range(5)])
+    images = load(tmp_path / "images")
+    assert images.class_names == ("caf\u00e9", "tea")
+    before = replace(images, class_names=("cafe\u0301", "tea"))
+    train, holdout = Manifest.of(*split(before)).align(images)
+    assert_same(train, split(before)[0])
+    assert_same(holdout, split(before)[1])
