@@ -210,7 +210,7 @@ def _say_left_out(paths: list[Path], root: Path) -> None:
     if counts:
         # A suffix may hold anything, also what a terminal would obey.
         kinds = [f"{name if name.isprintable() else ascii(name)} ({count})" for name, count in counts.most_common()]
-        _say_once(f"left out {len(paths)} in {root} that are no images: {', '.join(kinds)}")
+        _say_once(f"left out what is no image in {root}: {', '.join(kinds)}")
 
 
 @cache
