@@ -93,7 +93,7 @@ def write_report(trained: build.TrainedRun, run: Path, features: str) -> None:
             (report / folder.report_html.name).write_text(page, encoding="utf-8")
         metrics = [metric for _, metrics in parts for metric in metrics]
         write_report_json(report / folder.report_json.name, run.name, metrics, generation)
-    print(f"report in {folder.report_html}, numbers in {folder.report_json}")
+    cli.say(f"report in {folder.report_html}, numbers in {folder.report_json}")
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def sample_sections(trained: build.TrainedRun, samples: Rows, features: str, rep
     generated = load_pixels(folder, samples, trained.data.manifest)
     size = common_size(len(generated), len(holdout), len(train))
     if size < FEWEST:
-        print(f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} needed")
+        cli.say(f"sets are not measured: {size} images of each kind, after halving the held-out ones; {FEWEST} needed")
     return [
         (True, lambda: samples_part(trained, samples, traces)),
         (True, lambda: explained_part(trained, generated)),

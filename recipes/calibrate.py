@@ -52,7 +52,7 @@ def main(
     pipeline.register_modules(credit=head.to(pipeline.device))
     with only_writer(trained.folder.root, "provgen calibrate"), atomic_path(trained.folder.pipeline) as path:
         pipeline.save_pretrained(path)
-    print(f"calibrated on {calibration_subsets} subset models: {head.process}; saved in {trained.folder.pipeline}")
+    cli.say(f"calibrated on {calibration_subsets} subset models: {head.process}; saved in {trained.folder.pipeline}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ def main(
 ) -> None:
     """Run the whole job on the embedded digits: train, generate 64 digits with sources, report."""
     start = time.perf_counter()
-    print("1/3 training a generator together with its provenance network")
+    cli.say("1/3 training a generator together with its provenance network")
     cli.load_recipe("train")(config=cli.recipes_folder() / "digits.yaml", overrides=[f"output_dir={output}"])
-    print("2/3 generating digits and tracing each to its sources")
+    cli.say("2/3 generating digits and tracing each to its sources")
     cli.load_recipe("generate_and_attribute")(run=output, num_images=64, top_k=8, closed_form=True)
-    print("3/3 writing the report")
+    cli.say("3/3 writing the report")
     cli.load_recipe("analyze")(run=output)
-    print(
+    cli.say(
         f"done in {time.perf_counter() - start:.0f} s: open {output / 'report.html'}, or {output / 'samples/grid.png'}"
     )
 

@@ -18,6 +18,7 @@ from provgen import build, cli
 from provgen.data.dataset import ImageSet
 from provgen.errors import InputError
 from provgen.models.credit import CreditHead
+from provgen.run import only_writer
 from provgen.studies.faithfulness import comparison
 from provgen.studies.faithfulness.attributor import Method, MethodLabel, Queries, Role
 from provgen.studies.faithfulness.leave_out import read_moved
@@ -51,10 +52,23 @@ def main(
     if accelerator.num_processes > 1:
         raise InputError("faithfulness runs in one process; start it without accelerate launch")
     trained = build.open_trained_run(run, accelerator.device)
+    with only_writer(trained.folder.faithfulness, "provgen faithfulness"):
+        compare_methods(trained, calibration_subsets, timesteps, skip, only, resamples)
+
+
+def compare_methods(
+    trained: build.TrainedRun,
+    calibration_subsets: int,
+    timesteps: list[int] | None,
+    skip: list[str] | None,
+    only: list[str] | None,
+    resamples: int,
+) -> None:
+    """Tune methods on some subset models, and hold what they predict to the others; write what was found."""
     models = RetrainedFolder(trained.folder.retrained)
     retrained = models.load()
     seeds, num_queries, num_subsets = retrained.losses["generated"].shape
-    print(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind", flush=True)
+    cli.say(f"{num_subsets} subset models of {seeds} seeds, {num_queries} queries of either kind")
     split = Split.first(retrained.subsets, num_queries, calibration=calibration_subsets)
     require_calibration(trained.pipeline.credit, calibration_subsets)
     queries = trace_queries(trained, retrained.queries)
@@ -98,7 +112,7 @@ def tune_methods(
         # Held-out images have no trajectory.
         asked = {k: q for k, q in queries.items() if method.label.along != "trajectory" or q.trajectory is not None}
         tuned[method.label] = tuned_scores(method.attributor, train, asked, choose, look_back)
-        print(f"{method.name}: {tuned[method.label].cost.fit_seconds:.0f} s to set up", flush=True)
+        cli.say(f"{method.name}: {tuned[method.label].cost.fit_seconds:.0f} s to set up")
     return tuned
 
 

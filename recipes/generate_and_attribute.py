@@ -22,7 +22,7 @@ from provgen.report.grid import draw_samples
 from provgen.run import RunFolder, only_writer
 from provgen.tracing import records
 from provgen.tracing.attribution import check_top_k
-from provgen.tracing.records import SampleWriter, start_staging
+from provgen.tracing.records import SampleWriter, staging
 
 GRID_SAMPLES = 32
 
@@ -91,15 +91,14 @@ def main(
     }
     writer = SampleWriter(folder, pipeline.manifest, accelerator.process_index, asked)
     of_process = torch.arange(num_images)[accelerator.process_index :: accelerator.num_processes]
-    with only_writer(folder.root, "provgen generate", writes=accelerator.is_main_process):
-        if accelerator.is_main_process:
-            start_staging(folder)
+    writes = accelerator.is_main_process
+    with only_writer(folder.root, "provgen generate", writes=writes), staging(folder, writes=writes):
         accelerator.wait_for_everyone()
         for numbers in of_process.split(batch_size):
             write_samples(sample, writer, numbers.tolist(), labels, seed)
         writer.close()
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if writes:
             publish_samples(writer, folder, train, tells_resamplings=resample_below is not None)
             cli.say(f"look at {folder.samples / 'grid.png'}; next: provgen analyze --run {run}")
     accelerator.end_training()

@@ -90,7 +90,8 @@ def main(
             folder.compact()
         counts = [sum(model.method != NOTHING for model in models) for models in (outcomes, left_out)]
         table = write_table(folder.root, outcomes, names) if outcomes else "no query has every model yet"
-        print(f"{counts[0]} of {counts[1]} models measured\n\n{table}\ntable in {folder.root}")
+        print(f"{counts[0]} of {counts[1]} models measured\n\n{table}")
+        cli.say(f"table in {folder.root}")
     accelerator.end_training()
 
 

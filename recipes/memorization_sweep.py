@@ -82,7 +82,7 @@ def main(
 def report(folder: sweep.SweepFolder, models: Sequence[sweep.SweepModel]) -> None:
     """Write tables and figures of those models that are there; compact the folder when all are."""
     measured = {model: by_step for model, by_step in folder.load().items() if model in models}
-    print(f"{len(measured)} of {len(models)} models measured")
+    cli.say(f"{len(measured)} of {len(models)} models measured")
     if len(measured) == len(models):
         folder.compact()
     if measured:

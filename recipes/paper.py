@@ -67,7 +67,7 @@ def main(
     shared = share.share([run for chosen in experiments for run in chosen.runs()])
     waiting = [run for run in shared if read_measured(root / run.name, run.settings(root)) is None]
     seconds = {e.name: [row["seconds"] for row in measured_rows(e, root)] for e in experiments}
-    print(f"{len(shared)} runs into {root}, {len(shared) - len(waiting)} of them measured before")
+    cli.say(f"{len(shared)} runs into {root}, {len(shared) - len(waiting)} of them measured before")
     done = 0
     for chosen in experiments:
         for run in [run for run in waiting if run.experiment is chosen]:
@@ -75,7 +75,7 @@ def main(
             done += 1
             seconds[chosen.name].append(row["seconds"])
             left = minutes_left(waiting[done:], seconds)
-            print(f"[{done}/{len(waiting)}] {run.name}: {summary(row, chosen)}; {left}", flush=True)
+            cli.say(f"[{done}/{len(waiting)}] {run.name}: {summary(row, chosen)}; {left}")
         collect(chosen, root)
     write_overview(root)
 
@@ -153,7 +153,7 @@ def collect(experiment: Experiment, root: Path) -> None:
             write_rows(new / "table.parquet", rows)
             write_tables(experiment, rows, new)
     where = f"; tables in {folder}" if rows else ""
-    print(f"{experiment.name}: {len(rows)} of {total} runs measured{where}")
+    cli.say(f"{experiment.name}: {len(rows)} of {total} runs measured{where}")
 
 
 def remake_tables(root: Path) -> None:
@@ -181,7 +181,7 @@ def remake_table(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> 
     folder.mkdir(exist_ok=True)
     with published(folder) as new:
         write_tables(experiment, rows, new)
-    print(f"{name}: tables in {folder}")
+    cli.say(f"{name}: tables in {folder}")
 
 
 def write_tables(experiment: Experiment, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -206,7 +206,7 @@ def write_overview(root: Path) -> None:
     if pages:
         with published(root) as new:
             (new / "README.md").write_text(overview(pages), encoding="utf-8")
-        print(f"all together in {root / 'README.md'}")
+        cli.say(f"all together in {root / 'README.md'}")
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def main(
         measured = folder.measured()
         if measured.issuperset(models):
             folder.compact()
-        print(f"{len(measured)} of {len(models)} models measured in {folder.root}")
+        cli.say(f"{len(measured)} of {len(models)} models measured in {folder.root}")
     accelerator.end_training()
 
 

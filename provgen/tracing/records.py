@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,6 @@ class SampleWriter:
             self.staged.generation.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             seal(self.staged.samples)
             replace_path(self.staged.samples, self.folder.samples)
-            shutil.rmtree(self.staged.root)
 
     def _png_text(self, attribution: Attribution, query: int, seed: int) -> dict[str, str]:
         sources = source_records(attribution, query, self.manifest)
@@ -305,6 +305,18 @@ class SampleWriter:
 def staging_folder(folder: RunFolder) -> RunFolder:
     """Where samples lie until all of them are written."""
     return RunFolder(folder.root / ".generating")
+
+
+@contextmanager
+def staging(folder: RunFolder, *, writes: bool) -> Iterator[None]:
+    """Have a staging folder while the block runs; `writes` says whether this process makes it."""
+    if writes:
+        start_staging(folder)
+    try:
+        yield
+    finally:
+        if writes:
+            shutil.rmtree(staging_folder(folder).root, ignore_errors=True)
 
 
 def start_staging(folder: RunFolder) -> None:

@@ -172,7 +172,7 @@ def test_a_run_of_an_autoencoder_holds_the_same_files(decoded):
     parts = {"vae", "vae_ema", "provenance", "provenance_ema", "optimizer"}
     assert {path.stem for path in checkpoint.glob("*.safetensors")} == parts
     assert {path.name for path in decoded.pipeline.iterdir()} == {
-        "model_index.json", "manifest.parquet", "vae", "provenance", "temperatures", "credit"
+        "model_index.json", "manifest.parquet", "sha256.json", "vae", "provenance", "temperatures", "credit"
     }  # fmt: skip
     samples = read_parts(decoded.samples, ["sample"])
     assert [sample["class_label"] for sample in samples] == [None] * 6

@@ -13,7 +13,7 @@ from provgen.data.manifest import Manifest
 from provgen.run import RunFolder
 from provgen.tracing import records
 from provgen.tracing.attribution import Attribution, Explained
-from provgen.tracing.records import SampleWriter, staging_folder, start_staging
+from provgen.tracing.records import SampleWriter, staging, staging_folder, start_staging
 
 
 def explained_of(rows) -> Explained:
@@ -69,22 +69,22 @@ def generate(folder, manifest):
     """Write samples as so many processes would, two at a time, and publish them."""
 
     def call(num_images, num_processes, *, has_closed_form=False):
-        start_staging(folder)
         asked = {"num_images": num_images, "closed_form": has_closed_form}
-        for process in range(num_processes):
-            writer = SampleWriter(folder, manifest, process, asked)
-            for sample in range(process, num_images, num_processes):
-                writer.add(
-                    torch.full((1, 1, 8, 8), sample, dtype=torch.uint8),
-                    attribution_of(1, first=sample),
-                    attribution_of(1, first=sample, k=2) if has_closed_form else None,
-                    samples=[sample],
-                    seeds=[100 + sample],
-                    class_labels=[sample % 3 if sample else None],
-                    resamplings=[sample % 2],
-                )
-            writer.close()
-        writer.publish()
+        with staging(folder, writes=True):
+            for process in range(num_processes):
+                writer = SampleWriter(folder, manifest, process, asked)
+                for sample in range(process, num_images, num_processes):
+                    writer.add(
+                        torch.full((1, 1, 8, 8), sample, dtype=torch.uint8),
+                        attribution_of(1, first=sample),
+                        attribution_of(1, first=sample, k=2) if has_closed_form else None,
+                        samples=[sample],
+                        seeds=[100 + sample],
+                        class_labels=[sample % 3 if sample else None],
+                        resamplings=[sample % 2],
+                    )
+                writer.close()
+            writer.publish()
 
     return call
 
