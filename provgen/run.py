@@ -401,7 +401,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 def _has_replaced(new: Path, path: Path) -> bool:
     """Rename, unless a folder is in the way."""
-    if (new.is_dir() and os.path.lexists(path)) or (path.is_dir() and not path.is_symlink()):
+    if new.is_dir() and os.path.lexists(path):
         return False
     try:
         new.replace(path)

@@ -14,6 +14,7 @@ from provgen.data.manifest import Manifest
 from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.temperatures import Tracer
 from provgen.pipeline import ProvenancePipeline
+from provgen.run import seal
 
 FAST = {"num_inference_steps": 10, "output_type": "pt"}
 LABELS = [3, 1, None]
@@ -576,7 +577,7 @@ def test_saving_and_loading_other_kinds_gives_identical_traces(kind, trained_of,
         assert torch.equal(again.images, decoded.images)
         assert_same(again.attribution, decoded.attribution)
     component = "vae" if kind == "vae" else "classifier"
-    files = {"model_index.json", "manifest.parquet", component, "provenance", "temperatures", "credit"}
+    files = {"model_index.json", "manifest.parquet", "sha256.json", component, "provenance", "temperatures", "credit"}
     assert {path.name for path in (tmp_path / "copy").iterdir()} == files
     suffixes = {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors", ".parquet"}
@@ -657,4 +658,5 @@ def test_a_pipeline_of_another_version_is_refused(pipe, tmp_path, message_of):
     content = json.loads(config.read_text(encoding="utf-8"))
     del content["head"]
     config.write_text(json.dumps(content), encoding="utf-8")
-    assert "another version of provgen" in message_of(ProvenancePipeline.from_pretrained, tmp_path / "old")
+    seal(tmp_path / "old")
+    assert "cannot be loaded (TypeError" in message_of(ProvenancePipeline.from_pretrained, tmp_path / "old")

@@ -144,8 +144,10 @@ class ResultStore:
             files = self._files(pattern)
             try:
                 tables = [read_parquet(path, version=SCHEMA_VERSION, columns=columns) for path in files]
-            except FileNotFoundError:  # compacted by another process just now, so its rows are in a newer file
-                continue
+            except InputError:
+                if all(path.is_file() for path in files):
+                    raise
+                continue  # compacted by another process just now, so its rows are in a newer file
             return files, self._newest(pa.concat_tables(tables, promote_options="default")) if tables else None
 
     def _newest(self, table: pa.Table) -> pa.Table:

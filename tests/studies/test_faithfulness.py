@@ -7,7 +7,6 @@ import torch
 from scipy.stats import spearmanr
 
 from provgen.metrics.datamodeling import predicted_outputs
-from provgen.models.temperatures import Temperatures
 from provgen.pipeline import ProvenancePipeline
 from provgen.studies.faithfulness import retraining
 from provgen.studies.faithfulness.attributor import Method, MethodLabel
@@ -192,16 +191,15 @@ def test_a_run_that_generates_other_images_is_refused(trained_of, message_of):
     assert "provgen retrain" in message_of(trace_queries, trained, other)
 
 
-def test_the_posterior_along_the_trajectory_is_the_trace(scored):
-    """Under the window and the temperature of the default average, and without a credit head."""
+def test_the_tempered_posterior_along_the_trajectory_is_the_trace(scored):
+    """Without a credit head."""
     trained, _, found = scored
-    temperatures = Temperatures(null_label=10, low=DEFAULT.low, high=DEFAULT.high)
-    parts = trained.pipeline.components | {"credit": None, "temperatures": temperatures}
+    parts = trained.pipeline.components | {"credit": None}
     pipeline = ProvenancePipeline(**parts).with_manifest(trained.pipeline.manifest)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     output = pipeline([0, 1, 2, 3], generator=generators, top_k=3)
-    scores = found["provenance network, trajectory"].scores["generated"]
+    scores = found["tempered provenance network, trajectory"].scores["generated"]
     torch.testing.assert_close(
         scores.gather(1, output.attribution.example_index), output.attribution.posterior, atol=1e-5, rtol=1e-4
     )

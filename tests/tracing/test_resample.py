@@ -133,7 +133,7 @@ def test_nothing_is_drawn_again_unless_asked_for(plain):
     [{"resample_below": 0.0}, {"resample_below": -1.0}, {"resample_below": 0.5, "max_resamplings": 0}],
 )
 def test_impossible_bounds_are_refused(options, pipe, message_of):
-    assert "resample_below must be positive" in message_of(pipe, LABELS, seeds(*range(6)), **options)
+    assert "resample_below must be a positive finite number" in message_of(pipe, LABELS, seeds(*range(6)), **options)
 
 
 def test_redraws_need_traces(trained, message_of):
