@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,11 +45,11 @@ from provgen.models.diffusion import (
 from provgen.models.provenance import ProvenanceNetwork
 from provgen.models.vae import LATENT_CHANNELS, make_vae
 from provgen.pipeline import ProvenancePipeline
-from provgen.run import CHECKSUMS, RunFolder, atomic_path, require_run
+from provgen.run import RunFolder, atomic_path, digest, require_run
 from provgen.settings import ProvenanceSettings, Settings, flat_settings
 from provgen.settings_file import load_settings, save_settings
 from provgen.tracing.attribution import Mixtures
-from provgen.training.checkpoint import last_step
+from provgen.training.checkpoint import last_step, trained_with
 from provgen.training.logging import JsonLinesTracker
 from provgen.training.targets import (
     ClassMixing,
@@ -118,9 +117,8 @@ class TrainedRun:
 
     @property
     def weights(self) -> str:
-        """Digest of the pipeline's files, or nothing for one that was saved without checksums."""
-        path = self.folder.pipeline / CHECKSUMS
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        """Digest of the pipeline's files."""
+        return digest(self.folder.pipeline)
 
     def closed_form(self, *, covered: Tensor | None = None) -> Posterior:
         """Make the closed form over the training images, or over those that are `covered`, on the pipeline's device."""
@@ -218,6 +216,10 @@ def open_trained_run(root: Path, device: torch.device, overrides: Sequence[str] 
     again = f"`provgen train --config {folder.config}`"
     if not (folder.pipeline / "model_index.json").is_file():
         raise InputError(f"{root} has no whole pipeline; {again} goes on with training, or writes it again")
+    now = flat_settings(settings)
+    for key, value in trained_with(folder.checkpoints).items():
+        if now.get(key, value) != value:
+            raise InputError(f"{folder.config} says {key}={now[key]}, but the run was trained with {value}; restore it")
     done, most = last_step(folder.checkpoints), settings.training.max_steps
     if 0 < done < most:
         _note(f"{root} is not finished: {done} of {most} steps are trained; {again} goes on")

@@ -28,7 +28,7 @@ from provgen.models.classifier import CLEAN_ALPHA_BAR
 from provgen.models.provenance import ProvenanceNetwork, ProvenanceOutput
 from provgen.models.temperatures import Temperatures, Tracer
 from provgen.pipeline import ATTRIBUTE_BATCH, ProvenancePipeline, ProvenancePipelineOutput
-from provgen.run import RunFolder, atomic_path, check_seal
+from provgen.run import CHECKSUMS, RunFolder, atomic_path, check_seal
 from provgen.settings import Settings
 from provgen.tracing.calibrate import NUM_INFERENCE_STEPS, default_credit_head
 from provgen.tracing.temperatures import fit_temperatures, informative_levels
@@ -153,7 +153,7 @@ def save_pipeline(
 
 def has_whole_pipeline(folder: RunFolder) -> bool:
     """Whether the pipeline of a run is there, and is what was saved."""
-    if not (folder.pipeline / "model_index.json").is_file():
+    if not all((folder.pipeline / name).is_file() for name in ("model_index.json", CHECKSUMS)):
         return False
     try:
         check_seal(folder.pipeline, "")

@@ -240,8 +240,19 @@ CHECKSUMS = "sha256.json"
 
 def seal(folder: Path) -> None:
     """Write the sha256 of every file below a folder into it."""
-    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    (folder / CHECKSUMS).write_text(_checksums(folder), encoding="utf-8")
+
+
+def digest(folder: Path) -> str:
+    """Give one sha256 for all files below a folder, the same whether it is sealed or not."""
+    return hashlib.sha256(_checksums(folder).encode()).hexdigest()
+
+
+def _checksums(folder: Path) -> str:
+    """Give the sha256 of every file by its path, as JSON."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+    return json.dumps(sums, indent=1) + "\n"
 
 
 def check_seal(folder: Path, remedy: str) -> None:
@@ -266,10 +277,6 @@ def check_seal(folder: Path, remedy: str) -> None:
             raise InputError(f"{folder / name} is missing; {remedy}")
         if _sha256(folder / name) != digest:
             raise InputError(f"{folder / name} is not what was saved, it is damaged or of another run; {remedy}")
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
 
 
 def _sha256(path: Path) -> str:

@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not valid YAML: {_first_line(error)}; mend the file") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise InputError(f"{path} holds no settings; it must hold `section:` and `key: value` lines")
     return content
 

@@ -85,6 +85,17 @@ def resume_latest(trainer: CoTrainer, folder: Path, made_by: Mapping[str, Any]) 
     return step
 
 
+def trained_with(folder: Path) -> dict[str, Any]:
+    """Give what the newest checkpoint was made by, as `save_checkpoint` was told; nothing without a checkpoint.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    saved = list_checkpoints(folder)
+    known = read_json(saved[-1] / "state.json", REMEDY).get("made_by", {}) if saved else {}
+    return known if isinstance(known, dict) else {}
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """List finished checkpoints, oldest first; what a kill left half written is not among them, nor copies."""
     finished = (path.parent for path in folder.glob("step-*/state.json"))

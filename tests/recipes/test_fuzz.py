@@ -86,7 +86,7 @@ def test_settings(pairs):
     attempt(lambda: load_settings(None, [f"{key}={value}" for key, value in pairs]))
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(250)
 def test_settings_files(data, repository, tmp_path):
     path = tmp_path / "settings.yaml"
@@ -104,7 +104,7 @@ def pictures(tmp_path):
     return folder
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(250)
 def test_metadata_files(data, pictures):
     text = b"file_name,label,contributor,license\na/0.png,x,Ann,CC0\nb/1.png,y,Bob,\n"
@@ -125,7 +125,7 @@ IMAGES += [
 ]
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(400)
 def test_images(data, tmp_path):
     path = tmp_path / "image"
@@ -133,7 +133,7 @@ def test_images(data, tmp_path):
     attempt(lambda: read_image(path, image_size=8, channels=3))
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(100)
 def test_packed_files(data, tmp_path):
     images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 3]) + bytes(range(18))
@@ -143,7 +143,7 @@ def test_packed_files(data, tmp_path):
     attempt(lambda: read_idx_folder(tmp_path, "MNIST"))
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(150)
 def test_manifests(data, trained_root, tmp_path):
     path = tmp_path / "manifest.parquet"
@@ -151,7 +151,7 @@ def test_manifests(data, trained_root, tmp_path):
     attempt(lambda: Manifest.load(path))
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(150)
 def test_logs_and_json(data, trained_root, tmp_path):
     path = tmp_path / "metrics.jsonl"
@@ -168,7 +168,7 @@ def sampled(trained_root, tmp_path_factory, run_recipe):
     return RunFolder(root)
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(150)
 def test_traces(data, sampled, tmp_path):
     path = tmp_path / "part-0.parquet"
@@ -186,7 +186,7 @@ def damage_one(data, folder: Path, copy: Path) -> None:
     seal(copy)
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(100)
 def test_pipelines(data, trained_root, tmp_path):
     damage_one(data, trained_root / "pipeline", tmp_path / "pipeline")
@@ -201,7 +201,7 @@ def trainer(accelerator, trained_root):
     return build.make_trainer(chosen, data, accelerator), build.made_by(chosen, data)
 
 
-@given(st.data())
+@given(data=st.data())
 @fuzz(100)
 def test_checkpoints(data, trainer, trained_root, tmp_path):
     damage_one(data, trained_root / "checkpoints" / "step-000020", tmp_path / "checkpoints" / "step-000020")

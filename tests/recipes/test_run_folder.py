@@ -262,9 +262,7 @@ def outputs_of(root, command, run_recipe, image):
         "analyze": ("analyze", "--run", root),
     }[command]
     status = run_recipe(*arguments)
-    made = {"train": folder.checkpoints, "generate_and_attribute": folder.samples, "analyze": folder.report}.get(
-        command
-    )
+    made = {"train": folder.pipeline, "generate_and_attribute": folder.samples, "analyze": folder.report}.get(command)
     return status, contents(made) if made and made.is_dir() else None
 
 
@@ -293,8 +291,8 @@ def test_damage_to_any_file_gives_the_same_result_or_one_line(
     for name in [name for name in names if "tensorboard" not in name.parts and not (analyzed / name).is_symlink()]:
         outputs, said = attempt(name)
         if outputs[0] == 0:
-            is_log = name.name == "metrics.jsonl" and command == "analyze"
-            assert is_log or outputs == expected, f"{name}: exit 0 with another result"
+            is_said = "lacks some or all" in said.err or "not finished" in said.err
+            assert is_said or outputs == expected, f"{name}: exit 0 with another result"
             assert command != "attribute" or said.out == printed.out, name
         else:
             assert outputs[0] == 2, f"{name}: {said.err}"
