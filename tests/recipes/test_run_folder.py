@@ -287,8 +287,10 @@ def test_damage_to_any_file_gives_the_same_result_or_one_line(
 
     expected, printed = attempt(None)
     assert expected[0] == 0
-    names = [path.relative_to(analyzed) for path in sorted(analyzed.rglob("*")) if path.is_file()]
-    for name in [name for name in names if "tensorboard" not in name.parts and not (analyzed / name).is_symlink()]:
+    files = (path for path in sorted(analyzed.rglob("*")) if path.is_file() and not path.is_symlink())
+    names = [name for name in (path.relative_to(analyzed) for path in files) if "tensorboard" not in name.parts]
+    # A third of the files for each kind of damage, all of them together.
+    for name in names[list(DAMAGES).index(damage) % 3 :: 3]:
         outputs, said = attempt(name)
         if outputs[0] == 0:
             is_said = "lacks some or all" in said.err or "not finished" in said.err
