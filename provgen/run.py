@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from provgen.errors import InputError
+from provgen.settings import Settings, flat_settings
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,8 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def claim_folder(root: Path, fingerprint: Mapping[str, Any]) -> None:
     """Start a folder of results that is filled piece by piece, or go on with it.
 
+    A setting that did not exist when the folder was started had its default.
+
     Raises:
         InputError: There are results of something else in it.
     """
@@ -316,7 +319,10 @@ def claim_folder(root: Path, fingerprint: Mapping[str, Any]) -> None:
     if not path.is_file():
         with atomic_path(path) as partial:
             partial.write_text(wanted, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != wanted:
+        return
+    defaults, claimed = flat_settings(Settings()), read_json(path, "remove the folder to start again")
+    newer = {key: defaults[key] for key in fingerprint if key in defaults and key not in claimed}
+    if {**newer, **claimed} != json.loads(wanted):
         raise InputError(f"{root} holds results of another run or of other options; remove the folder to start again")
 
 

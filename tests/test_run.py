@@ -72,6 +72,14 @@ def test_a_folder_belongs_to_the_settings_it_was_started_with(tmp_path, message_
     assert "remove the folder" in message_of(claim_folder, tmp_path, {"seed": 2})
 
 
+def test_a_setting_that_is_newer_than_a_folder_had_its_default(tmp_path, message_of):
+    claim_folder(tmp_path, {"training.seed": 1})
+    claim_folder(tmp_path, {"training.seed": 1, "generator.prediction": "epsilon"})
+    for newer in ({"generator.prediction": "v_prediction"}, {"invented": 1}):
+        assert "remove the folder" in message_of(claim_folder, tmp_path, {"training.seed": 1, **newer})
+    assert "remove the folder" in message_of(claim_folder, tmp_path, {"generator.prediction": "epsilon"})
+
+
 def test_tables_come_back_with_their_types_and_know_their_version(tmp_path, message_of):
     columns = {"name": ["a", None], "value": [0.1, 2.0], "numbers": [[1, 2], []], "is_kept": [True, None]}
     table = pa.table(columns).replace_schema_metadata({"about": "this"})

@@ -39,6 +39,10 @@ class ProvenanceObjective:
     """Share of the examples that it can name."""
 
 
+ASKED_EVERY = 10
+"""Steps after which several processes ask one another whether to stop: it makes them wait for each other."""
+
+
 class StopSignals:
     """Catches SIGTERM and Ctrl-C, so that a step is finished and saved; a second one stops at once."""
 
@@ -68,6 +72,8 @@ class StopSignals:
             return False
         if accelerator.num_processes == 1:
             return self.received is not None
+        if step % ASKED_EVERY:
+            return False
         if self.received is not None:
             accelerator.set_trigger()
         stops: bool = accelerator.check_trigger()
