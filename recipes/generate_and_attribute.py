@@ -3,7 +3,7 @@
     provgen generate --run runs/digits --num-images 64 --top-k 8
     accelerate launch --config_file accelerate_config.yaml recipes/generate_and_attribute.py --run runs/digits
 
-Writes samples/ (PNGs that carry their sources, grid.png, part-PROCESS.parquet) and traces/ into the run folder.
+Writes samples/ into the run folder: PNGs that carry their sources, grid.png, part-PROCESS.parquet, and traces/.
 """
 
 from collections.abc import Callable, Sequence
