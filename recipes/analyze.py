@@ -38,6 +38,7 @@ from provgen.report.sections.samples import agreement_section, entropy_section, 
 from provgen.report.sections.sets import memorization_section, sets_section
 from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
 from provgen.run import RunFolder, only_writer, replace_path, writing
+from provgen.settings_file import load_settings
 from provgen.studies.faithfulness.comparison import faithfulness_section, read_lds_rows
 from provgen.tracing import records
 from provgen.training.checkpoint import last_step
@@ -270,8 +271,12 @@ def some_of(images: ImageSet, count: int) -> ImageSet:
 def logged_rows(folder: RunFolder) -> Rows:
     """Read what was logged up to the last checkpoint; nothing in a copy of a run without its checkpoints."""
     rows, last = read_metrics(folder.metrics), last_step(folder.checkpoints)
-    if last and not any(row["step"] == last for row in rows):
-        sys.stderr.write(f"{folder.metrics} lacks the last step: the report lacks some or all of the training\n")
+    lines = folder.metrics.read_bytes().count(b"\n") if folder.metrics.is_file() else 0
+    is_evaluated = any(row["step"] == last and "index_quality" in row for row in rows)
+    is_finished = last == load_settings(folder.config, []).training.max_steps
+    is_whole = is_evaluated if is_finished else any(row["step"] == last for row in rows)
+    if last and (lines > len(rows) or not is_whole):
+        sys.stderr.write(f"{folder.metrics} is damaged: the report lacks some or all of the training\n")
     return [row for row in rows if row["step"] <= last]
 
 
