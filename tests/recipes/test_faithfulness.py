@@ -11,6 +11,7 @@ import torch
 from provgen import build
 from provgen.metrics.datamodeling import datamodeling_scores, noise_ceiling
 from provgen.models.credit import GaussianProcess, Kernel
+from provgen.run import seal
 from provgen.studies.faithfulness import retraining
 from provgen.studies.faithfulness.baselines import PixelCosine
 from provgen.studies.faithfulness.credit import traced_images
@@ -236,6 +237,7 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     assert first == {query: int(new.attribution.example_index[query, 0]) for query in first}
     config = copy / "pipeline" / "credit" / "config.json"
     config.write_text(config.read_text().replace('"ridge": 3.0', '"ridge": 10.0'))
+    seal(copy / "pipeline")
     assert run_recipe(*again) == 2
     assert "by another calibration" in capsys.readouterr().err
 
