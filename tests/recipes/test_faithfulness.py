@@ -182,6 +182,7 @@ def test_calibration_sets_weights_and_leaves_posteriors(root, run_recipe, capsys
     images = traced_images(after.pipeline, after.data.train, queries)
     head = fit_credit_head(images, lambda _: chosen, calibration_subsets=2)
     head.save_pretrained(copy / "pipeline" / "credit")
+    seal(copy / "pipeline")
     after = build.open_trained_run(copy, torch.device("cpu"))
     labels, count = [0, 1, 2], len(after.data.train)
 
