@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from provgen.data.splits import (
     stratified_split,
     stratified_subset,
 )
-from provgen.errors import InputError
+from provgen.errors import InputError, notice
 from provgen.generators.classifier import ClassifierGenerator
 from provgen.generators.closed_form import Posterior, image_posterior, posterior_entropies
 from provgen.generators.diffusion import DiffusionGenerator
@@ -143,7 +142,7 @@ def open_data(settings: Settings, folder: RunFolder) -> RunData:
         train, holdout = started.align(images)
         fresh = started.with_names_of(train, holdout)
         if changed := started.count_changed(fresh):
-            _note(f"{changed} images have another path, contributor or licence than when {folder.root} began")
+            notice(f"{changed} images have another path, contributor or licence than when {folder.root} began")
         return RunData(train=train, holdout=holdout, manifest=fresh)
     train_rows, holdout_rows = stratified_split(images.labels, data.holdout_fraction, data.split_seed)
     train, holdout = images.select(train_rows), images.select(holdout_rows)
@@ -222,18 +221,12 @@ def open_trained_run(root: Path, device: torch.device, overrides: Sequence[str] 
             raise InputError(f"{folder.config} says {key}={now[key]}, but the run was trained with {value}; restore it")
     done, most = last_step(folder.checkpoints), settings.training.max_steps
     if 0 < done < most:
-        _note(f"{root} is not finished: {done} of {most} steps are trained; {again} goes on")
+        notice(f"{root} is not finished: {done} of {most} steps are trained; {again} goes on")
     data = open_data(settings, folder)
     disable_progress_bar()  # three files load in no time
     pipeline = ProvenancePipeline.from_pretrained(folder.pipeline).with_manifest(data.manifest)
     pipeline = pipeline.to(device).with_training_images(data.train)
     return TrainedRun(folder=folder, settings=settings, data=data, pipeline=pipeline)
-
-
-def _note(text: str) -> None:
-    """Tell the user something, once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{text}\n")
 
 
 def _covered(settings: Settings, train: ImageSet) -> Tensor:

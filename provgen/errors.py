@@ -1,6 +1,9 @@
-"""The one exception for mistakes a user can mend, and text that is safe to show."""
+"""What a user is told: the one exception for mistakes that can be mended, notices, and text that is safe to show."""
 
+import os
+import sys
 import unicodedata
+from functools import cache
 
 
 class InputError(ValueError):
@@ -9,6 +12,13 @@ class InputError(ValueError):
     Its message is one line that says what is wrong, where, and what to do. Recipes and the command line
     print it without a traceback and exit with status 2; everything else that is raised is a defect of ours.
     """
+
+
+@cache
+def notice(text: str) -> None:
+    """Write a line to stderr: each once a process, and by the main process of several only."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{printable(text)}\n")
 
 
 _JOINERS = "\u200c\u200d"

@@ -49,9 +49,6 @@ from provgen.tracing.trace import (
 
 MANIFEST_NAME = "manifest.parquet"
 
-REMEDY = "restore it, or write it again with `provgen train --config RUN/config.yaml`"
-"""What to do about a pipeline that cannot be used."""
-
 COMPONENTS = {
     "provenance": ProvenanceNetwork,
     "unet": UNet2DModel,
@@ -203,13 +200,16 @@ class ProvenancePipeline(DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path).expanduser()
         if not (folder / "model_index.json").is_file():
             raise InputError(f"no pipeline in {folder}; train one with `provgen train` first")
-        check_seal(folder, REMEDY)
-        _check_components(folder)
+        remedy = _remedy(folder)
+        check_seal(folder, remedy)
+        _check_components(folder, remedy)
         try:
-            pipeline = super().from_pretrained(str(folder), **{"use_safetensors": True, **kwargs})
+            pipeline = super().from_pretrained(str(folder), **{**kwargs, "use_safetensors": True})
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a damaged file makes diffusers raise
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); {REMEDY}") from error
+            raise InputError(f"{folder} cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
         assert isinstance(pipeline, ProvenancePipeline)
         pipeline._check_finite(folder)
         return pipeline.with_manifest(Manifest.load(folder / MANIFEST_NAME))
@@ -219,7 +219,7 @@ class ProvenancePipeline(DiffusionPipeline):
             tensors = part.state_dict().items() if isinstance(part, nn.Module) else ()
             # What a file lacks stays on torch's meta device, which holds no numbers.
             if wrong := [key for key, value in tensors if value.is_meta or not value.isfinite().all()]:
-                raise InputError(f"{folder / name} lacks {wrong[0]}, or it is not finite; {REMEDY}")
+                raise InputError(f"{folder / name} lacks {wrong[0]}, or it is not finite; {_remedy(folder)}")
 
     @property
     def null_label(self) -> int:
@@ -388,22 +388,30 @@ class ProvenancePipeline(DiffusionPipeline):
 
 def _forget_origin(path: Path) -> None:
     """Take the local path that a part was loaded from out of its configuration."""
-    content = read_json(path, REMEDY)
+    content = read_json(path, "save the pipeline again")
     if content.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_components(folder: Path) -> None:
+def _remedy(folder: Path) -> str:
+    """Say what to do about a pipeline that cannot be used."""
+    config = folder.parent / "config.yaml"
+    if folder.name == "pipeline" and config.is_file():
+        return f"restore it, or write it again with `provgen train --config {config}`"
+    return "restore it, or save it again"
+
+
+def _check_components(folder: Path, remedy: str) -> None:
     """Refuse a pipeline with any class but provgen's own, before anything of it is loaded."""
-    index = read_json(folder / "model_index.json", REMEDY)
+    index = read_json(folder / "model_index.json", remedy)
     for name, entry in index.items():
         if name.startswith("_") or entry == [None, None]:
             continue
         known = COMPONENTS.get(name)
         if known is None or not isinstance(entry, list) or entry[-1:] != [known.__name__]:
-            raise InputError(f"{folder / 'model_index.json'} asks for {name}={entry}, which is not provgen's; {REMEDY}")
+            raise InputError(f"{folder / 'model_index.json'} asks for {name}={entry}, which is not provgen's; {remedy}")
         if entry[0] not in ("diffusers", known.__module__):
-            raise InputError(f"{folder / 'model_index.json'} takes {name} from {entry[0]}; {REMEDY}")
+            raise InputError(f"{folder / 'model_index.json'} takes {name} from {entry[0]}; {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from provgen.errors import InputError
+from provgen.errors import InputError, notice
 from provgen.settings import Settings, flat_settings
 
 
@@ -270,7 +270,7 @@ def check_seal(folder: Path, remedy: str) -> None:
     """
     path = folder / CHECKSUMS
     if not path.is_file():
-        sys.stderr.write(f"{folder} has no {CHECKSUMS}: damage in it would not be noticed\n")
+        notice(f"{folder} has no {CHECKSUMS}: damage in it would not be noticed")
         return
     sums = read_json(path, remedy)
     for name, digest in sums.items():

@@ -3,7 +3,6 @@
 provgen analyze --run runs/digits
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from provgen import build, cli, evaluation
 from provgen.data.dataset import ImageSet
 from provgen.data.images import to_unit_range
+from provgen.errors import notice
 from provgen.generators.losses import generator_losses
 from provgen.metrics.set_measures import FEWEST, common_size, set_measures
 from provgen.metrics.verdicts import FEWEST_HELD_OUT, Evidence, Limits, verdicts
@@ -38,7 +38,6 @@ from provgen.report.sections.samples import agreement_section, entropy_section, 
 from provgen.report.sections.sets import memorization_section, sets_section
 from provgen.report.sections.verdicts import gallery_rows, verdicts_section, write_verdicts
 from provgen.run import RunFolder, only_writer, replace_path, writing
-from provgen.settings_file import load_settings
 from provgen.studies.faithfulness.comparison import faithfulness_section, read_lds_rows
 from provgen.tracing import records
 from provgen.training.checkpoint import last_step
@@ -77,12 +76,14 @@ def main(
 
 def write_report(trained: build.TrainedRun, run: Path, features: str) -> None:
     """Make all sections aside, and put page, numbers and verdicts in place at once."""
-    folder, logged = trained.folder, logged_rows(trained.folder)
+    folder, logged = trained.folder, logged_rows(trained)
     generation = records.open_generation(folder) if trained.generator.can_sample else None
     samples = [] if generation is None else records.read_parts(folder.samples, ["sample"], generation)
     with staged_report(folder) as report:
-        sections = [*(sample_sections(trained, samples, features, report) if samples else [])]
-        sections += run_sections(trained, logged)
+        sections = run_sections(trained, logged)
+        if samples:
+            traces = records.read_parts(folder.traces, ["sample", "rank"], generation)
+            sections = [*sample_sections(trained, samples, traces, features, report), *sections]
         makers = [make for applies, make in sections if applies]
         parts = [make() for make in track(makers, "sections of the report", console=Console(stderr=True))]
         page = render_report(
@@ -142,10 +143,9 @@ def run_sections(trained: build.TrainedRun, logged: Rows) -> Sections:
     ]
 
 
-def sample_sections(trained: build.TrainedRun, samples: Rows, features: str, report: Path) -> Sections:
+def sample_sections(trained: build.TrainedRun, samples: Rows, traces: Rows, features: str, report: Path) -> Sections:
     """List the sections about generated samples; that on verdicts writes them into the folder of the report."""
     folder, train, holdout = trained.folder, trained.data.train, trained.data.holdout
-    traces = records.read_parts(folder.traces, ["sample", "rank"], records.open_generation(folder))
     generated = load_pixels(folder, samples, trained.data.manifest)
     size = common_size(len(generated), len(holdout), len(train))
     if size < FEWEST:
@@ -268,15 +268,16 @@ def some_of(images: ImageSet, count: int) -> ImageSet:
     return images.select(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
 
 
-def logged_rows(folder: RunFolder) -> Rows:
+def logged_rows(trained: build.TrainedRun) -> Rows:
     """Read what was logged up to the last checkpoint; nothing in a copy of a run without its checkpoints."""
+    folder = trained.folder
     rows, last = read_metrics(folder.metrics), last_step(folder.checkpoints)
     lines = folder.metrics.read_bytes().count(b"\n") if folder.metrics.is_file() else 0
     is_evaluated = any(row["step"] == last and "index_quality" in row for row in rows)
-    is_finished = last == load_settings(folder.config, []).training.max_steps
+    is_finished = last == trained.settings.training.max_steps
     is_whole = is_evaluated if is_finished else any(row["step"] == last for row in rows)
     if last and (lines > len(rows) or not is_whole):
-        sys.stderr.write(f"{folder.metrics} is damaged: the report lacks some or all of the training\n")
+        notice(f"{folder.metrics} is damaged: the report lacks some or all of the training")
     return [row for row in rows if row["step"] <= last]
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -28,7 +26,7 @@ from provgen.data.images import (
     readable_suffixes,
     require_memory,
 )
-from provgen.errors import InputError
+from provgen.errors import InputError, notice
 
 _COLUMNS = ("file_name", "label", "contributor", "license")
 
@@ -208,16 +206,8 @@ def _require_no_other_metadata(paths: list[Path], root: Path) -> None:
 def _say_left_out(paths: list[Path], root: Path) -> None:
     counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
     if counts:
-        # A suffix may hold anything, also what a terminal would obey.
-        kinds = [f"{name if name.isprintable() else ascii(name)} ({count})" for name, count in counts.most_common()]
-        _say_once(f"left out what is no image in {root}: {', '.join(kinds)}")
-
-
-@cache
-def _say_once(line: str) -> None:
-    """Write a line to stderr, once a process, and by the main process only."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{line}\n")
+        kinds = [f"{name} ({count})" for name, count in counts.most_common()]
+        notice(f"left out what is no image in {root}: {', '.join(kinds)}")
 
 
 def _require_layout(images: list[Path], root: Path) -> None:

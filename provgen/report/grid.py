@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import sys
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 from provgen.data.dataset import ImageSet
 from provgen.data.images import read_image, to_pil
 from provgen.data.manifest import Manifest
-from provgen.errors import InputError, printable
+from provgen.errors import InputError, notice, printable
 from provgen.run import RunFolder
 from provgen.tracing.records import group_traces
 
@@ -167,19 +166,14 @@ def _length(line: str) -> int:
     return ceil(_face(line).font.getlength(line))
 
 
-_said: set[str] = set()
-"""Letters that were named as missing."""
-
-
 def _say_missing(texts: Iterable[str]) -> None:
-    """Name the letters that no font has, each once in a process."""
-    missing = {letter for text in texts for line in text.split("\n") for letter in _face(line).lacks(line)} - _said
+    """Name the letters that no font has."""
+    missing = {letter for text in texts for line in text.split("\n") for letter in _face(line).lacks(line)}
     if missing:
-        _said.update(missing)
         named = " ".join([*sorted(missing)[:8], *["…"] * (len(missing) > 8)])
-        sys.stderr.write(
+        notice(
             f"no font on this system has {named}; such letters are drawn as boxes; "
-            "install one that has them, such as a Noto font\n"
+            "install one that has them, such as a Noto font"
         )
 
 

@@ -216,7 +216,7 @@ def test_what_is_left_out_is_said_once_and_by_the_main_process_only(tmp_path, ca
     (tmp_path / "metadata.csv").write_text("file_name\ncats/a.png\n")
     for _ in range(2):
         load_image_folder(tmp_path, 4)
-    expected = f"left out what is no image in {tmp_path}: .txt (2), no suffix (1), .json (1), '.\\x1b[31m' (1)\n"
+    expected = f"left out what is no image in {tmp_path}: .txt (2), no suffix (1), .json (1), .\\x1b[31m (1)\n"
     assert capfd.readouterr().err == expected
     (tmp_path / "f.doc").write_text("x")
     monkeypatch.setenv("RANK", "1")
